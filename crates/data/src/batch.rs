@@ -1,0 +1,49 @@
+//! What the loader hands to the trainer: plain integers on the host.
+
+/// One batch, padded with 0. Row-major, every row of the same length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostBatch {
+    /// Rows.
+    pub rows: usize,
+    /// Encoder length.
+    pub inputs_length: usize,
+    /// Decoder length.
+    pub targets_length: usize,
+    /// Encoder ids, `[rows, inputs_length]`.
+    pub input_ids: Vec<i32>,
+    /// Target ids, `[rows, targets_length]`; loss is taken where they are not 0.
+    pub target_ids: Vec<i32>,
+    /// Number of the first row within its global batch: the key of per-row randomness.
+    pub first_row: u32,
+}
+
+impl HostBatch {
+    /// Decoder inputs: targets shifted right, the first id 0. `[rows, targets_length]`
+    pub fn decoder_input_ids(&self) -> Vec<i32> {
+        let mut ids = vec![0; self.target_ids.len()];
+        for (from, to) in
+            self.target_ids.chunks(self.targets_length).zip(ids.chunks_mut(self.targets_length))
+        {
+            to[1..].copy_from_slice(&from[..self.targets_length - 1]);
+        }
+        ids
+    }
+
+    /// Targets that count in the loss.
+    pub fn num_targets(&self) -> usize {
+        self.target_ids.iter().filter(|&&id| id != 0).count()
+    }
+
+    /// Rows `[start, start + rows)` of this batch.
+    pub fn slice(&self, start: usize, rows: usize) -> Self {
+        let cut = |ids: &[i32], length: usize| ids[start * length..(start + rows) * length].to_vec();
+        Self {
+            rows,
+            inputs_length: self.inputs_length,
+            targets_length: self.targets_length,
+            input_ids: cut(&self.input_ids, self.inputs_length),
+            target_ids: cut(&self.target_ids, self.targets_length),
+            first_row: self.first_row + start as u32,
+        }
+    }
+}
