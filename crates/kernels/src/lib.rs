@@ -1,1 +1,34 @@
-//! placeholder
+//! The hot operations of the model, each with a hand-written backward, one file an operation.
+//!
+//! A file holds what the operation computes, its CPU form and, in its tests, a plain reference
+//! composed from tensor operations. The model calls the functions re-exported here and nothing
+//! below them, so a faster form or another device changes no model code. Activations flow as
+//! `[tokens, d_model]`.
+
+mod activation;
+mod attention;
+mod cross_entropy;
+mod dispatch;
+mod embedding;
+mod feed_forward;
+mod host;
+mod math;
+mod matmul;
+mod noise;
+mod norm;
+mod operation;
+pub mod optimizer;
+mod plan;
+mod route;
+
+pub use activation::Activation;
+pub use attention::{Attention, AttentionInputs, Segments, attention};
+pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy};
+pub use dispatch::{combine, dispatch};
+pub use embedding::embedding;
+pub use feed_forward::{ExpertWeights, FeedForwardWeights, expert_feed_forward, feed_forward};
+pub use host::{int_tensor, update_in_place, with_values};
+pub use noise::{NoiseKey, TokenNoise, dropout, jitter};
+pub use norm::rms_norm;
+pub use plan::DispatchPlan;
+pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_top2};

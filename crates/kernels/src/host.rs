@@ -1,0 +1,64 @@
+//! Tensors of the CPU device as plain slices.
+
+use burn::backend::Flex;
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn_flex::FlexTensor;
+
+/// A fresh tensor from its values.
+pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, shape))
+}
+
+/// Makes the values of `tensor` one slice, copying only when they are strided.
+pub(crate) fn contiguous(tensor: &FlexTensor) -> FlexTensor {
+    tensor.to_contiguous()
+}
+
+/// The values of a contiguous tensor.
+pub(crate) fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice::<f32>().expect("operations receive contiguous float32 tensors")
+}
+
+/// The integers of a tensor made by [`int_tensor`].
+pub(crate) fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Vec<i32> {
+    let primitive = tensor
+        .clone()
+        .inner()
+        .try_into_primitive::<Flex>()
+        .expect("every device that a run can choose has a form of this operation")
+        .to_contiguous();
+    primitive.as_slice::<i32>().expect("integers are 32 bits wide").to_vec()
+}
+
+/// 32-bit integers on `device`.
+pub fn int_tensor<const D: usize>(values: Vec<i32>, shape: [usize; D], device: &Device) -> Tensor<D, Int> {
+    Tensor::from_data(TensorData::new(values, shape), (device, DType::I32))
+}
+
+/// Calls `read` with the values of `tensor`, row-major.
+pub fn with_values<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32]) -> R) -> R {
+    let tensor = contiguous(
+        &tensor
+            .inner()
+            .try_into_primitive::<Flex>()
+            .expect("every device that a run can choose has a form of this operation"),
+    );
+    read(values(&tensor))
+}
+
+/// Calls `update` with the values of `tensor` for writing, in place unless the buffer is shared.
+///
+/// The returned tensor is a leaf without gradient.
+pub fn update_in_place<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(&mut [f32])) -> Tensor<D> {
+    let primitive = tensor
+        .inner()
+        .try_into_primitive::<Flex>()
+        .expect("every device that a run can choose has a form of this operation");
+    let mut primitive = if primitive.is_contiguous() && primitive.layout().start_offset() == 0 {
+        primitive
+    } else {
+        primitive.to_contiguous()
+    };
+    update(primitive.storage_mut::<f32>());
+    Tensor::from_primitive::<Flex>(primitive)
+}

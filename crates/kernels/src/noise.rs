@@ -1,0 +1,182 @@
+//! Dropout and router jitter from counters: the same numbers on any ranks, threads or micro-batches.
+
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+use switchyard_random::{Philox, unit_f32};
+
+use crate::host;
+use crate::operation::{Operand, Operation, apply};
+
+/// Names one place of one step: with a batch row and an element it fixes a random number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoiseKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Step of the run.
+    pub step: u32,
+    /// Place inside the model; no two places share one.
+    pub site: u32,
+}
+
+impl NoiseKey {
+    /// The random words of elements `[start, start + out.len())` of a batch row.
+    pub(crate) fn fill(self, row: u32, start: usize, out: &mut [u32]) {
+        let philox = Philox::new(self.seed).derive(u64::from(self.step) << 32 | u64::from(self.site));
+        let mut filled = 0;
+        while filled < out.len() {
+            let element = start + filled;
+            let words = philox.block([(element / 4) as u32, ((element / 4) as u64 >> 32) as u32, row, 0]);
+            for &word in &words[element % 4..] {
+                if filled == out.len() {
+                    break;
+                }
+                out[filled] = word;
+                filled += 1;
+            }
+        }
+    }
+}
+
+/// Random numbers of a `[tokens, width]` tensor whose tokens come from consecutive batch rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenNoise {
+    /// Place and step.
+    pub key: NoiseKey,
+    /// Number of the first token's batch row within the global batch.
+    pub first_row: u32,
+    /// Tokens in a batch row.
+    pub row_tokens: usize,
+}
+
+impl TokenNoise {
+    /// The random words of one token.
+    pub(crate) fn fill(self, token: usize, out: &mut [u32]) {
+        let row = self.first_row + (token / self.row_tokens) as u32;
+        self.key.fill(row, token % self.row_tokens * out.len(), out);
+    }
+}
+
+/// How a random word becomes a factor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Factor {
+    /// 0 with probability `rate`, else `1 / (1 - rate)`.
+    Dropout { rate: f32 },
+    /// Uniform in `[1 - epsilon, 1 + epsilon)`.
+    Jitter { epsilon: f32 },
+}
+
+impl Factor {
+    #[inline(always)]
+    pub(crate) fn of(self, word: u32) -> f32 {
+        match self {
+            Self::Dropout { rate } => {
+                if unit_f32(word) < rate {
+                    0.0
+                } else {
+                    1.0 / (1.0 - rate)
+                }
+            }
+            Self::Jitter { epsilon } => 1.0 + epsilon * (2.0 * unit_f32(word) - 1.0),
+        }
+    }
+}
+
+/// Dropout of `x`, `[tokens, width]`; rate 0 returns `x` itself.
+pub fn dropout(x: Tensor<2>, rate: f64, noise: TokenNoise) -> Tensor<2> {
+    if rate == 0.0 {
+        return x;
+    }
+    scale(x, Factor::Dropout { rate: rate as f32 }, noise)
+}
+
+/// Multiplies `x`, `[tokens, width]`, by noise uniform in `[1 - epsilon, 1 + epsilon)`.
+///
+/// # Source
+/// Switch Transformer, section 2.4 (arXiv:2101.03961): applied to the router's input in training.
+pub fn jitter(x: Tensor<2>, epsilon: f64, noise: TokenNoise) -> Tensor<2> {
+    if epsilon == 0.0 {
+        return x;
+    }
+    scale(x, Factor::Jitter { epsilon: epsilon as f32 }, noise)
+}
+
+fn scale(x: Tensor<2>, factor: Factor, noise: TokenNoise) -> Tensor<2> {
+    let [out] = apply(Scale { factor, noise }, [Operand::from(x)]);
+    out.into_tensor()
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Scale {
+    factor: Factor,
+    noise: TokenNoise,
+}
+
+impl Scale {
+    fn run(&self, x: &FlexTensor) -> FlexTensor {
+        let x = host::contiguous(x);
+        let [tokens, width] = x.layout().shape().dims();
+        let mut out = host::values(&x).to_vec();
+        out.par_chunks_mut(width.max(1)).enumerate().with_min_len(16).for_each_init(
+            || vec![0; width],
+            |words, (token, row)| {
+                self.noise.fill(token, words);
+                for (value, &word) in row.iter_mut().zip(words.iter()) {
+                    *value *= self.factor.of(word);
+                }
+            },
+        );
+        host::tensor(out, [tokens, width])
+    }
+}
+
+impl Operation<1, 1> for Scale {
+    type Saved = ();
+
+    fn forward(&self, [x]: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], ()) {
+        ([self.run(x)], ())
+    }
+
+    fn backward(&self, (): &(), _: usize, gradient: &FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        [Some(self.run(gradient))]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    fn noise(first_row: u32) -> TokenNoise {
+        TokenNoise { key: NoiseKey { seed: 1, step: 2, site: 3 }, first_row, row_tokens: 5 }
+    }
+
+    #[test]
+    fn a_row_has_the_same_noise_in_any_micro_batch() {
+        let device = Device::flex();
+        let whole = dropout(Tensor::ones([20, 7], &device), 0.5, noise(0)).into_data();
+        let half = dropout(Tensor::ones([10, 7], &device), 0.5, noise(2)).into_data();
+        assert_eq!(whole.try_to_vec::<f32>().unwrap()[70..], half.try_to_vec::<f32>().unwrap()[..]);
+    }
+
+    #[test]
+    fn dropout_keeps_the_mean_and_its_gradient_is_the_mask() {
+        let device = Device::flex().autodiff();
+        let x = Tensor::<2>::ones([200, 64], &device).require_grad();
+        let y = dropout(x.clone(), 0.25, noise(0));
+        let mean: f32 = y.clone().mean().into_scalar();
+        assert!((mean - 1.0).abs() < 0.03, "{mean}");
+        let gradients = y.clone().sum().backward();
+        let gradient = x.grad(&gradients).expect("x is a leaf");
+        assert_eq!(gradient.into_data(), y.inner().into_data());
+    }
+
+    #[test]
+    fn jitter_stays_within_epsilon() {
+        let y = jitter(Tensor::ones([50, 64], &Device::flex()), 0.01, noise(0)).into_data();
+        let values = y.try_to_vec::<f32>().unwrap();
+        assert!(values.iter().all(|v| (0.99..=1.01).contains(v)));
+        assert!(values.iter().any(|&v| v > 1.009) && values.iter().any(|&v| v < 0.991));
+    }
+}

@@ -1,0 +1,237 @@
+//! Adafactor: second moments kept as row and column means, updates relative to the parameter.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::parallel::{CHUNK, root_mean_square, sum_of_squares};
+use crate::math::{dot, sum};
+
+/// Constants of one update.
+#[derive(Debug, Clone, Copy)]
+pub struct Adafactor {
+    /// Learning rate of this step, before the parameter scale.
+    pub learning_rate: f64,
+    /// Factor on the gradient: clipping and loss scaling in one.
+    pub gradient_scale: f32,
+    /// Decay of the second moment is `1 - update^-decay_exponent`.
+    pub decay_exponent: f64,
+    /// `eps1`: added to squared gradients.
+    pub eps: f64,
+    /// Largest root mean square of an update.
+    pub update_clip: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// `eps2`, the floor of the parameter scale; `None` for updates that do not depend on the parameter's size.
+    pub parameter_scale: Option<f64>,
+    /// Number of this update, from 1.
+    pub update: u64,
+}
+
+/// Second moments of one tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AdafactorState {
+    /// Of a stack of matrices: means over columns `[matrices * rows]` and over rows `[matrices * cols]`.
+    Factored {
+        /// Mean of squared gradients over each row.
+        row: Vec<f32>,
+        /// Mean of squared gradients over each column.
+        col: Vec<f32>,
+    },
+    /// Of a vector: every value its own.
+    Full(Vec<f32>),
+}
+
+impl AdafactorState {
+    /// Fresh moments of a tensor: factored over its last two dims, a vector kept whole.
+    pub fn new(shape: &[usize]) -> Self {
+        match *shape {
+            [ref stack @ .., rows, cols] => {
+                let stack: usize = stack.iter().product();
+                Self::Factored { row: vec![0.0; stack * rows], col: vec![0.0; stack * cols] }
+            }
+            _ => Self::Full(vec![0.0; shape.iter().product()]),
+        }
+    }
+}
+
+/// Updates `parameter` of `shape`; clipping and scale are those of each matrix alone.
+///
+/// # Source
+/// Shazeer and Stern 2018 (arXiv:1804.04235), algorithms 4 and 5, without momentum, as in T5.
+pub fn adafactor(
+    parameter: &mut [f32],
+    gradient: &[f32],
+    shape: &[usize],
+    state: &mut AdafactorState,
+    rules: Adafactor,
+) {
+    let decay = (1.0 - (rules.update as f64).powf(-rules.decay_exponent)) as f32;
+    match state {
+        AdafactorState::Full(v) => {
+            let mut update = vec![0.0; parameter.len()];
+            full_update(&mut update, gradient, v, decay, rules.gradient_scale, rules.eps as f32);
+            let moved = sum_of_squares(&update);
+            apply(parameter, &update, moved, rules);
+        }
+        AdafactorState::Factored { row, col } => {
+            let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
+            let matrices = parameter
+                .par_chunks_mut(rows * cols)
+                .zip(gradient.par_chunks(rows * cols))
+                .zip(row.par_chunks_mut(rows).zip(col.par_chunks_mut(cols)));
+            matrices.for_each(|((p, g), (row, col))| factored(p, g, row, col, decay, rules));
+        }
+    }
+}
+
+/// One matrix: `update = g * rsqrt(row * col / mean(row))`.
+fn factored(p: &mut [f32], g: &[f32], row: &mut [f32], col: &mut [f32], decay: f32, rules: Adafactor) {
+    let cols = col.len();
+    let block_rows = (CHUNK / cols).max(1);
+    let parts: Vec<Vec<f32>> = g
+        .par_chunks(block_rows * cols)
+        .zip(row.par_chunks_mut(block_rows))
+        .map(|(g, row)| {
+            let mut columns = vec![0.0; cols];
+            accumulate(g, row, &mut columns, decay, rules.gradient_scale, rules.eps as f32);
+            columns
+        })
+        .collect();
+    let share = (1.0 - decay) / row.len() as f32;
+    for (i, col) in col.iter_mut().enumerate() {
+        *col = decay * *col + share * parts.iter().map(|part| part[i]).sum::<f32>();
+    }
+    let row_mean = row.iter().sum::<f32>() / row.len() as f32;
+    let row_factor: Vec<f32> = row.iter().map(|r| rules.gradient_scale / (r / row_mean).sqrt()).collect();
+    let col_factor: Vec<f32> = col.iter().map(|c| 1.0 / c.sqrt()).collect();
+    let squares: Vec<f64> = g
+        .par_chunks(block_rows * cols)
+        .zip(row_factor.par_chunks(block_rows))
+        .map(|(g, rows)| f64::from(update_squares(g, rows, &col_factor)))
+        .collect();
+    let step = Step::new(p, squares.iter().sum(), rules);
+    p.par_chunks_mut(block_rows * cols)
+        .zip(g.par_chunks(block_rows * cols))
+        .zip(row_factor.par_chunks(block_rows))
+        .for_each(|((p, g), rows)| apply_factored(p, g, rows, &col_factor, step));
+}
+
+#[derive(Clone, Copy)]
+struct Step {
+    keep: f32,
+    rate: f32,
+}
+
+impl Step {
+    /// Rate after the parameter scale and the clip of an update whose squares sum to `squares`.
+    fn new(p: &[f32], squares: f64, rules: Adafactor) -> Self {
+        let scale = rules.parameter_scale.map_or(1.0, |floor| f64::from(root_mean_square(p)).max(floor));
+        let rms = (squares / p.len().max(1) as f64).sqrt();
+        let clip = (rms / rules.update_clip).max(1.0);
+        let rate = rules.learning_rate * scale;
+        Self { keep: (1.0 - rate * rules.weight_decay) as f32, rate: (rate / clip) as f32 }
+    }
+}
+
+fn apply(p: &mut [f32], update: &[f32], squares: f64, rules: Adafactor) {
+    let step = Step::new(p, squares, rules);
+    for (p, u) in p.iter_mut().zip(update) {
+        *p = *p * step.keep - step.rate * u;
+    }
+}
+
+fn full_update(update: &mut [f32], g: &[f32], v: &mut [f32], decay: f32, scale: f32, eps: f32) {
+    for ((u, g), v) in update.iter_mut().zip(g).zip(v) {
+        let g = g * scale;
+        *v = decay * *v + (1.0 - decay) * (g * g + eps);
+        *u = g / v.sqrt();
+    }
+}
+
+/// Updates the row means of a block of rows and adds up its columns.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn accumulate(g: &[f32], row: &mut [f32], columns: &mut [f32], decay: f32, scale: f32, eps: f32) {
+    let cols = columns.len();
+    let mut squares = vec![0.0; cols];
+    for (g, row) in g.chunks_exact(cols).zip(row) {
+        for (square, g) in squares.iter_mut().zip(g) {
+            *square = g * scale * (g * scale) + eps;
+        }
+        *row = decay * *row + (1.0 - decay) * sum(&squares) / cols as f32;
+        for (column, square) in columns.iter_mut().zip(&squares) {
+            *column += square;
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn update_squares(g: &[f32], rows: &[f32], cols: &[f32]) -> f32 {
+    let mut total = 0.0;
+    let mut scaled = vec![0.0; cols.len()];
+    for (g, row) in g.chunks_exact(cols.len()).zip(rows) {
+        for ((scaled, g), col) in scaled.iter_mut().zip(g).zip(cols) {
+            *scaled = g * col;
+        }
+        total += dot(&scaled, &scaled) * row * row;
+    }
+    total
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn apply_factored(p: &mut [f32], g: &[f32], rows: &[f32], cols: &[f32], step: Step) {
+    for ((p, g), row) in p.chunks_exact_mut(cols.len()).zip(g.chunks_exact(cols.len())).zip(rows) {
+        let rate = step.rate * row;
+        for ((p, g), col) in p.iter_mut().zip(g).zip(cols) {
+            *p = *p * step.keep - rate * g * col;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: Adafactor = Adafactor {
+        learning_rate: 0.01,
+        gradient_scale: 1.0,
+        decay_exponent: 0.8,
+        eps: 1e-30,
+        update_clip: 1.0,
+        weight_decay: 0.0,
+        parameter_scale: Some(1e-3),
+        update: 1,
+    };
+
+    #[test]
+    fn a_rank_one_gradient_moves_every_value_by_the_scaled_rate() {
+        let g: Vec<f32> = (0..12).map(|i| (1 + i / 4) as f32 * (1 + i % 4) as f32).collect();
+        let mut p = vec![2.0; 12];
+        adafactor(&mut p, &g, &[3, 4], &mut AdafactorState::new(&[3, 4]), RULES);
+        for value in p {
+            assert!((value - (2.0 - 0.01 * 2.0)).abs() < 1e-5, "{value}");
+        }
+    }
+
+    #[test]
+    fn a_stack_updates_each_matrix_alone() {
+        let g: Vec<f32> = (0..24).map(|i| ((i * 7) % 11) as f32 - 5.0).collect();
+        let start: Vec<f32> = (0..24).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut stacked = start.clone();
+        adafactor(&mut stacked, &g, &[2, 3, 4], &mut AdafactorState::new(&[2, 3, 4]), RULES);
+        for expert in 0..2 {
+            let mut alone = start[expert * 12..][..12].to_vec();
+            adafactor(&mut alone, &g[expert * 12..][..12], &[3, 4], &mut AdafactorState::new(&[3, 4]), RULES);
+            assert_eq!(alone, stacked[expert * 12..][..12]);
+        }
+    }
+
+    #[test]
+    fn an_expert_without_gradient_stays_put() {
+        let mut p = vec![0.5; 8];
+        let mut state = AdafactorState::new(&[2, 2, 2]);
+        for update in 1..4 {
+            adafactor(&mut p, &[0.0; 8], &[2, 2, 2], &mut state, Adafactor { update, ..RULES });
+        }
+        assert_eq!(p, [0.5; 8]);
+    }
+}

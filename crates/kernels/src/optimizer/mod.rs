@@ -1,0 +1,9 @@
+//! Parameter updates in place, one tensor at a time.
+
+mod adafactor;
+mod adamw;
+mod parallel;
+
+pub use adafactor::{Adafactor, AdafactorState, adafactor};
+pub use adamw::{Adamw, AdamwState, adamw};
+pub use parallel::{add_assign, root_mean_square, scale_assign, sum_of_squares};

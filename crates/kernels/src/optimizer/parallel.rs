@@ -1,0 +1,42 @@
+//! Sums and element-wise updates over long slices, the same for any number of threads.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use crate::math;
+
+/// Values one task handles; fixed, so that sums do not depend on the number of threads.
+pub(super) const CHUNK: usize = 1 << 15;
+
+/// Sum of squares in double precision.
+pub fn sum_of_squares(x: &[f32]) -> f64 {
+    let parts: Vec<f64> = x.par_chunks(CHUNK).map(|chunk| f64::from(chunk_squares(chunk))).collect();
+    parts.iter().sum()
+}
+
+/// `sqrt(mean(x^2))`.
+pub fn root_mean_square(x: &[f32]) -> f32 {
+    (sum_of_squares(x) / x.len().max(1) as f64).sqrt() as f32
+}
+
+/// `out += x`.
+pub fn add_assign(out: &mut [f32], x: &[f32]) {
+    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| add_chunk(out, x));
+}
+
+/// `x *= factor`.
+pub fn scale_assign(x: &mut [f32], factor: f32) {
+    x.par_chunks_mut(CHUNK).for_each(|x| x.iter_mut().for_each(|x| *x *= factor));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn chunk_squares(x: &[f32]) -> f32 {
+    math::sum_of_squares(x)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn add_chunk(out: &mut [f32], x: &[f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out += x;
+    }
+}
