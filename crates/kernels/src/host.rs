@@ -46,6 +46,11 @@ pub fn with_values<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32
     read(values(&tensor))
 }
 
+/// The values of `tensor`, row-major, without a copy when nothing shares its buffer.
+pub fn into_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().try_into_vec().expect("float32 tensors hold float32 values")
+}
+
 /// Calls `update` with the values of `tensor` for writing, in place unless the buffer is shared.
 ///
 /// The returned tensor is a leaf without gradient.

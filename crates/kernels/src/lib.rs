@@ -27,7 +27,7 @@ pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entr
 pub use dispatch::{combine, dispatch};
 pub use embedding::embedding;
 pub use feed_forward::{ExpertWeights, FeedForwardWeights, expert_feed_forward, feed_forward};
-pub use host::{int_tensor, update_in_place, with_values};
+pub use host::{int_tensor, into_values, update_in_place, with_values};
 pub use noise::{NoiseKey, TokenNoise, dropout, jitter};
 pub use norm::rms_norm;
 pub use plan::DispatchPlan;

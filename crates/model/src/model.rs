@@ -1,0 +1,274 @@
+//! The whole encoder-decoder: embedding, two stacks, head and losses.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Int, Tensor};
+use switchyard_config::{ModelConfig, StackKind};
+use switchyard_kernels::{
+    CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, int_tensor,
+};
+
+use crate::context::ForwardContext;
+use crate::init::ParameterFactory;
+use crate::moe::{RouterLosses, RouterOutput, router_losses};
+use crate::t5::{BlockCache, BlockInputs, Stack};
+
+/// T5, T5 v1.1, mT5 or Switch Transformer: the config decides.
+#[derive(Module, Debug)]
+pub struct SwitchTransformer {
+    shared: SharedEmbedding,
+    encoder: Stack,
+    decoder: Stack,
+    lm_head: Option<Param<Tensor<2>>>,
+}
+
+/// The embedding of both stacks and, when tied, of the head.
+#[derive(Module, Debug)]
+struct SharedEmbedding {
+    embedding: Param<Tensor<2>>,
+}
+
+/// One batch on the device, rows padded to one length.
+#[derive(Debug, Clone)]
+pub struct Seq2SeqBatch {
+    /// Rows.
+    pub rows: usize,
+    /// Encoder ids, `[rows * inputs_length]`.
+    pub input_ids: Tensor<1, Int>,
+    /// 1 for encoder tokens, 0 for padding. `[rows, inputs_length]`
+    pub input_mask: Tensor<2, Int>,
+    /// Decoder inputs, `[rows * targets_length]`.
+    pub decoder_input_ids: Tensor<1, Int>,
+    /// 1 where decoder self-attention may look; all may when absent. `[rows, targets_length]`
+    pub decoder_mask: Option<Tensor<2, Int>>,
+    /// Targets, `[rows * targets_length]`.
+    pub target_ids: Tensor<1, Int>,
+    /// 1 where the target counts, 0 where not. `[rows * targets_length]`
+    pub weights: Vec<f32>,
+}
+
+/// The encoder's output and what the decoder needs to read it.
+#[derive(Debug, Clone)]
+pub struct EncoderOutput {
+    /// `[rows * inputs_length, d_model]`
+    pub hidden_nd: Tensor<2>,
+    /// `[rows, inputs_length]`
+    pub mask: Tensor<2, Int>,
+    /// Rows.
+    pub rows: usize,
+    /// One for each sparse layer.
+    pub routers: Vec<RouterOutput>,
+}
+
+/// Everything the loss of a step is made of.
+#[derive(Debug)]
+pub struct LossOutput {
+    /// Sums over weighted positions.
+    pub cross_entropy: CrossEntropyOutput,
+    /// Router losses of the stacks that have sparse layers.
+    pub router_losses: Vec<RouterLosses>,
+    /// Router outputs of the encoder's sparse layers.
+    pub encoder_routers: Vec<RouterOutput>,
+    /// Router outputs of the decoder's sparse layers.
+    pub decoder_routers: Vec<RouterOutput>,
+}
+
+impl SwitchTransformer {
+    /// A model whose parameters are drawn from `seed` when first used.
+    pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Self {
+        let factory = ParameterFactory::new(config, seed, device);
+        Self {
+            shared: SharedEmbedding { embedding: factory.parameter("shared.embedding") },
+            encoder: Stack::new(&factory, config, StackKind::Encoder),
+            decoder: Stack::new(&factory, config, StackKind::Decoder),
+            lm_head: (!config.tie_word_embeddings).then(|| factory.parameter("lm_head")),
+        }
+    }
+
+    /// The encoder stack.
+    pub fn encoder(&self) -> &Stack {
+        &self.encoder
+    }
+
+    /// The decoder stack.
+    pub fn decoder(&self) -> &Stack {
+        &self.decoder
+    }
+
+    /// Embeddings of `ids`, `[n]`: `[n, d_model]`.
+    pub fn embed(&self, ids: Tensor<1, Int>) -> Tensor<2> {
+        embedding(self.shared.embedding.val(), ids)
+    }
+
+    /// What the encoder's blocks read. `input_mask` is `[rows, inputs_length]`.
+    pub fn encoder_inputs(&self, input_mask: &Tensor<2, Int>, context: &ForwardContext<'_>) -> BlockInputs {
+        let [rows, length] = input_mask.dims();
+        BlockInputs {
+            stack: StackKind::Encoder,
+            batch: rows,
+            row_tokens: length,
+            position: 0,
+            relative_bias: self.encoder.bias(StackKind::Encoder, length, 0, context.model),
+            self_mask: Some(input_mask.clone()),
+            token_mask: Some(input_mask.clone().reshape([rows * length])),
+            encoder: None,
+            encoder_mask: None,
+        }
+    }
+
+    /// What the decoder's blocks read when all targets are given.
+    pub fn decoder_inputs(
+        &self,
+        batch: &Seq2SeqBatch,
+        encoder: &EncoderOutput,
+        context: &ForwardContext<'_>,
+    ) -> BlockInputs {
+        let length = batch.decoder_input_ids.dims()[0] / batch.rows;
+        let counted: Vec<i32> = batch.weights.iter().map(|&w| i32::from(w != 0.0)).collect();
+        BlockInputs {
+            stack: StackKind::Decoder,
+            batch: batch.rows,
+            row_tokens: length,
+            position: 0,
+            relative_bias: self.decoder.bias(StackKind::Decoder, length, 0, context.model),
+            self_mask: batch.decoder_mask.clone(),
+            token_mask: Some(int_tensor(counted, [batch.rows * length], &batch.target_ids.device().inner())),
+            encoder: Some(encoder.hidden_nd.clone()),
+            encoder_mask: Some(encoder.mask.clone()),
+        }
+    }
+
+    /// Runs the encoder.
+    pub fn encode(
+        &self,
+        input_ids: Tensor<1, Int>,
+        input_mask: Tensor<2, Int>,
+        context: &ForwardContext<'_>,
+    ) -> EncoderOutput {
+        let inputs = self.encoder_inputs(&input_mask, context);
+        let (hidden_nd, routers) = self.encoder.forward(self.embed(input_ids), &inputs, None, context);
+        EncoderOutput { hidden_nd, rows: inputs.batch, mask: input_mask, routers }
+    }
+
+    /// Runs both stacks and the loss.
+    ///
+    /// # Shapes
+    /// See [`Seq2SeqBatch`]; `z_loss` is the coefficient of the output softmax's z term.
+    pub fn loss(&self, batch: &Seq2SeqBatch, z_loss: f64, context: &ForwardContext<'_>) -> LossOutput {
+        let mut encoder = self.encode(batch.input_ids.clone(), batch.input_mask.clone(), context);
+        let encoder_routers = std::mem::take(&mut encoder.routers);
+        let inputs = self.decoder_inputs(batch, &encoder, context);
+        let embedded_nd = self.embed(batch.decoder_input_ids.clone());
+        let (hidden_nd, decoder_routers) = self.decoder.forward(embedded_nd, &inputs, None, context);
+        let cross_entropy = self.cross_entropy(hidden_nd, batch, z_loss, context);
+        let stacks =
+            [(&encoder_routers, StackKind::Encoder), (&decoder_routers, StackKind::Decoder)];
+        let router_losses = stacks
+            .into_iter()
+            .filter_map(|(outputs, stack)| {
+                let every_layer = outputs.len() == context.model.layers(stack);
+                router_losses(outputs, context.routing, every_layer)
+            })
+            .collect();
+        LossOutput { cross_entropy, router_losses, encoder_routers, decoder_routers }
+    }
+
+    /// Cross-entropy of the batch's targets under the decoder's output `[n, d_model]`.
+    pub fn cross_entropy(
+        &self,
+        hidden_nd: Tensor<2>,
+        batch: &Seq2SeqBatch,
+        z_loss: f64,
+        context: &ForwardContext<'_>,
+    ) -> CrossEntropyOutput {
+        let (head, layout) = self.head();
+        let device = hidden_nd.device().inner();
+        let rules =
+            CrossEntropy { layout, scale: output_scale(context.model), z_coefficient: z_loss };
+        let weights = Tensor::from_data(batch.weights.as_slice(), &device);
+        cross_entropy(
+            context.tensor_parallel.copy_in(hidden_nd),
+            head,
+            batch.target_ids.clone(),
+            weights,
+            rules,
+        )
+    }
+
+    /// One decoding step: logits of the token after `ids`, which stand at `position` in every row.
+    ///
+    /// # Shapes
+    /// `ids`: `[rows]`; returns `[rows, vocab_size]`. `caches` holds one entry a decoder layer.
+    pub fn decode_step(
+        &self,
+        ids: Tensor<1, Int>,
+        position: usize,
+        encoder: &EncoderOutput,
+        caches: &mut [BlockCache],
+        context: &ForwardContext<'_>,
+    ) -> Tensor<2> {
+        let inputs = BlockInputs {
+            stack: StackKind::Decoder,
+            batch: encoder.rows,
+            row_tokens: 1,
+            position,
+            relative_bias: self.decoder.bias(StackKind::Decoder, 1, position, context.model),
+            self_mask: None,
+            token_mask: None,
+            encoder: Some(encoder.hidden_nd.clone()),
+            encoder_mask: Some(encoder.mask.clone()),
+        };
+        let (hidden_nd, _) = self.decoder.forward(self.embed(ids), &inputs, Some(caches), context);
+        self.logits(hidden_nd, context)
+    }
+
+    /// Logits of every row of `hidden_nd`. `[n, d_model] -> [n, vocab_size]`
+    pub fn logits(&self, hidden_nd: Tensor<2>, context: &ForwardContext<'_>) -> Tensor<2> {
+        let (head, layout) = self.head();
+        let hidden_nd = context.tensor_parallel.copy_in(hidden_nd * output_scale(context.model));
+        match layout {
+            HeadLayout::ModelByVocabulary => hidden_nd.matmul(head),
+            HeadLayout::VocabularyByModel => hidden_nd.matmul(head.transpose()),
+        }
+    }
+
+    fn head(&self) -> (Tensor<2>, HeadLayout) {
+        match &self.lm_head {
+            Some(head) => (head.val(), HeadLayout::ModelByVocabulary),
+            None => (self.shared.embedding.val(), HeadLayout::VocabularyByModel),
+        }
+    }
+}
+
+/// T5 v1.0 and Switch scale what enters the tied head.
+fn output_scale(config: &ModelConfig) -> f64 {
+    if config.scale_decoder_outputs { (config.d_model as f64).powf(-0.5) } else { 1.0 }
+}
+
+impl Seq2SeqBatch {
+    /// A batch from padded ids: padding is masked in the encoder and carries no loss.
+    ///
+    /// # Shapes
+    /// `input_ids`: `[rows * inputs_length]`; the other two `[rows * targets_length]`.
+    pub fn from_ids(
+        rows: usize,
+        input_ids: Vec<i32>,
+        decoder_input_ids: Vec<i32>,
+        target_ids: Vec<i32>,
+        pad_token_id: i32,
+        device: &Device,
+    ) -> Self {
+        let (inputs, targets) = (input_ids.len(), target_ids.len());
+        let mask = input_ids.iter().map(|&id| i32::from(id != pad_token_id)).collect();
+        let weights: Vec<f32> =
+            target_ids.iter().map(|&id| if id == pad_token_id { 0.0 } else { 1.0 }).collect();
+        Self {
+            rows,
+            input_ids: int_tensor(input_ids, [inputs], device),
+            input_mask: int_tensor(mask, [rows, inputs / rows], device),
+            decoder_input_ids: int_tensor(decoder_input_ids, [targets], device),
+            decoder_mask: None,
+            target_ids: int_tensor(target_ids, [targets], device),
+            weights,
+        }
+    }
+}

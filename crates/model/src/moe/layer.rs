@@ -1,0 +1,110 @@
+//! A sparse feed-forward sub-layer: norm, router, dispatch, experts, combine.
+
+use burn::module::{Module, Param};
+use burn::tensor::{FloatDType, Tensor};
+use switchyard_config::ModelConfig;
+use switchyard_config::plan::RoutingSemantics;
+use switchyard_kernels::{RouteOptions, Routing, dropout, jitter, rms_norm};
+
+use crate::context::{Capacity, ForwardContext, Site};
+use crate::init::ParameterFactory;
+use crate::moe::experts::Experts;
+use crate::moe::router::router_of;
+use crate::t5::BlockInputs;
+
+/// Parameters of a sparse layer.
+#[derive(Module, Debug)]
+pub struct MoeLayer {
+    norm: Param<Tensor<1>>,
+    router: Param<Tensor<2>>,
+    router_bias: Option<Param<Tensor<1>>>,
+    experts: Experts,
+}
+
+/// What a sparse layer says of its routing; losses are made from it, never kept aside.
+#[derive(Debug, Clone)]
+pub struct RouterOutput {
+    /// The layer within its stack.
+    pub layer: usize,
+    /// Logits before the softmax. `[n, num_experts]`
+    pub logits_ne: Tensor<2>,
+    /// Plan, gates and loss quantities.
+    pub routing: Routing,
+}
+
+impl MoeLayer {
+    pub(crate) fn new(factory: &ParameterFactory, config: &ModelConfig, prefix: &str) -> Self {
+        Self {
+            norm: factory.parameter(&format!("{prefix}.norm")),
+            router: factory.parameter(&format!("{prefix}.router")),
+            router_bias: config.router_bias.then(|| factory.parameter(&format!("{prefix}.router_bias"))),
+            experts: Experts::new(factory, config, &format!("{prefix}.experts")),
+        }
+    }
+
+    /// The sub-layer without its residual. `[n, d] -> [n, d]`
+    ///
+    /// # Source
+    /// Switch Transformer, section 2 (arXiv:2101.03961).
+    pub fn forward(
+        &self,
+        x_nd: Tensor<2>,
+        layer: usize,
+        inputs: &BlockInputs,
+        context: &ForwardContext<'_>,
+    ) -> (Tensor<2>, RouterOutput) {
+        let normed_nd = rms_norm(x_nd, self.norm.val(), context.model.layer_norm_epsilon);
+        let logits_ne = self.logits(normed_nd.clone(), layer, inputs, context);
+        let options = self.options(inputs, context);
+        let routing = router_of(context.routing.router).route(logits_ne.clone(), options);
+
+        let tokens_nd = context.tensor_parallel.copy_in(normed_nd);
+        let dispatched_lcd = context.dispatcher.dispatch(tokens_nd, &routing.plan);
+        let hidden = context.noise(inputs.stack, layer, Site::Expert, inputs.row_tokens);
+        let outputs_lcd = self.experts.forward(dispatched_lcd, &routing.plan, hidden, context);
+        let out_nd = context.dispatcher.combine(outputs_lcd, routing.gates.clone(), &routing.plan);
+        let out_nd = context.tensor_parallel.reduce_out(out_nd);
+
+        let noise = context.noise(inputs.stack, layer, Site::FeedForwardOutput, inputs.row_tokens);
+        (dropout(out_nd, context.dropout_rate, noise), RouterOutput { layer, logits_ne, routing })
+    }
+
+    /// Router logits in float32; only the router sees the jittered input. `[n, d] -> [n, e]`
+    fn logits(
+        &self,
+        normed_nd: Tensor<2>,
+        layer: usize,
+        inputs: &BlockInputs,
+        context: &ForwardContext<'_>,
+    ) -> Tensor<2> {
+        let noise = context.noise(inputs.stack, layer, Site::RouterJitter, inputs.row_tokens);
+        let router_input_nd = jitter(normed_nd.cast(FloatDType::F32), context.router_jitter_noise, noise);
+        let logits_ne = router_input_nd.matmul(self.router.val());
+        match &self.router_bias {
+            Some(bias) => logits_ne + bias.val().unsqueeze(),
+            None => logits_ne,
+        }
+    }
+
+    fn options(&self, inputs: &BlockInputs, context: &ForwardContext<'_>) -> RouteOptions {
+        let routing = context.routing;
+        let hugging_face = routing.semantics == RoutingSemantics::Hf;
+        let groups = match (hugging_face, routing.group_rows) {
+            (true, _) => inputs.batch,
+            (false, rows) if rows > 0 && inputs.batch.is_multiple_of(rows) => inputs.batch / rows,
+            (false, _) => 1,
+        };
+        let tokens = inputs.batch * inputs.row_tokens / groups;
+        let expert_capacity = match context.capacity {
+            Capacity::Training => routing.capacity(tokens, context.model.num_experts, true),
+            Capacity::Evaluation => routing.capacity(tokens, context.model.num_experts, false),
+            Capacity::Unlimited => tokens,
+        };
+        RouteOptions {
+            groups,
+            expert_capacity,
+            token_mask: if hugging_face { None } else { inputs.token_mask.clone() },
+            force_balanced: routing.force_balanced,
+        }
+    }
+}

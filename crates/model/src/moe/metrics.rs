@@ -1,0 +1,109 @@
+//! What routing did in one layer, in numbers for people.
+
+use switchyard_kernels::with_values;
+
+use crate::moe::layer::RouterOutput;
+
+/// Sums of one layer over any number of micro-batches.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerMetrics {
+    /// Tokens whose first choice is the expert, before the capacity cut. `[num_experts]`
+    pub tokens_per_expert: Vec<u64>,
+    /// Slots in use of each expert, after the cut. `[num_experts]`
+    pub kept_per_expert: Vec<u64>,
+    /// Tokens that were routed.
+    pub tokens: u64,
+    /// Routed tokens that got no slot.
+    pub dropped: u64,
+    /// Sum of the gates of used slots.
+    pub gates: f64,
+    /// Sum of router entropies, in nats.
+    pub entropy: f64,
+    /// Sum over groups of the load-balancing loss, without coefficient.
+    pub load_balancing_loss: f64,
+    /// Sum over groups of the z-loss, without coefficient.
+    pub router_z_loss: f64,
+    /// Groups.
+    pub groups: u64,
+}
+
+impl LayerMetrics {
+    /// Metrics of one forward pass.
+    pub fn new(output: &RouterOutput) -> Self {
+        let routing = &output.routing;
+        let [groups, num_experts] = routing.fraction.dims();
+        let integers = |t: burn::tensor::Tensor<1, burn::tensor::Int>| -> Vec<i64> {
+            t.into_data().iter::<i64>().collect()
+        };
+        let mut tokens_per_expert = vec![0; num_experts];
+        let mut tokens = 0;
+        for choice in integers(routing.choice.clone()) {
+            if let Ok(expert) = usize::try_from(choice) {
+                tokens_per_expert[expert] += 1;
+                tokens += 1;
+            }
+        }
+        let choice = integers(routing.choice.clone());
+        let offsets = integers(routing.plan.slot_offsets.clone());
+        let dropped = choice.iter().zip(offsets.windows(2)).filter(|(c, o)| **c >= 0 && o[0] == o[1]).count();
+        let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
+        let balance = with_values(routing.fraction.clone(), <[f32]>::to_vec);
+        let load_balancing_loss = with_values(routing.mean_probability.clone(), |p| {
+            p.iter().zip(&balance).map(|(p, f)| f64::from(p * f)).sum::<f64>() * num_experts as f64
+        });
+        Self {
+            tokens_per_expert,
+            kept_per_expert: integers(routing.plan.rows_used.clone()).iter().map(|&n| n as u64).collect(),
+            tokens,
+            dropped: dropped as u64,
+            gates: with_values(routing.gates.clone(), sum),
+            entropy: with_values(routing.entropy.clone(), sum),
+            load_balancing_loss,
+            router_z_loss: with_values(routing.z.clone(), sum),
+            groups: groups as u64,
+        }
+    }
+
+    /// Adds the sums of another micro-batch.
+    pub fn add(&mut self, other: &Self) {
+        let add = |to: &mut [u64], from: &[u64]| to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+        add(&mut self.tokens_per_expert, &other.tokens_per_expert);
+        add(&mut self.kept_per_expert, &other.kept_per_expert);
+        self.tokens += other.tokens;
+        self.dropped += other.dropped;
+        self.gates += other.gates;
+        self.entropy += other.entropy;
+        self.load_balancing_loss += other.load_balancing_loss;
+        self.router_z_loss += other.router_z_loss;
+        self.groups += other.groups;
+    }
+
+    /// Share of routed tokens without a slot.
+    pub fn fraction_tokens_dropped(&self) -> f64 {
+        self.dropped as f64 / self.tokens.max(1) as f64
+    }
+
+    /// Share of experts that at least one token chose.
+    pub fn expert_usage(&self) -> f64 {
+        let used = self.tokens_per_expert.iter().filter(|&&n| n > 0).count();
+        used as f64 / self.tokens_per_expert.len().max(1) as f64
+    }
+
+    /// Standard deviation of the expert loads over their mean.
+    pub fn load_cv(&self) -> f64 {
+        let n = self.tokens_per_expert.len() as f64;
+        let mean = self.tokens as f64 / n;
+        let variance = self.tokens_per_expert.iter().map(|&c| (c as f64 - mean).powi(2)).sum::<f64>() / n;
+        if mean > 0.0 { variance.sqrt() / mean } else { 0.0 }
+    }
+
+    /// Mean entropy of the router's probabilities, in nats.
+    pub fn router_entropy(&self) -> f64 {
+        self.entropy / self.tokens.max(1) as f64
+    }
+
+    /// Mean gate of used slots.
+    pub fn router_confidence(&self) -> f64 {
+        self.gates / self.kept_per_expert.iter().sum::<u64>().max(1) as f64
+    }
+}

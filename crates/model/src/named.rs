@@ -1,0 +1,220 @@
+//! Parameters by their logical names: reading, loading, gradients and updates in place.
+//!
+//! A module's field path *is* the logical name of the parameter table, which the constructors
+//! check by asking the table for every name.
+
+use std::collections::HashSet;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Gradients, Shape, Tensor, TensorData};
+use switchyard_kernels::{into_values, update_in_place, with_values};
+
+use crate::init::leaf;
+use crate::model::SwitchTransformer;
+
+/// A parameter that cannot be loaded.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ParameterError {
+    /// The name is not of this model.
+    #[error("the model has no parameter `{name}`")]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// The number of values does not fit.
+    #[error("parameter `{name}` has {expected} values, {found} were given")]
+    WrongSize {
+        /// The parameter.
+        name: String,
+        /// Values the model needs.
+        expected: usize,
+        /// Values that came.
+        found: usize,
+    },
+}
+
+impl SwitchTransformer {
+    /// Calls `visit` with the name, shape and values of every parameter.
+    pub fn for_each_parameter(&self, visit: impl FnMut(&str, &[usize], &[f32])) {
+        struct Reader<F>(F);
+        impl<F: FnMut(&str, &[usize], &[f32])> OnParameter for Reader<F> {
+            fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
+                let tensor = param.val();
+                let shape = tensor.dims();
+                with_values(tensor, |values| (self.0)(name, &shape, values));
+            }
+        }
+        Module::visit(self, &mut Named::new(Reader(visit)));
+    }
+
+    /// Values of one parameter.
+    ///
+    /// # Errors
+    /// [`ParameterError::Unknown`] for a name that the model does not have.
+    pub fn parameter(&self, name: &str) -> Result<Vec<f32>, ParameterError> {
+        struct Find<'a>(&'a str, Option<Vec<f32>>);
+        impl OnParameter for Find<'_> {
+            fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
+                if name == self.0 {
+                    self.1 = Some(with_values(param.val(), <[f32]>::to_vec));
+                }
+            }
+        }
+        let mut found = Named::new(Find(name, None));
+        Module::visit(self, &mut found);
+        found.on.1.ok_or_else(|| ParameterError::Unknown { name: name.to_owned() })
+    }
+
+    /// Replaces the values of parameter `name`.
+    ///
+    /// # Errors
+    /// Names the parameter when the model lacks it or its size differs.
+    pub fn set_parameter(&mut self, name: &str, values: Vec<f32>) -> Result<(), ParameterError> {
+        struct Replace<'a> {
+            name: &'a str,
+            values: Option<Vec<f32>>,
+            outcome: Result<(), ParameterError>,
+        }
+        impl MapParameter for Replace<'_> {
+            fn map<const D: usize>(&mut self, name: &str, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                if name != self.name {
+                    return param;
+                }
+                let values = self.values.take().expect("names are unique");
+                let (shape, device) = (param.lazy_shape(), param.lazy_device());
+                if shape.num_elements() != values.len() {
+                    self.outcome = Err(ParameterError::WrongSize {
+                        name: name.to_owned(),
+                        expected: shape.num_elements(),
+                        found: values.len(),
+                    });
+                    return param;
+                }
+                initialized(param, values, shape, &device)
+            }
+        }
+        let mut replace = NamedMap::new(Replace { name, values: Some(values), outcome: Ok(()) });
+        *self = Module::map(self.clone(), &mut replace);
+        match replace.on {
+            Replace { values: None, outcome, .. } => outcome,
+            Replace { .. } => Err(ParameterError::Unknown { name: name.to_owned() }),
+        }
+    }
+
+    /// Takes the gradients out of `gradients` and calls `take` with the name and values of each.
+    ///
+    /// A parameter that the loss does not depend on has none and is left out.
+    pub fn take_gradients(&self, gradients: &mut Gradients, take: impl FnMut(&str, Vec<f32>)) {
+        struct Take<'a, F>(&'a mut Gradients, F);
+        impl<F: FnMut(&str, Vec<f32>)> OnParameter for Take<'_, F> {
+            fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
+                if let Some(gradient) = param.val().grad_remove(self.0) {
+                    (self.1)(name, into_values(gradient));
+                }
+            }
+        }
+        Module::visit(self, &mut Named::new(Take(gradients, take)));
+    }
+
+    /// Lets `update` write into the values of every parameter, in place where nothing shares them.
+    #[must_use]
+    pub fn update_parameters(self, update: impl FnMut(&str, &[usize], &mut [f32])) -> Self {
+        struct Update<F>(F);
+        impl<F: FnMut(&str, &[usize], &mut [f32])> MapParameter for Update<F> {
+            fn map<const D: usize>(&mut self, name: &str, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                let (id, tensor, mapper) = param.consume();
+                let (device, shape) = (tensor.device(), tensor.dims());
+                let updated = update_in_place(tensor, |values| (self.0)(name, &shape, values));
+                Param::from_mapped_value(id, on_device(updated, &device), mapper)
+            }
+        }
+        Module::map(self, &mut NamedMap::new(Update(update)))
+    }
+
+    /// Names of all parameters.
+    pub fn parameter_names(&self) -> HashSet<String> {
+        struct Names(HashSet<String>);
+        impl OnParameter for Names {
+            fn visit<const D: usize>(&mut self, name: &str, _: &Param<Tensor<D>>) {
+                self.0.insert(name.to_owned());
+            }
+        }
+        let mut names = Named::new(Names(HashSet::new()));
+        Module::visit(self, &mut names);
+        names.on.0
+    }
+}
+
+/// A leaf on `device` that shares the buffer of `tensor`.
+fn on_device<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
+    leaf(if device.is_autodiff() { tensor.autodiff() } else { tensor })
+}
+
+fn initialized<const D: usize>(
+    param: Param<Tensor<D>>,
+    values: Vec<f32>,
+    shape: Shape,
+    device: &Device,
+) -> Param<Tensor<D>> {
+    Param::initialized(param.id, leaf(Tensor::from_data(TensorData::new(values, shape), device)))
+}
+
+trait OnParameter {
+    fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>);
+}
+
+trait MapParameter {
+    fn map<const D: usize>(&mut self, name: &str, param: Param<Tensor<D>>) -> Param<Tensor<D>>;
+}
+
+/// Joins field names into logical names.
+struct Named<V> {
+    path: Vec<String>,
+    on: V,
+}
+
+impl<V> Named<V> {
+    fn new(on: V) -> Self {
+        Self { path: Vec::new(), on }
+    }
+}
+
+impl<V: OnParameter> ModuleVisitor for Named<V> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.on.visit(&self.path.join("."), param);
+    }
+}
+
+struct NamedMap<M> {
+    path: Vec<String>,
+    on: M,
+}
+
+impl<M> NamedMap<M> {
+    fn new(on: M) -> Self {
+        Self { path: Vec::new(), on }
+    }
+}
+
+impl<M: MapParameter> ModuleMapper for NamedMap<M> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let name = self.path.join(".");
+        self.on.map(&name, param)
+    }
+}

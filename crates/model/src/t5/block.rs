@@ -1,0 +1,167 @@
+//! One block of a stack: self-attention, cross-attention in the decoder, dense or sparse feed-forward.
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor};
+use switchyard_config::{ModelConfig, StackKind};
+
+use crate::context::ForwardContext;
+use crate::init::ParameterFactory;
+use crate::moe::{MoeLayer, RouterOutput};
+use crate::t5::attention::{AttentionLayer, AttentionScope, KeyValues};
+use crate::t5::feed_forward::DenseLayer;
+
+/// Parameters of a block; it has either `feed_forward` or `moe`.
+#[derive(Module, Debug)]
+pub struct Block {
+    self_attention: AttentionLayer,
+    cross_attention: Option<AttentionLayer>,
+    feed_forward: Option<DenseLayer>,
+    moe: Option<MoeLayer>,
+}
+
+/// What every block of a stack reads and none changes.
+#[derive(Debug, Clone)]
+pub struct BlockInputs {
+    /// The stack.
+    pub stack: StackKind,
+    /// Batch rows.
+    pub batch: usize,
+    /// Tokens of a row.
+    pub row_tokens: usize,
+    /// Position of the first token, above 0 when decoding with a cache.
+    pub position: usize,
+    /// Bias of self-attention, `[num_heads, queries + keys - 1]`.
+    pub relative_bias: Tensor<2>,
+    /// 1 where a token may be seen by self-attention, `[batch, keys]`.
+    pub self_mask: Option<Tensor<2, Int>>,
+    /// 1 where a token is routed and counted, `[batch * row_tokens]`.
+    pub token_mask: Option<Tensor<1, Int>>,
+    /// Encoder output that cross-attention reads, `[batch * encoder_tokens, d]`.
+    pub encoder: Option<Tensor<2>>,
+    /// 1 where cross-attention may look, `[batch, encoder_tokens]`.
+    pub encoder_mask: Option<Tensor<2, Int>>,
+}
+
+/// Keys and values that one decoder block keeps between steps.
+#[derive(Debug, Clone, Default)]
+pub struct BlockCache {
+    /// Of the tokens decoded so far.
+    pub own: Option<KeyValues>,
+    /// Of the encoder's output, computed once.
+    pub cross: Option<KeyValues>,
+}
+
+impl Block {
+    pub(crate) fn new(factory: &ParameterFactory, config: &ModelConfig, stack: StackKind, layer: usize) -> Self {
+        let prefix = format!("{}.block.{layer}", stack.name());
+        let sparse = config.is_sparse(stack, layer);
+        Self {
+            self_attention: AttentionLayer::new(factory, &format!("{prefix}.self_attention")),
+            cross_attention: (stack == StackKind::Decoder)
+                .then(|| AttentionLayer::new(factory, &format!("{prefix}.cross_attention"))),
+            feed_forward: (!sparse).then(|| DenseLayer::new(factory, config, &format!("{prefix}.feed_forward"))),
+            moe: sparse.then(|| MoeLayer::new(factory, config, &format!("{prefix}.moe"))),
+        }
+    }
+
+    /// Hidden state in, hidden state and router output out. `[n, d] -> [n, d]`
+    pub fn forward(
+        &self,
+        layer: usize,
+        hidden_nd: Tensor<2>,
+        inputs: &BlockInputs,
+        cache: Option<&mut BlockCache>,
+        context: &ForwardContext<'_>,
+    ) -> (Tensor<2>, Option<RouterOutput>) {
+        let mut cache = cache;
+        let hidden_nd = self.attend_to_itself(layer, hidden_nd, inputs, cache.as_deref_mut(), context);
+        let hidden_nd = self.attend_to_encoder(layer, hidden_nd, inputs, cache, context);
+        match (&self.moe, &self.feed_forward) {
+            (Some(moe), _) => {
+                let (out_nd, router) = moe.forward(hidden_nd.clone(), layer, inputs, context);
+                (hidden_nd + out_nd, Some(router))
+            }
+            (None, Some(dense)) => {
+                let out_nd =
+                    dense.forward(hidden_nd.clone(), inputs.stack, layer, inputs.row_tokens, context);
+                (hidden_nd + out_nd, None)
+            }
+            (None, None) => unreachable!("a block is dense or sparse"),
+        }
+    }
+
+    fn attend_to_itself(
+        &self,
+        layer: usize,
+        hidden_nd: Tensor<2>,
+        inputs: &BlockInputs,
+        cache: Option<&mut BlockCache>,
+        context: &ForwardContext<'_>,
+    ) -> Tensor<2> {
+        let normed_nd = self.self_attention.normed(hidden_nd.clone(), context);
+        let mut memory = self.self_attention.key_values(normed_nd.clone(), inputs.batch);
+        if let Some(cache) = cache {
+            memory = match cache.own.take() {
+                Some(earlier) => earlier.followed_by(memory, inputs.batch),
+                None => memory,
+            };
+            cache.own = Some(memory.clone());
+        }
+        let scope = AttentionScope {
+            stack: inputs.stack,
+            layer,
+            batch: inputs.batch,
+            queries: inputs.row_tokens,
+            cross: false,
+            query_offset: inputs.position,
+            relative_bias: Some(&inputs.relative_bias),
+            key_mask: inputs.self_mask.as_ref(),
+        };
+        hidden_nd + self.self_attention.attend(normed_nd, &memory, scope, context)
+    }
+
+    fn attend_to_encoder(
+        &self,
+        layer: usize,
+        hidden_nd: Tensor<2>,
+        inputs: &BlockInputs,
+        cache: Option<&mut BlockCache>,
+        context: &ForwardContext<'_>,
+    ) -> Tensor<2> {
+        let (Some(attention), Some(encoder)) = (&self.cross_attention, &inputs.encoder) else {
+            return hidden_nd;
+        };
+        let project = || {
+            attention.key_values(context.tensor_parallel.copy_in(encoder.clone()), inputs.batch)
+        };
+        let memory = match cache {
+            Some(cache) => cache.cross.get_or_insert_with(project).clone(),
+            None => project(),
+        };
+        let scope = AttentionScope {
+            stack: inputs.stack,
+            layer,
+            batch: inputs.batch,
+            queries: inputs.row_tokens,
+            cross: true,
+            query_offset: inputs.position,
+            relative_bias: None,
+            key_mask: inputs.encoder_mask.as_ref(),
+        };
+        let normed_nd = attention.normed(hidden_nd.clone(), context);
+        hidden_nd + attention.attend(normed_nd, &memory, scope, context)
+    }
+}
+
+impl KeyValues {
+    /// These positions, then `later` ones, in every batch row.
+    fn followed_by(self, later: Self, batch: usize) -> Self {
+        let keys = self.keys + later.keys;
+        let join = |a: Tensor<2>, b: Tensor<2>| {
+            let [tokens, width] = a.dims();
+            let rows = |x: Tensor<2>, keys: usize| x.reshape([batch, keys, width]);
+            Tensor::cat(vec![rows(a, tokens / batch), rows(b, later.keys)], 1).reshape([batch * keys, width])
+        };
+        Self { k: join(self.k, later.k), v: join(self.v, later.v), keys }
+    }
+}
