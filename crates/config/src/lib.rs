@@ -1,8 +1,30 @@
 //! Experiment files: TOML to a validated [`RunPlan`]. No tensors, no files but TOML.
+//!
+//! [`resolve`] is the way in; [`summarize`] tells what a plan needs and [`reference()`] documents
+//! every key.
 
+mod decide;
+mod error;
+mod keys;
+mod layers;
 pub mod model;
+mod nearest;
 pub mod parameters;
 pub mod plan;
+pub mod presets;
+mod provenance;
+mod reference;
+mod resolve;
+pub mod schema;
+mod summary;
+mod validate;
 
+pub use error::{ConfigError, ErrorKind};
 pub use model::{Activation, Initialization, ModelConfig, StackKind};
 pub use plan::RunPlan;
+pub use presets::{PresetError, preset, preset_names};
+pub use provenance::{Origin, Place, Provenance, SourceFile};
+pub use reference::reference;
+pub use resolve::{Difference, Resolved, differences, resolve, resolve_str, resume_conflicts};
+pub use schema::RunConfig;
+pub use summary::{MemorySummary, StackSummary, Summary, summarize};

@@ -40,6 +40,7 @@ pub enum CapacityRounding {
     /// Down.
     Floor,
     /// Up to a multiple of eight.
+    #[serde(rename = "multiple_of_8")]
     MultipleOf8,
 }
 

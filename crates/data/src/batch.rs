@@ -47,3 +47,30 @@ impl HostBatch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_vectors::{i32_list, section};
+
+    #[test]
+    fn decoder_inputs_equal_the_vectors() {
+        let cases = section("autoregressive");
+        let unpacked = cases.as_array().expect("a list").iter().filter(|case| case["segment_ids"].is_null());
+        let mut checked = 0;
+        for case in unpacked {
+            let target_ids = i32_list(&case["targets"]);
+            let batch = HostBatch {
+                rows: 1,
+                inputs_length: 0,
+                targets_length: target_ids.len(),
+                input_ids: Vec::new(),
+                target_ids,
+                first_row: 0,
+            };
+            assert_eq!(batch.decoder_input_ids(), i32_list(&case["decoder_inputs"]));
+            checked += 1;
+        }
+        assert_eq!(checked, 1);
+    }
+}

@@ -34,7 +34,20 @@ pub(crate) fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x) + 1.0)
 }
 
-/// Combines equal lanes of `x` by `step`, then the lanes and the tail by `join`.
+/// Joins lanes in pairs, then pairs of pairs: short chains, and vector code.
+#[inline(always)]
+fn halve(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = join(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Combines equal lanes of `x` by `step`, then the lanes by `join` and the tail by `step`.
 #[inline(always)]
 fn fold(x: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [start; LANES];
@@ -45,10 +58,7 @@ fn fold(x: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn(f32
             *lane = step(*lane, value);
         }
     }
-    let mut total = start;
-    for lane in lanes {
-        total = join(total, lane);
-    }
+    let mut total = halve(lanes, join);
     for &value in tail {
         total = step(total, value);
     }
@@ -76,15 +86,20 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 /// Inner product.
 #[inline(always)]
 pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let mut lanes = [0.0; LANES];
-    let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let mut lanes = [[0.0; LANES]; 2];
+    let (xs, ys) = (x.chunks_exact(2 * LANES), y.chunks_exact(2 * LANES));
     let tail: f32 = xs.remainder().iter().zip(ys.remainder()).map(|(a, b)| a * b).sum();
     for (a, b) in xs.zip(ys) {
         for lane in 0..LANES {
-            lanes[lane] += a[lane] * b[lane];
+            lanes[0][lane] += a[lane] * b[lane];
+            lanes[1][lane] += a[lane + LANES] * b[lane + LANES];
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    let [mut even, odd] = lanes;
+    for lane in 0..LANES {
+        even[lane] += odd[lane];
+    }
+    halve(even, |a, b| a + b) + tail
 }
 
 #[cfg(test)]
@@ -106,7 +121,7 @@ mod tests {
         let x: Vec<f32> = (0..37).map(|v| v as f32).collect();
         assert_eq!(sum(&x), 666.0);
         assert_eq!(max(&x), 36.0);
-        assert_eq!(dot(&x, &x), sum_of_squares(&x));
+        assert_eq!(dot(&x, &x[..]), sum_of_squares(&x));
         assert_eq!(dot(&x, &x), 16_206.0);
     }
 }

@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use switchyard_config::{ModelConfig, StackKind};
 use switchyard_kernels::{
-    CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, int_tensor,
+    CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, int_tensor, logits,
 };
 
 use crate::context::ForwardContext;
@@ -221,14 +221,11 @@ impl SwitchTransformer {
         self.logits(hidden_nd, context)
     }
 
-    /// Logits of every row of `hidden_nd`. `[n, d_model] -> [n, vocab_size]`
+    /// Logits of every row of `hidden_nd`, without gradient. `[n, d_model] -> [n, vocab_size]`
     pub fn logits(&self, hidden_nd: Tensor<2>, context: &ForwardContext<'_>) -> Tensor<2> {
         let (head, layout) = self.head();
         let hidden_nd = context.tensor_parallel.copy_in(hidden_nd * output_scale(context.model));
-        match layout {
-            HeadLayout::ModelByVocabulary => hidden_nd.matmul(head),
-            HeadLayout::VocabularyByModel => hidden_nd.matmul(head.transpose()),
-        }
+        logits(hidden_nd, head, layout)
     }
 
     fn head(&self) -> (Tensor<2>, HeadLayout) {

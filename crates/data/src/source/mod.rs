@@ -4,19 +4,17 @@
 //! no decision about a mixture of sources.
 
 mod columnar;
-mod compression;
 mod format;
+mod gzip;
 mod json;
-mod lines;
 mod pattern;
 mod reader;
+mod stream;
+mod text;
 
-#[cfg(test)]
-mod tests;
 
 use std::path::{Path, PathBuf};
 
-pub use format::{Compression, Content, Format};
 pub use pattern::{IncompleteShards, expand, incomplete_shards};
 pub use reader::{Document, DocumentReader, MAX_RECORD_BYTES, MAX_SKIPPED, ReadCounts, ReadOptions};
 

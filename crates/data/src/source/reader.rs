@@ -1,7 +1,7 @@
 //! The iterator of documents over one file.
 //!
 //! Owns the policy for records that cannot be read and the counts. The formats themselves are
-//! read by `lines`, `json` and `columnar`.
+//! read by `json`, `text` and `columnar`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +12,7 @@ use switchyard_config::plan::{DataPlan, OnCorrupt, TextDocument};
 use super::columnar::ParquetDocuments;
 use super::format::{self, Content};
 use super::json::JsonDocuments;
-use super::lines::TextDocuments;
+use super::text::TextDocuments;
 use crate::error::{DataError, Position};
 
 /// Longest record held in memory, in bytes.
@@ -113,7 +113,7 @@ impl DocumentReader {
     /// The file cannot be opened, is empty, is of a kind that cannot be read (each named, with
     /// the mend), or is Parquet without the text column.
     pub fn open(path: &Path, options: &ReadOptions) -> Result<Self, DataError> {
-        let source = format::open(path)?;
+        let source = format::open(path, MAX_RECORD_BYTES)?;
         let file = source.file();
         let records: Records = match source {
             format::Source::Parquet(parquet) => Box::new(ParquetDocuments::new(parquet, &options.text_column)?),

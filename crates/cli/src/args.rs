@@ -1,0 +1,361 @@
+//! The command line: every command, its options and a worked example.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Pretrains, evaluates and runs Switch Transformers and T5.
+#[derive(Debug, Parser)]
+#[command(name = "switchyard", version, propagate_version = true, after_help = "\
+Examples:
+  switchyard train configs/quickstart.toml           train a small model on real text, minutes on two cores
+  switchyard generate --model runs/quickstart --prompt \"The <extra_id_0> is read from the file.\"
+  switchyard export runs/quickstart --out exported   write a checkpoint that transformers loads
+
+Exit codes: 0 done, 1 wrong input, 75 interrupted with everything saved (run again with --resume auto).")]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+/// How much is said on the terminal.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Verbosity {
+    /// Say more; twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Say errors only.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Train(TrainArguments),
+    Eval(EvalArguments),
+    Generate(GenerateArguments),
+    Export(ExportArguments),
+    Verify(VerifyArguments),
+    /// Corpora: build the sample corpus, look at batches.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Tokenizers: train and inspect.
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
+    Check(CheckArguments),
+    /// What is inside a checkpoint.
+    #[command(subcommand)]
+    Inspect(InspectCommand),
+    /// Measure this machine: training steps, dispatch, data.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// Train a model from an experiment file: evaluates, saves and resumes exactly.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  switchyard train configs/quickstart.toml
+  switchyard train configs/quickstart.toml --set optimizer.learning_rate=1e-2 --run-dir runs/lr1e-2
+  switchyard train configs/quickstart.toml --resume auto")]
+pub(crate) struct TrainArguments {
+    /// Experiment file.
+    pub config: PathBuf,
+    /// Change a key, such as model.num_experts=64; may be given many times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// `auto` continues from the newest complete checkpoint or starts; `never` refuses a used
+    /// directory; anything else is a checkpoint to continue from.
+    #[arg(long, value_name = "auto|never|DIR", default_value = "never")]
+    pub resume: String,
+    /// Directory of the run [default: runs/NAME].
+    #[arg(long)]
+    pub run_dir: Option<PathBuf>,
+    /// Stop after this many steps, counted from the start of the run.
+    #[arg(long)]
+    pub max_steps: Option<u64>,
+}
+
+/// Loss, negative log perplexity, accuracy and router metrics of a model on text.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  switchyard eval --model runs/quickstart --data sample:validation
+  switchyard eval --model exported --data 'c4/en/c4-validation.*.json.gz' --batches 50 --json")]
+pub(crate) struct EvalArguments {
+    /// Run, checkpoint or Hugging Face directory.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// File, directory or glob of text; `sample:validation` for the held-out sample corpus.
+    #[arg(long)]
+    pub data: String,
+    /// Batches of `--rows` rows.
+    #[arg(long, default_value_t = 20)]
+    pub batches: usize,
+    /// Rows of a batch.
+    #[arg(long, default_value_t = 32)]
+    pub rows: usize,
+    /// Encoder length.
+    #[arg(long, default_value_t = 512)]
+    pub inputs_length: usize,
+    /// Print a JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Fill the sentinels of a text.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  switchyard generate --model runs/quickstart --prompt \"This function <extra_id_0> the length of the slice.\"
+  switchyard generate --model exported --input prompts.txt --max-new-tokens 64 --json")]
+pub(crate) struct GenerateArguments {
+    /// Run, checkpoint or Hugging Face directory.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Text with <extra_id_0>, <extra_id_1>, … where words are missing.
+    #[arg(long, required_unless_present = "input", conflicts_with = "input")]
+    pub prompt: Option<String>,
+    /// File with one text a line; all are decoded as one batch.
+    #[arg(long)]
+    pub input: Option<PathBuf>,
+    /// Most tokens to write.
+    #[arg(long, default_value_t = 64)]
+    pub max_new_tokens: usize,
+    /// Print a JSON object for each text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Write a Hugging Face directory that transformers loads.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  switchyard export runs/quickstart --out exported
+  switchyard export runs/base/checkpoints/step-100000 --out exported --dtype bf16 --max-shard-size 4GB")]
+pub(crate) struct ExportArguments {
+    /// Run, checkpoint or Hugging Face directory.
+    pub model: PathBuf,
+    /// Directory to write; must not exist.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Number format of all tensors.
+    #[arg(long, value_enum, default_value_t = ExportDtype::Fp32)]
+    pub dtype: ExportDtype,
+    /// Split the tensors into files of at most this size, such as 500MB or 5GB.
+    #[arg(long)]
+    pub max_shard_size: Option<String>,
+    /// Tokens of a row from which Hugging Face's fixed `expert_capacity` is computed
+    /// [default: the inputs length that the model was trained with].
+    #[arg(long)]
+    pub inputs_length: Option<usize>,
+}
+
+/// Number formats of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportDtype {
+    /// 32 bits.
+    Fp32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    Fp16,
+}
+
+/// Compare a model's numbers with those that another implementation recorded.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Prints the largest difference for every expected array of the fixture; exit code 1 past the tolerance.
+
+Example:
+  switchyard verify --model tests/fixtures/parity/mt5_like --fixture tests/fixtures/parity/mt5_like/expected.safetensors")]
+pub(crate) struct VerifyArguments {
+    /// Run, checkpoint or Hugging Face directory.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// File of inputs and expected arrays.
+    #[arg(long)]
+    pub fixture: PathBuf,
+    /// Largest allowed difference of hidden states and logits.
+    #[arg(long, default_value_t = 2e-4)]
+    pub tolerance: f64,
+    /// Largest allowed difference of losses.
+    #[arg(long, default_value_t = 5e-5)]
+    pub loss_tolerance: f64,
+    /// Print a JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Build the sample corpus: documentation text of the packages this program was built from.
+    #[command(after_help = "Example:\n  switchyard data build --out corpus")]
+    Build {
+        /// Directory to write.
+        #[arg(long, default_value = ".switchyard/sample-corpus")]
+        out: PathBuf,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print rows of the batch of one step as JSON: ids and text of inputs and targets.
+    #[command(after_help = "Example:\n  switchyard data preview configs/quickstart.toml --step 100 --rows 2")]
+    Preview {
+        /// Experiment file.
+        config: PathBuf,
+        /// Change a key.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+        /// Step, counted from 0.
+        #[arg(long, default_value_t = 0)]
+        step: u64,
+        /// Rows to print.
+        #[arg(long, default_value_t = 4)]
+        rows: usize,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenizerCommand {
+    /// Train a Unigram tokenizer with sentinels on text.
+    #[command(after_help = "Example:\n  switchyard tokenizer train --data sample --vocab-size 8192 --out tokenizer")]
+    Train {
+        /// File, directory or glob of text; `sample` for the sample corpus.
+        #[arg(long)]
+        data: String,
+        /// Pieces, <pad>, </s> and <unk> included; 100 sentinels come on top.
+        #[arg(long, default_value_t = 32_000)]
+        vocab_size: usize,
+        /// Directory to write tokenizer.json and its companions to.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Show what a tokenizer holds and how it cuts a text.
+    #[command(after_help = "Example:\n  switchyard tokenizer inspect tokenizer/tokenizer.json --text \"Hello world\"")]
+    Inspect {
+        /// tokenizer.json.
+        tokenizer: PathBuf,
+        /// Text to cut into tokens.
+        #[arg(long)]
+        text: Option<String>,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Check an experiment file and print what it means, without starting it.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  switchyard check configs/switch-base-8-c4.toml --set data.micro_batch_rows=32")]
+pub(crate) struct CheckArguments {
+    /// Experiment file.
+    pub config: PathBuf,
+    /// Change a key.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Print a JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum InspectCommand {
+    /// Tensors, shards and sizes of a checkpoint.
+    #[command(after_help = "Example:\n  switchyard inspect checkpoint runs/quickstart")]
+    Checkpoint {
+        /// Run or checkpoint directory.
+        path: PathBuf,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Whole training steps on synthetic tokens.
+    #[command(after_help = "Example:\n  switchyard bench step --preset tiny --experts 8 --optimizer adamw --json")]
+    Step(BenchStepArguments),
+    /// Plan, dispatch and combine of one sparse layer, by number of experts.
+    #[command(after_help = "Example:\n  switchyard bench dispatch --tokens 2048 --experts 8,128")]
+    Dispatch {
+        /// Tokens of the layer.
+        #[arg(long, default_value_t = 2048)]
+        tokens: usize,
+        /// Width of a token.
+        #[arg(long, default_value_t = 256)]
+        d_model: usize,
+        /// Numbers of experts.
+        #[arg(long, value_delimiter = ',', default_value = "8,32,128")]
+        experts: Vec<usize>,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Corrupted samples from cached tokens, on one core.
+    #[command(after_help = "Example:\n  switchyard bench data configs/quickstart.toml")]
+    Data {
+        /// Experiment file.
+        config: PathBuf,
+        /// Change a key.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Greedy decoding with cached keys and values.
+    #[command(after_help = "Example:\n  switchyard bench generate --preset tiny --batch 8")]
+    Generate {
+        /// Model preset.
+        #[arg(long, default_value = "tiny")]
+        preset: String,
+        /// Rows decoded at once.
+        #[arg(long, default_value_t = 1)]
+        batch: usize,
+        /// Tokens of each input.
+        #[arg(long, default_value_t = 128)]
+        inputs_length: usize,
+        /// Tokens to write.
+        #[arg(long, default_value_t = 64)]
+        new_tokens: usize,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Sizes of a benchmark step.
+#[derive(Debug, Args)]
+pub(crate) struct BenchStepArguments {
+    /// Model preset.
+    #[arg(long, default_value = "tiny")]
+    pub preset: String,
+    /// Experts of each sparse layer; 0 for a dense model.
+    #[arg(long, default_value_t = 8)]
+    pub experts: usize,
+    /// Optimizer.
+    #[arg(long, default_value = "adamw", value_parser = ["adamw", "adafactor"])]
+    pub optimizer: String,
+    /// Number formats.
+    #[arg(long, default_value = "fp32", value_parser = ["fp32"])]
+    pub precision: String,
+    /// Rows of a batch.
+    #[arg(long, default_value_t = 16)]
+    pub rows: usize,
+    /// Encoder length.
+    #[arg(long, default_value_t = 128)]
+    pub inputs_length: usize,
+    /// Decoder length.
+    #[arg(long, default_value_t = 32)]
+    pub targets_length: usize,
+    /// Steps that are measured, after three that are not.
+    #[arg(long, default_value_t = 20)]
+    pub steps: u64,
+    /// Print a JSON object.
+    #[arg(long)]
+    pub json: bool,
+}

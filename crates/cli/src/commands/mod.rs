@@ -1,0 +1,37 @@
+//! One file a command.
+
+mod bench;
+mod check;
+mod data;
+mod eval;
+mod export;
+mod generate;
+mod inspect;
+mod model_directory;
+mod output;
+mod tokenizer;
+mod train;
+mod verify;
+
+use crate::Outcome;
+use crate::args::{Command, Verbosity};
+use crate::logging;
+
+/// Runs one command.
+pub(crate) fn run(command: Command, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+    if !matches!(command, Command::Train(_)) {
+        logging::start(verbosity, None)?;
+    }
+    match &command {
+        Command::Train(arguments) => train::run(arguments, verbosity),
+        Command::Eval(arguments) => eval::run(arguments),
+        Command::Generate(arguments) => generate::run(arguments),
+        Command::Export(arguments) => export::run(arguments),
+        Command::Verify(arguments) => verify::run(arguments),
+        Command::Data(command) => data::run(command, verbosity),
+        Command::Tokenizer(command) => tokenizer::run(command),
+        Command::Check(arguments) => check::run(arguments),
+        Command::Inspect(command) => inspect::run(command),
+        Command::Bench(command) => bench::run(command),
+    }
+}

@@ -1,0 +1,53 @@
+//! One error on the terminal: what is wrong, where, and the mend.
+
+use std::io::{IsTerminal, Write};
+
+use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
+use switchyard_config::ConfigError;
+
+/// Prints `error` and its causes to standard error.
+pub(crate) fn print(error: &anyhow::Error) {
+    let text = match error.downcast_ref::<ConfigError>() {
+        Some(error) => config_error(error),
+        None => chain(error),
+    };
+    // Nothing is left to do when the terminal is gone.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+fn renderer() -> Renderer {
+    if std::io::stderr().is_terminal() { Renderer::styled() } else { Renderer::plain() }
+}
+
+fn config_error(error: &ConfigError) -> String {
+    let title = error.kind().to_string();
+    let mut group = Group::with_title(Level::ERROR.primary_title(title.as_str()));
+    let path = error.place().map(|place| place.file.path.display().to_string()).unwrap_or_default();
+    if let Some(place) = error.place() {
+        let snippet = Snippet::source(place.file.text.as_str())
+            .path(path.as_str())
+            .annotation(AnnotationKind::Primary.span(place.span.clone()));
+        group = group.element(snippet);
+    }
+    for note in error.notes() {
+        group = group.element(Level::NOTE.message(note.as_str()));
+    }
+    if let Some(mend) = error.mend() {
+        group = group.element(Level::HELP.message(mend));
+    }
+    renderer().render(&[group])
+}
+
+/// The error and, below it, each cause that it does not already quote.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = format!("error: {error}");
+    let mut last = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        if !last.contains(&cause) {
+            text.push_str(&format!("\n  = note: {cause}"));
+        }
+        last = cause;
+    }
+    text
+}

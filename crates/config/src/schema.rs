@@ -1,0 +1,307 @@
+//! What a user may write: every table and key of an experiment file, with its meaning and default.
+//!
+//! Owns the list of keys. Does not own how files are layered (`layers.rs`), what a preset holds
+//! (`presets.rs`), the defaults that depend on other keys (`decide.rs`) or which values fit
+//! together (`validate.rs`). `docs/config.md` is generated from here (`reference.rs`).
+
+use std::path::PathBuf;
+
+use crate::keys::DefaultValue::{Derived, Required, Value};
+use crate::keys::{KeyType, Table, choice_keys, list, table};
+use crate::model::{Activation, Initialization};
+use crate::plan::{
+    CapacityRounding, Objective, OnCheckpointError, OnCorrupt, OptimizerKind, PrecisionMode, RouterKind,
+    RoutingSemantics, ScheduleKind, TextDocument,
+};
+
+choice_keys!(
+    Activation,
+    CapacityRounding,
+    Initialization,
+    Objective,
+    OnCheckpointError,
+    OnCorrupt,
+    OptimizerKind,
+    PrecisionMode,
+    RouterKind,
+    RoutingSemantics,
+    ScheduleKind,
+    TextDocument,
+);
+
+table! {
+    /// An experiment file. These keys stand before its first table.
+    pub struct RunConfig in "" {
+        /// Files whose keys hold unless this file sets them; later ones win over earlier ones. Paths are
+        /// relative to the file that names them.
+        extends: Vec<String> = Value("[]"),
+        /// Name of the run and of its directory under `runs/`.
+        name: String = Required,
+        /// Seed of everything random: fresh weights, batches, dropout and router jitter.
+        seed: u64 = Value("1"),
+    }
+    tables {
+        model: ModelTable,
+        routing: RoutingTable,
+        precision: PrecisionTable,
+        optimizer: OptimizerTable,
+        schedule: ScheduleTable,
+        data: DataTable,
+        trainer: TrainerTable,
+        checkpoint: CheckpointTable,
+        eval: EvalTable,
+        debug: DebugTable,
+    }
+}
+
+table! {
+    /// The architecture. A preset decides every size; keys written beside it, in any layer, win over it.
+    /// Without one, the defaults hold, and `d_model`, `d_ff`, `d_kv`, `num_heads` and `num_layers` must be written.
+    pub struct ModelTable in "model" {
+        /// A model by name; the names are listed below.
+        preset: String = Derived("none"),
+        /// Rows of the embedding. At least the tokenizer's size, sentinels included.
+        vocab_size: usize = Value("32128"),
+        /// Width of the residual stream.
+        d_model: usize = Derived("the preset's"),
+        /// Width inside a feed-forward layer or an expert.
+        d_ff: usize = Derived("the preset's"),
+        /// Width of one attention head.
+        d_kv: usize = Derived("the preset's"),
+        /// Attention heads. `num_heads * d_kv` need not equal `d_model`.
+        num_heads: usize = Derived("the preset's"),
+        /// Encoder layers.
+        num_layers: usize = Derived("the preset's"),
+        /// Decoder layers.
+        num_decoder_layers: usize = Derived("the preset's, else `num_layers`"),
+        /// Buckets of the relative position bias.
+        relative_attention_num_buckets: usize = Value("32"),
+        /// Distance in tokens from which all positions share the last bucket.
+        relative_attention_max_distance: usize = Value("128"),
+        /// Pointwise function of the feed-forward layers.
+        activation: Activation = Value("\"relu\""),
+        /// Feed-forward layers compute `activation(x wi_0) * (x wi_1)` before `wo`.
+        gated: bool = Value("false"),
+        /// The output head shares the embedding.
+        tie_word_embeddings: bool = Value("true"),
+        /// The head multiplies its input by `d_model^-0.5`.
+        scale_decoder_outputs: bool = Derived("the preset's, else `tie_word_embeddings`"),
+        /// Added to the mean square in every norm.
+        layer_norm_epsilon: f64 = Value("1e-6"),
+        /// Experts of each sparse layer; 0 makes the model dense.
+        num_experts: usize = Value("0"),
+        /// Sets `encoder_expert_layer_every` and `decoder_expert_layer_every` together.
+        expert_layer_every: usize = Derived("none"),
+        /// Encoder layer `i`, counted from 0, has experts when this is 1 or `i % every == 1`; 0 for none.
+        encoder_expert_layer_every: usize = Value("0"),
+        /// The same for the decoder.
+        decoder_expert_layer_every: usize = Value("0"),
+        /// The router has a bias vector.
+        router_bias: bool = Value("false"),
+        /// How fresh weights are drawn: `paper` is a truncated normal of variance `init_scale / fan_in`,
+        /// `hf` the rule of Hugging Face transformers.
+        init: Initialization = Value("\"paper\""),
+        /// Scale of the initial variance (`paper`), or `initializer_factor` (`hf`).
+        init_scale: f64 = Derived("0.1 with experts and `init = \"paper\"`, else 1.0"),
+        /// Padding id, also the id that starts the decoder.
+        pad_token_id: u32 = Value("0"),
+        /// End of sequence id.
+        eos_token_id: u32 = Value("1"),
+    }
+}
+
+table! {
+    /// How tokens find experts. Without experts these keys have no effect.
+    pub struct RoutingTable in "routing" {
+        /// `top1` sends each token to its best expert (Switch), `top2` to its two best (GShard), and in
+        /// `expert_choice` each expert takes its best tokens. Expert choice is not causal: whether a
+        /// decoder token is taken depends on later tokens of its group.
+        router: RouterKind = Value("\"top1\""),
+        /// `paper`: groups of `group_rows` rows, capacity from the factors, padding takes no slot. `hf`: one
+        /// group a row, fixed `expert_capacity`, padding takes slots, as in Hugging Face transformers.
+        semantics: RoutingSemantics = Value("\"paper\""),
+        /// Slots of all experts together, relative to the tokens of a group, in training.
+        capacity_factor: f64 = Value("1.25"),
+        /// The same in evaluation.
+        eval_capacity_factor: f64 = Value("2.0"),
+        /// Least slots of an expert.
+        min_expert_capacity: usize = Value("4"),
+        /// How a fractional capacity becomes a whole number.
+        capacity_rounding: CapacityRounding = Value("\"ceil\""),
+        /// Slots of an expert in each row; with `semantics = "hf"` only.
+        expert_capacity: usize = Derived("64 with `semantics = \"hf\"`, else 0"),
+        /// In training the router sees its input times a uniform number in `1 ± this`; 0 for none.
+        router_jitter_noise: f64 = Value("0.01"),
+        /// Weight of the load-balancing loss of each sparse layer.
+        load_balancing_loss_coef: f64 = Value("0.01"),
+        /// Weight of the router z-loss of each sparse layer (ST-MoE uses 0.001).
+        router_z_loss_coef: f64 = Value("0.0"),
+        /// Batch rows of a routing group; 0 for the whole micro-batch.
+        group_rows: usize = Value("0"),
+    }
+}
+
+table! {
+    /// Number formats.
+    pub struct PrecisionTable in "precision" {
+        /// Format of weights, activations and gradients.
+        mode: PrecisionMode = Value("\"fp32\""),
+    }
+}
+
+table! {
+    /// The optimizer and its constants.
+    pub struct OptimizerTable in "optimizer" {
+        /// Adafactor as T5 uses it (no momentum, factored second moment), or AdamW.
+        kind: OptimizerKind = Value("\"adafactor\""),
+        /// Learning rate; the schedule multiplies it.
+        learning_rate: f64 = Derived("with `inverse_sqrt` 1.0 (adafactor) or 0.1 (adamw), else 0.01 or 0.001"),
+        /// Largest global norm of the gradient; 0 for no clipping.
+        clip_norm: f64 = Value("1.0"),
+        /// Multiply each update by the root mean square of the matrix that it changes, at least `eps2`.
+        parameter_scale: bool = Derived("`true` for adafactor, `false` for adamw"),
+        /// AdamW: decay of the first moment.
+        beta1: f64 = Value("0.9"),
+        /// AdamW: decay of the second moment.
+        beta2: f64 = Value("0.999"),
+        /// Adafactor: added to squared gradients. AdamW: added to the root of the second moment.
+        eps: f64 = Derived("1e-30 for adafactor, 1e-8 for adamw"),
+        /// Least parameter scale.
+        eps2: f64 = Value("1e-3"),
+        /// Decoupled weight decay, times the learning rate.
+        weight_decay: f64 = Value("0.0"),
+        /// Adafactor: the second moment decays by `1 - step^-decay_exponent`.
+        decay_exponent: f64 = Value("0.8"),
+        /// Adafactor: largest root mean square of an update, before the learning rate.
+        update_clip: f64 = Value("1.0"),
+    }
+}
+
+table! {
+    /// Learning rate over time, and the length of the run.
+    pub struct ScheduleTable in "schedule" {
+        /// `inverse_sqrt` multiplies the learning rate by `1 / sqrt(max(step, warmup_steps))`; the others warm
+        /// up linearly to 1, then go down to `final_fraction` on a line or half a cosine, or stay.
+        kind: ScheduleKind = Value("\"inverse_sqrt\""),
+        /// Steps of the warm-up.
+        warmup_steps: u64 = Value("10000"),
+        /// Steps of the run.
+        total_steps: u64 = Value("524288"),
+        /// Factor at the end of the run (`linear`, `cosine`).
+        final_fraction: f64 = Value("0.0"),
+    }
+}
+
+table! {
+    /// Text, and how it becomes batches. Paths are relative to the working directory.
+    pub struct DataTable in "data" {
+        /// Training text; several sources are mixed by their weights.
+        sources: Vec<SourceTable> = Value("[{ path = \"sample\" }]"),
+        /// Held-out text for evaluation; none by default, but for the path `sample` its held-out crates.
+        eval_sources: Vec<SourceTable> = Derived("`[{ path = \"sample:validation\" }]` for `sample`, else `[]`"),
+        /// A `tokenizer.json`. When it is missing and `train_tokenizer_vocab_size` is not 0, it is trained on
+        /// the sources and written there.
+        tokenizer: PathBuf = Value("\"tokenizer.json\""),
+        /// Pieces of a tokenizer trained on the sources, sentinels not counted; 0 to require `tokenizer`.
+        train_tokenizer_vocab_size: usize = Value("0"),
+        /// Column (Parquet) or key (JSON lines) that holds the text.
+        text_column: String = Value("\"text\""),
+        /// How a plain-text file splits into documents: lines, blocks between blank lines, or the whole file.
+        text_document: TextDocument = Value("\"line\""),
+        /// What the model learns.
+        objective: Objective = Value("\"span_corruption\""),
+        /// Share of the tokens that is masked.
+        noise_density: f64 = Value("0.15"),
+        /// Mean length of a masked span in tokens.
+        mean_noise_span_length: f64 = Value("3.0"),
+        /// Encoder tokens of a row, EOS included.
+        inputs_length: usize = Value("512"),
+        /// Decoder tokens of a row, EOS included.
+        targets_length: usize = Value("114"),
+        /// Rows of a global batch.
+        batch_rows: usize = Value("2048"),
+        /// Rows computed at once; divides `batch_rows`.
+        micro_batch_rows: usize = Value("64"),
+        /// What to do with a record that cannot be read: stop, or leave it out and count it.
+        on_corrupt: OnCorrupt = Value("\"fail\""),
+        /// Directory for tokenised text.
+        cache_dir: PathBuf = Value("\"cache\""),
+        /// Batches made ahead of the trainer.
+        prefetch_batches: usize = Value("4"),
+    }
+}
+
+table! {
+    /// One element of `data.sources` or `data.eval_sources`.
+    pub struct SourceTable in "data.sources" {
+        /// File, directory or glob of JSON lines, Parquet or plain text. `sample` is the corpus made of the
+        /// documentation of the crates on this machine, `sample:validation` its held-out part.
+        path: String = Required,
+        /// Name in logs; in a mixture it also keys the random streams.
+        name: String = Derived("`path`"),
+        /// Share in the mixture, relative to the other sources.
+        weight: f64 = Derived("1.0"),
+    }
+}
+
+table! {
+    /// Training constants beside the optimizer.
+    pub struct TrainerTable in "trainer" {
+        /// Dropout wherever T5 has it.
+        dropout_rate: f64 = Value("0.0"),
+        /// Dropout on the hidden activations of experts.
+        expert_dropout: f64 = Value("0.0"),
+        /// Weight of `log(Z)^2` of the output softmax; 0 for none.
+        z_loss: f64 = Value("1e-4"),
+        /// Steps between lines of `metrics.jsonl`.
+        log_every_steps: u64 = Value("10"),
+        /// Steps in a row with a non-finite gradient after which the run stops.
+        max_skipped_steps: u64 = Value("10"),
+    }
+}
+
+table! {
+    /// Checkpoints.
+    pub struct CheckpointTable in "checkpoint" {
+        /// Steps between checkpoints; 0 for one at the end only.
+        every_steps: u64 = Value("1000"),
+        /// Newest checkpoints kept; 0 for all.
+        keep_last: usize = Value("3"),
+        /// What a failed write does to the run: stop it, or log the failure and go on.
+        on_error: OnCheckpointError = Value("\"stop\""),
+    }
+}
+
+table! {
+    /// Evaluation while training.
+    pub struct EvalTable in "eval" {
+        /// Steps between evaluations; 0 for one at the end only.
+        every_steps: u64 = Value("1000"),
+        /// Batches of an evaluation, of `data.batch_rows` rows each.
+        batches: usize = Value("20"),
+    }
+}
+
+table! {
+    /// Switches for benchmarks and debugging.
+    pub struct DebugTable in "debug" {
+        /// Assign tokens to experts round robin, whatever the router says.
+        force_balanced_routing: bool = Value("false"),
+    }
+}
+
+impl KeyType for Vec<SourceTable> {
+    const ITEMS: Option<&'static Table> = Some(&SourceTable::TABLE);
+
+    fn describe() -> String {
+        "list of tables such as `[{ path = \"c4/*.json.gz\" }]`".to_owned()
+    }
+
+    fn to_toml(&self) -> String {
+        list(self.iter().map(|source| {
+            let pairs: Vec<String> =
+                source.entries().iter().map(|(key, value)| format!("{key} = {value}")).collect();
+            format!("{{ {} }}", pairs.join(", "))
+        }))
+    }
+}

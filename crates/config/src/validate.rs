@@ -1,0 +1,454 @@
+//! Which values are possible and which fit each other: one function a rule.
+//!
+//! Every rule looks at the plan alone and names the keys that it weighed; where they came from is
+//! added here once. Rules that need the tokenizer or the text are the data crate's.
+
+use std::collections::BTreeMap;
+
+use crate::error::{ConfigError, ErrorKind};
+use crate::model::StackKind;
+use crate::plan::{RouterKind, RoutingSemantics, RunPlan, ScheduleKind, SourcePlan};
+use crate::provenance::{Origin, Provenance};
+use crate::schema::RunConfig;
+
+/// A broken rule: what is wrong, the keys concerned (the first is the one to look at), the mend.
+struct Conflict {
+    message: String,
+    keys: Vec<&'static str>,
+    help: String,
+}
+
+type Rule = fn(&RunPlan) -> Result<(), Conflict>;
+
+/// In an order in which each rule may rely on those before it.
+const RULES: &[Rule] = &[
+    name_is_a_directory_name,
+    counts_are_positive,
+    numbers_are_in_range,
+    model_is_countable,
+    relative_buckets_cover_the_distance,
+    token_ids_are_in_the_vocabulary,
+    experts_and_sparse_layers_go_together,
+    micro_batches_divide_the_batch,
+    groups_divide_the_micro_batch,
+    hf_semantics_are_consistent,
+    fixed_capacity_needs_hf_semantics,
+    warmup_fits_the_run,
+    tokenizer_fits_the_vocabulary,
+    sources_are_distinct,
+    evaluation_text_is_held_out,
+];
+
+/// Checks every rule; the first that is broken is reported with the origins of its keys.
+pub(crate) fn validate(plan: &RunPlan, provenance: &Provenance) -> Result<(), ConfigError> {
+    RULES.iter().try_for_each(|rule| rule(plan).map_err(|conflict| located(conflict, plan, provenance)))
+}
+
+fn located(conflict: Conflict, plan: &RunPlan, provenance: &Provenance) -> ConfigError {
+    let values: BTreeMap<String, String> = RunConfig::of(plan).entries().into_iter().collect();
+    let in_file = |key: &&str| matches!(provenance.origin(key), Origin::File(_));
+    let placed = conflict.keys.iter().copied().find(in_file);
+    let mut error = ConfigError::new(ErrorKind::Conflict { message: conflict.message }).help(conflict.help);
+    if let Some(key) = placed {
+        error = error.at(provenance.origin(key));
+    }
+    for key in conflict.keys.into_iter().filter(|key| Some(*key) != placed) {
+        let value = values.get(key).map_or("", String::as_str);
+        error = error.note(match provenance.origin(key) {
+            Origin::Default => format!("{key} = {value} is the default"),
+            origin => format!("{key} = {value} came from {origin}"),
+        });
+    }
+    error
+}
+
+fn name_is_a_directory_name(plan: &RunPlan) -> Result<(), Conflict> {
+    let name = plan.name.as_str();
+    let unfit = name.is_empty()
+        || name.starts_with('.')
+        || name.contains(|c: char| c == '/' || c == '\\' || c.is_control());
+    if !unfit {
+        return Ok(());
+    }
+    Err(Conflict {
+        message: format!("name = {name:?} cannot be the name of a directory"),
+        keys: vec!["name"],
+        help: "use letters, digits, `-` and `_`".to_owned(),
+    })
+}
+
+fn counts_are_positive(plan: &RunPlan) -> Result<(), Conflict> {
+    let (model, data) = (&plan.model, &plan.data);
+    let counts = [
+        ("model.vocab_size", model.vocab_size as u64),
+        ("model.d_model", model.d_model as u64),
+        ("model.d_ff", model.d_ff as u64),
+        ("model.d_kv", model.d_kv as u64),
+        ("model.num_heads", model.num_heads as u64),
+        ("model.num_layers", model.num_layers as u64),
+        ("model.num_decoder_layers", model.num_decoder_layers as u64),
+        ("routing.min_expert_capacity", plan.routing.min_expert_capacity as u64),
+        ("schedule.total_steps", plan.schedule.total_steps),
+        ("data.inputs_length", data.inputs_length as u64),
+        ("data.targets_length", data.targets_length as u64),
+        ("data.batch_rows", data.batch_rows as u64),
+        ("data.micro_batch_rows", data.micro_batch_rows as u64),
+        ("trainer.log_every_steps", plan.trainer.log_every_steps),
+        ("trainer.max_skipped_steps", plan.trainer.max_skipped_steps),
+        ("eval.batches", plan.eval.batches as u64),
+    ];
+    match counts.into_iter().find(|(_, count)| *count == 0) {
+        None => Ok(()),
+        Some((key, _)) => Err(Conflict {
+            message: format!("{key} = 0 must be at least 1"),
+            keys: vec![key],
+            help: format!("set {key} to 1 or more"),
+        }),
+    }
+}
+
+/// Numbers that a key may hold; NaN is in none of them.
+#[derive(Clone, Copy)]
+enum Range {
+    /// Finite and above 0.
+    Positive,
+    /// Finite and at least 0.
+    NotNegative,
+    /// At least 0 and below 1.
+    Rate,
+    /// Above 0 and below 1.
+    Share,
+    /// From 0 to 1.
+    Fraction,
+    /// Finite and at least 1.
+    AtLeastOne,
+}
+
+impl Range {
+    fn contains(self, number: f64) -> bool {
+        number.is_finite()
+            && match self {
+                Self::Positive => number > 0.0,
+                Self::NotNegative => number >= 0.0,
+                Self::Rate => (0.0..1.0).contains(&number),
+                Self::Share => number > 0.0 && number < 1.0,
+                Self::Fraction => (0.0..=1.0).contains(&number),
+                Self::AtLeastOne => number >= 1.0,
+            }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Positive => "finite and greater than 0",
+            Self::NotNegative => "finite and not negative",
+            Self::Rate => "at least 0 and below 1",
+            Self::Share => "greater than 0 and below 1",
+            Self::Fraction => "between 0 and 1",
+            Self::AtLeastOne => "finite and at least 1",
+        }
+    }
+}
+
+fn numbers_are_in_range(plan: &RunPlan) -> Result<(), Conflict> {
+    use Range::{AtLeastOne, Fraction, NotNegative, Positive, Rate, Share};
+    let (routing, optimizer, trainer) = (&plan.routing, &plan.optimizer, &plan.trainer);
+    let numbers = [
+        ("model.layer_norm_epsilon", plan.model.layer_norm_epsilon, Positive),
+        ("model.init_scale", plan.model.init_scale, Positive),
+        ("routing.capacity_factor", routing.capacity_factor, Positive),
+        ("routing.eval_capacity_factor", routing.eval_capacity_factor, Positive),
+        ("routing.router_jitter_noise", routing.router_jitter_noise, Rate),
+        ("routing.load_balancing_loss_coef", routing.load_balancing_loss_coef, NotNegative),
+        ("routing.router_z_loss_coef", routing.router_z_loss_coef, NotNegative),
+        ("optimizer.learning_rate", optimizer.learning_rate, Positive),
+        ("optimizer.clip_norm", optimizer.clip_norm, NotNegative),
+        ("optimizer.beta1", optimizer.beta1, Rate),
+        ("optimizer.beta2", optimizer.beta2, Rate),
+        ("optimizer.eps", optimizer.eps, Positive),
+        ("optimizer.eps2", optimizer.eps2, Positive),
+        ("optimizer.weight_decay", optimizer.weight_decay, NotNegative),
+        ("optimizer.decay_exponent", optimizer.decay_exponent, Positive),
+        ("optimizer.update_clip", optimizer.update_clip, Positive),
+        ("schedule.final_fraction", plan.schedule.final_fraction, Fraction),
+        ("data.noise_density", plan.data.noise_density, Share),
+        ("data.mean_noise_span_length", plan.data.mean_noise_span_length, AtLeastOne),
+        ("trainer.dropout_rate", trainer.dropout_rate, Rate),
+        ("trainer.expert_dropout", trainer.expert_dropout, Rate),
+        ("trainer.z_loss", trainer.z_loss, NotNegative),
+    ];
+    match numbers.into_iter().find(|(_, number, range)| !range.contains(*number)) {
+        None => Ok(()),
+        Some((key, number, range)) => Err(Conflict {
+            message: format!("{key} = {number} must be {}", range.words()),
+            keys: vec![key],
+            help: format!("set {key} to a number that is {}", range.words()),
+        }),
+    }
+}
+
+/// Refuses sizes whose products no machine can count, before anything multiplies them.
+fn model_is_countable(plan: &RunPlan) -> Result<(), Conflict> {
+    const MOST: f64 = (1_u64 << 53) as f64;
+    const MOST_LAYERS: usize = 1 << 16;
+    let (model, data) = (&plan.model, &plan.data);
+    if let Some((key, layers)) =
+        [("model.num_layers", model.num_layers), ("model.num_decoder_layers", model.num_decoder_layers)]
+            .into_iter()
+            .find(|(_, layers)| *layers > MOST_LAYERS)
+    {
+        return Err(Conflict {
+            message: format!("{key} = {layers} is more than {MOST_LAYERS}"),
+            keys: vec![key],
+            help: format!("set {key} to {MOST_LAYERS} or less"),
+        });
+    }
+    let (d, f) = (model.d_model as f64, model.d_ff as f64);
+    let attention = 8.0 * d * model.num_heads as f64 * model.d_kv as f64;
+    let experts = (3.0 * f + 1.0) * d * model.num_experts.max(1) as f64;
+    let layers = (model.num_layers + model.num_decoder_layers) as f64;
+    let parameters = layers * (attention + experts) + 2.0 * d * model.vocab_size as f64;
+    if parameters > MOST {
+        return Err(Conflict {
+            message: format!("the model would have about {parameters:.1e} parameters"),
+            keys: vec![
+                "model.d_model",
+                "model.d_ff",
+                "model.num_heads",
+                "model.d_kv",
+                "model.num_experts",
+                "model.vocab_size",
+            ],
+            help: "check the sizes for a slipped digit".to_owned(),
+        });
+    }
+    let tokens = data.batch_rows as f64 * (data.inputs_length as f64 + data.targets_length as f64);
+    if tokens > MOST {
+        return Err(Conflict {
+            message: format!("a batch would have about {tokens:.1e} tokens"),
+            keys: vec!["data.batch_rows", "data.inputs_length", "data.targets_length"],
+            help: "check the sizes for a slipped digit".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn relative_buckets_cover_the_distance(plan: &RunPlan) -> Result<(), Conflict> {
+    let buckets = plan.model.relative_attention_num_buckets;
+    let distance = plan.model.relative_attention_max_distance;
+    let keys = vec!["model.relative_attention_num_buckets", "model.relative_attention_max_distance"];
+    if buckets < 4 || !buckets.is_multiple_of(2) {
+        return Err(Conflict {
+            message: format!("model.relative_attention_num_buckets = {buckets} must be even and at least 4"),
+            keys,
+            help: "half of the buckets look back, half ahead; T5 uses 32".to_owned(),
+        });
+    }
+    if distance <= buckets / 2 {
+        return Err(Conflict {
+            message: format!(
+                "model.relative_attention_max_distance = {distance} must be more than half of \
+                 model.relative_attention_num_buckets = {buckets}"
+            ),
+            keys,
+            help: "the first half of the buckets holds one distance each; T5 uses 32 buckets up to 128"
+                .to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn token_ids_are_in_the_vocabulary(plan: &RunPlan) -> Result<(), Conflict> {
+    let model = &plan.model;
+    for (key, id) in [("model.pad_token_id", model.pad_token_id), ("model.eos_token_id", model.eos_token_id)]
+    {
+        if u64::from(id) >= model.vocab_size as u64 {
+            return Err(Conflict {
+                message: format!("{key} = {id} is not below model.vocab_size = {}", model.vocab_size),
+                keys: vec![key, "model.vocab_size"],
+                help: "use the id that the tokenizer has; T5 pads with 0 and ends with 1".to_owned(),
+            });
+        }
+    }
+    if model.pad_token_id == model.eos_token_id {
+        return Err(Conflict {
+            message: format!("model.pad_token_id and model.eos_token_id are both {}", model.pad_token_id),
+            keys: vec!["model.pad_token_id", "model.eos_token_id"],
+            help: "give them two ids; T5 pads with 0 and ends with 1".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn experts_and_sparse_layers_go_together(plan: &RunPlan) -> Result<(), Conflict> {
+    let model = &plan.model;
+    let keys =
+        vec!["model.num_experts", "model.encoder_expert_layer_every", "model.decoder_expert_layer_every"];
+    let sparse =
+        [StackKind::Encoder, StackKind::Decoder].iter().any(|&stack| !model.sparse_layers(stack).is_empty());
+    match model.num_experts {
+        0 => Ok(()),
+        1 => Err(Conflict {
+            message: "model.num_experts = 1 leaves the router nothing to choose".to_owned(),
+            keys,
+            help: "use 2 or more, or 0 for a dense model".to_owned(),
+        }),
+        _ if sparse => Ok(()),
+        experts => Err(Conflict {
+            message: format!("model.num_experts = {experts}, but no layer has experts"),
+            keys,
+            help: "set model.expert_layer_every = 2 for every second layer (which needs two layers in a stack), \
+                   or model.num_experts = 0"
+                .to_owned(),
+        }),
+    }
+}
+
+fn micro_batches_divide_the_batch(plan: &RunPlan) -> Result<(), Conflict> {
+    let (whole, part) = (plan.data.batch_rows, plan.data.micro_batch_rows);
+    if whole.is_multiple_of(part) {
+        return Ok(());
+    }
+    Err(Conflict {
+        message: format!("data.batch_rows = {whole} is not a multiple of data.micro_batch_rows = {part}"),
+        keys: vec!["data.micro_batch_rows", "data.batch_rows"],
+        help: format!("data.micro_batch_rows = {} fits", nearest_divisor(whole, part)),
+    })
+}
+
+fn groups_divide_the_micro_batch(plan: &RunPlan) -> Result<(), Conflict> {
+    let (whole, part) = (plan.data.micro_batch_rows, plan.routing.group_rows);
+    if part == 0 || whole.is_multiple_of(part) {
+        return Ok(());
+    }
+    Err(Conflict {
+        message: format!("data.micro_batch_rows = {whole} is not a multiple of routing.group_rows = {part}"),
+        keys: vec!["routing.group_rows", "data.micro_batch_rows"],
+        help: format!("routing.group_rows = {} fits", nearest_divisor(whole, part)),
+    })
+}
+
+/// The divisor of `whole` that is nearest to `part`, the smaller of two equally near.
+fn nearest_divisor(whole: usize, part: usize) -> usize {
+    let part = part.min(whole);
+    let below = (1..=part).rev().find(|n| whole.is_multiple_of(*n)).unwrap_or(1);
+    let above = (part..=whole).take(part - below).find(|n| whole.is_multiple_of(*n));
+    above.unwrap_or(below)
+}
+
+fn hf_semantics_are_consistent(plan: &RunPlan) -> Result<(), Conflict> {
+    let routing = &plan.routing;
+    if routing.semantics != RoutingSemantics::Hf {
+        return Ok(());
+    }
+    let (key, message, help) = if routing.router != RouterKind::Top1 {
+        let message = "routing.semantics = \"hf\" knows only routing.router = \"top1\"";
+        ("routing.router", message.to_owned(), "use routing.semantics = \"paper\", or the top1 router")
+    } else if routing.expert_capacity == 0 {
+        let message = "routing.semantics = \"hf\" needs routing.expert_capacity of at least 1";
+        ("routing.expert_capacity", message.to_owned(), "Hugging Face's default is 64")
+    } else if routing.group_rows > 1 {
+        let message = format!(
+            "routing.semantics = \"hf\" has one row a group, not routing.group_rows = {}",
+            routing.group_rows
+        );
+        ("routing.group_rows", message, "leave routing.group_rows out, or use routing.semantics = \"paper\"")
+    } else {
+        return Ok(());
+    };
+    Err(Conflict { message, keys: vec![key, "routing.semantics"], help: help.to_owned() })
+}
+
+fn fixed_capacity_needs_hf_semantics(plan: &RunPlan) -> Result<(), Conflict> {
+    let routing = &plan.routing;
+    if routing.semantics == RoutingSemantics::Hf || routing.expert_capacity == 0 {
+        return Ok(());
+    }
+    Err(Conflict {
+        message: format!(
+            "routing.expert_capacity = {} has no effect with routing.semantics = \"paper\"",
+            routing.expert_capacity
+        ),
+        keys: vec!["routing.expert_capacity", "routing.semantics"],
+        help: "set routing.capacity_factor instead, or routing.semantics = \"hf\"".to_owned(),
+    })
+}
+
+fn warmup_fits_the_run(plan: &RunPlan) -> Result<(), Conflict> {
+    let schedule = &plan.schedule;
+    if schedule.kind == ScheduleKind::InverseSqrt || schedule.warmup_steps <= schedule.total_steps {
+        return Ok(());
+    }
+    Err(Conflict {
+        message: format!(
+            "schedule.warmup_steps = {} is more than schedule.total_steps = {}: the learning rate would never \
+             reach its peak",
+            schedule.warmup_steps, schedule.total_steps
+        ),
+        keys: vec!["schedule.warmup_steps", "schedule.total_steps"],
+        help: format!("a warm-up of {} steps is a common choice", schedule.total_steps.div_ceil(20)),
+    })
+}
+
+fn tokenizer_fits_the_vocabulary(plan: &RunPlan) -> Result<(), Conflict> {
+    let (pieces, vocabulary) = (plan.data.train_tokenizer_vocab_size, plan.model.vocab_size);
+    if pieces < vocabulary {
+        return Ok(());
+    }
+    Err(Conflict {
+        message: format!(
+            "data.train_tokenizer_vocab_size = {pieces} leaves no id for sentinels in model.vocab_size = {vocabulary}"
+        ),
+        keys: vec!["data.train_tokenizer_vocab_size", "model.vocab_size"],
+        help: "make model.vocab_size larger by the number of sentinels, 100, or train fewer pieces"
+            .to_owned(),
+    })
+}
+
+fn sources_are_distinct(plan: &RunPlan) -> Result<(), Conflict> {
+    if plan.data.sources.is_empty() {
+        return Err(Conflict {
+            message: "data.sources is empty: there is nothing to train on".to_owned(),
+            keys: vec!["data.sources"],
+            help: "name a source, such as data.sources = [{ path = \"c4/en/c4-train.*.json.gz\" }]"
+                .to_owned(),
+        });
+    }
+    for (key, sources) in
+        [("data.sources", &plan.data.sources), ("data.eval_sources", &plan.data.eval_sources)]
+    {
+        for (index, source) in sources.iter().enumerate() {
+            if let Some((message, help)) = fault_of_source(key, source, &sources[..index]) {
+                return Err(Conflict { message, keys: vec![key], help: help.to_owned() });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn fault_of_source(key: &str, source: &SourcePlan, earlier: &[SourcePlan]) -> Option<(String, &'static str)> {
+    let SourcePlan { path, name, weight } = source;
+    if path.is_empty() || name.is_empty() {
+        let message = format!("{key} holds a source with an empty path or name");
+        return Some((message, "write the path of a file, a directory or a glob"));
+    }
+    if !Range::Positive.contains(*weight) {
+        let message = format!("{key}: the weight {weight} of {path:?} must be {}", Range::Positive.words());
+        return Some((message, "leave a source out to give it no share"));
+    }
+    let taken = earlier.iter().any(|other| other.name == *name);
+    taken.then(|| (format!("{key} holds two sources named {name:?}"), "give each source a `name` of its own"))
+}
+
+fn evaluation_text_is_held_out(plan: &RunPlan) -> Result<(), Conflict> {
+    let data = &plan.data;
+    let shared =
+        data.sources.iter().find(|source| data.eval_sources.iter().any(|held| held.path == source.path));
+    match shared {
+        None => Ok(()),
+        Some(source) => Err(Conflict {
+            message: format!("{:?} is both in data.sources and in data.eval_sources", source.path),
+            keys: vec!["data.eval_sources", "data.sources"],
+            help: "evaluate on text that the model is not trained on".to_owned(),
+        }),
+    }
+}

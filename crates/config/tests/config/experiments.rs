@@ -1,0 +1,45 @@
+//! Every file in `configs/` loads, and says what it seems to say.
+
+use std::path::{Path, PathBuf};
+
+use switchyard_config::{resolve, summarize};
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs")
+}
+
+#[test]
+fn every_experiment_loads_and_is_named_after_its_file() {
+    let mut loaded = 0;
+    for entry in std::fs::read_dir(folder()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let resolved = resolve(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(resolved.plan.name, path.file_stem().unwrap().to_str().unwrap());
+        loaded += 1;
+    }
+    assert!(loaded >= 5, "only {loaded} experiments found");
+}
+
+#[test]
+fn switch_differs_from_its_dense_baseline_in_the_model_alone() {
+    let dense = resolve(&folder().join("t5-base-c4.toml"), &[]).unwrap().plan;
+    let sparse = resolve(&folder().join("switch-base-8-c4.toml"), &[]).unwrap().plan;
+    let keys: Vec<String> = switchyard_config::differences(&dense, &sparse)
+        .into_iter()
+        .map(|difference| difference.key)
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "name",
+            "model.num_experts",
+            "model.encoder_expert_layer_every",
+            "model.decoder_expert_layer_every",
+            "model.init_scale"
+        ]
+    );
+    assert_eq!(summarize(&sparse).total_parameters, 619_339_008);
+}

@@ -1,0 +1,10 @@
+//! Tests of the configuration as its users meet it.
+#![allow(clippy::unwrap_used)]
+
+mod errors;
+mod experiments;
+mod layering;
+mod presets;
+mod reference;
+mod round_trip;
+mod summary;

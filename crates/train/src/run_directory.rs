@@ -1,0 +1,105 @@
+//! The directory of a run: where its files are and who may start in it.
+
+use std::path::{Path, PathBuf};
+
+/// How to treat what an earlier run left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resume {
+    /// Refuse a directory that exists.
+    Never,
+    /// Continue from the newest complete checkpoint, or start when there is none.
+    Auto,
+    /// Continue from this checkpoint.
+    From(PathBuf),
+}
+
+/// Why a run cannot use its directory.
+#[derive(Debug, thiserror::Error)]
+pub enum RunDirectoryError {
+    /// Something is there and `--resume` was not given.
+    #[error(
+        "run directory {} exists already; continue it with `--resume auto`, or choose another with `--run-dir`",
+        path.display()
+    )]
+    Exists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// It cannot be made or written.
+    #[error("cannot use run directory {}: {source}; choose a writable one with `--run-dir`", path.display())]
+    Unwritable {
+        /// The directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+/// Paths inside a run directory.
+#[derive(Debug, Clone)]
+pub struct RunDirectory {
+    root: PathBuf,
+}
+
+impl RunDirectory {
+    /// Makes the directory, or opens it when `resume` allows.
+    ///
+    /// # Errors
+    /// [`RunDirectoryError`] when it exists unasked or cannot be written.
+    pub fn open(root: &Path, resume: &Resume) -> Result<Self, RunDirectoryError> {
+        let occupied = std::fs::read_dir(root).is_ok_and(|mut entries| entries.next().is_some());
+        if occupied && *resume == Resume::Never {
+            return Err(RunDirectoryError::Exists { path: root.to_owned() });
+        }
+        let directory = Self { root: root.to_owned() };
+        for path in [directory.checkpoints(), directory.logs()] {
+            std::fs::create_dir_all(&path)
+                .map_err(|source| RunDirectoryError::Unwritable { path: root.to_owned(), source })?;
+        }
+        Ok(directory)
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The resolved config.
+    pub fn config(&self) -> PathBuf {
+        self.root.join("config.toml")
+    }
+
+    /// One line a logged step.
+    pub fn metrics(&self) -> PathBuf {
+        self.root.join("metrics.jsonl")
+    }
+
+    /// One directory a checkpoint.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    /// Logs.
+    pub fn logs(&self) -> PathBuf {
+        self.root.join("logs")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_existing_run_needs_resume() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("run");
+        RunDirectory::open(&root, &Resume::Never).unwrap();
+        let refused = RunDirectory::open(&root, &Resume::Never).unwrap_err();
+        assert!(refused.to_string().contains("--resume auto"));
+        RunDirectory::open(&root, &Resume::Auto).unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let refused = RunDirectory::open(&file, &Resume::Never).unwrap_err();
+        assert!(matches!(refused, RunDirectoryError::Unwritable { .. }));
+    }
+}

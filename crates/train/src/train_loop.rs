@@ -1,0 +1,233 @@
+//! The order of events of a run: batch, step, log, evaluate, save.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::tensor::Device;
+use serde::{Deserialize, Serialize};
+use switchyard_config::RunPlan;
+use switchyard_config::plan::OnCheckpointError;
+use switchyard_data::{DataSet, HostBatch, Prefetcher};
+
+use crate::checkpointing::Checkpoints;
+use crate::error::TrainError;
+use crate::evaluate::{EvaluationRules, evaluate};
+use crate::metrics::{EvalRecord, MetricsFile, StepRecord};
+use crate::run_directory::{Resume, RunDirectory};
+use crate::step::{Learner, StepOutcome};
+
+/// What a run needs beside its plan and its data.
+#[derive(Debug)]
+pub struct TrainOptions {
+    /// The run's directory, open.
+    pub directory: RunDirectory,
+    /// What to do with earlier checkpoints.
+    pub resume: Resume,
+    /// Stop after this many updates, counted from the start of the run; the schedule is not changed.
+    pub max_steps: Option<u64>,
+    /// Raised to finish the step, save and stop.
+    pub stop: Arc<AtomicBool>,
+    /// Files that go into every checkpoint: the tokenizer's.
+    pub tokenizer_files: Vec<PathBuf>,
+}
+
+/// Watches a run.
+pub trait Observer {
+    /// The run continues from an earlier checkpoint.
+    fn resumed(&mut self, step: u64, checkpoint: &std::path::Path);
+    /// A step is done.
+    fn step(&mut self, record: &StepRecord, end: u64);
+    /// An evaluation is done.
+    fn evaluation(&mut self, record: &EvalRecord);
+    /// A checkpoint is on the disk.
+    fn saved(&mut self, checkpoint: &std::path::Path);
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainOutcome {
+    /// Updates done.
+    pub step: u64,
+    /// Whether it was asked to stop before its end.
+    pub interrupted: bool,
+    /// The newest checkpoint.
+    pub checkpoint: Option<PathBuf>,
+    /// The last evaluation of this process, if there was one.
+    pub evaluation: Option<EvalRecord>,
+}
+
+/// Counters of a run, as its checkpoints keep them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// Updates done, skipped ones included.
+    pub step: u64,
+    /// Tokens seen, padding not counted.
+    pub tokens: u64,
+    /// Steps skipped for a loss or gradient that was not finite.
+    pub skipped_steps: u64,
+    /// Of these, the ones in a row up to now.
+    pub skipped_in_a_row: u64,
+}
+
+/// Trains until the end of the plan's schedule, or until asked to stop.
+///
+/// # Errors
+/// [`TrainError`] for data, checkpoints or disks that fail, and for too many steps in a row whose
+/// loss or gradient is not finite.
+pub fn train(
+    plan: &RunPlan,
+    data: &Arc<DataSet>,
+    options: &TrainOptions,
+    observer: &mut dyn Observer,
+) -> Result<TrainOutcome, TrainError> {
+    let mut run = Run::start(plan, data, options, observer)?;
+    let end = options.max_steps.unwrap_or(u64::MAX).min(plan.schedule.total_steps);
+    let mut batches = Prefetcher::start(Arc::clone(data), run.progress.step, end, plan.data.prefetch_batches);
+    let mut interrupted = options.stop.load(Ordering::Relaxed);
+    while run.progress.step < end && !interrupted {
+        let started = Instant::now();
+        let batch = batches.next()?;
+        let waited = started.elapsed();
+        let outcome = run.learner.step(plan, &batch, run.progress.step);
+        let record = run.count(&outcome, started, waited.as_secs_f64())?;
+        interrupted = options.stop.load(Ordering::Relaxed);
+        let at_end = record.step == end;
+        if at_end || record.step.is_multiple_of(plan.trainer.log_every_steps) {
+            run.metrics.write(&record)?;
+        }
+        observer.step(&record, end);
+        if at_end || due(record.step, plan.eval.every_steps) {
+            run.evaluate(observer)?;
+        }
+        if at_end || interrupted || due(record.step, plan.checkpoint.every_steps) {
+            run.save(observer)?;
+        }
+    }
+    let interrupted = run.progress.step < end;
+    Ok(run.outcome(interrupted))
+}
+
+fn due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// A run under way.
+struct Run<'a> {
+    plan: &'a RunPlan,
+    learner: Learner,
+    progress: Progress,
+    metrics: MetricsFile,
+    checkpoints: Checkpoints<'a>,
+    held_out: Vec<HostBatch>,
+    first_sentinel: i32,
+    saved: Option<PathBuf>,
+    evaluation: Option<EvalRecord>,
+}
+
+impl<'a> Run<'a> {
+    fn start(
+        plan: &'a RunPlan,
+        data: &'a DataSet,
+        options: &'a TrainOptions,
+        observer: &mut dyn Observer,
+    ) -> Result<Self, TrainError> {
+        let checkpoints = Checkpoints::new(plan, data, options);
+        let mut learner = Learner::new(plan, &Device::flex().autodiff());
+        let mut progress = Progress::default();
+        let mut saved = None;
+        if let Some(path) = checkpoints.to_resume()? {
+            progress = checkpoints.load(&path, &mut learner)?;
+            observer.resumed(progress.step, &path);
+            saved = Some(path);
+        }
+        Ok(Self {
+            plan,
+            learner,
+            metrics: MetricsFile::open_after(&options.directory.metrics(), progress.step)?,
+            progress,
+            checkpoints,
+            held_out: data.eval_batches(plan.eval.batches)?,
+            first_sentinel: data.first_sentinel(),
+            saved,
+            evaluation: None,
+        })
+    }
+
+    /// Moves the counters past a step and makes its record.
+    fn count(
+        &mut self,
+        outcome: &StepOutcome,
+        started: Instant,
+        waited_s: f64,
+    ) -> Result<StepRecord, TrainError> {
+        let progress = &mut self.progress;
+        progress.step += 1;
+        progress.tokens += outcome.tokens;
+        match &outcome.skipped {
+            None => progress.skipped_in_a_row = 0,
+            Some(at) => {
+                progress.skipped_steps += 1;
+                progress.skipped_in_a_row += 1;
+                tracing::warn!(step = progress.step, place = %at.place, "step skipped: not finite");
+                if progress.skipped_in_a_row >= self.plan.trainer.max_skipped_steps {
+                    let (steps, place) = (progress.skipped_in_a_row, at.place.clone());
+                    return Err(TrainError::NotFinite { steps, place });
+                }
+            }
+        }
+        let mut record = StepRecord::new(progress.step, outcome, progress.tokens, progress.skipped_steps);
+        let elapsed_s = started.elapsed().as_secs_f64();
+        record.step_ms = elapsed_s * 1e3;
+        record.data_wait_ms = waited_s * 1e3;
+        record.tokens_per_second = outcome.tokens as f64 / elapsed_s;
+        Ok(record)
+    }
+
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        if self.held_out.is_empty() {
+            return Ok(());
+        }
+        let over = |mismatched_inputs| {
+            let rules = EvaluationRules { first_sentinel: self.first_sentinel, mismatched_inputs };
+            let (model, plan) = (self.learner.model(), self.plan);
+            let rows = plan.data.micro_batch_rows;
+            evaluate(model, &plan.model, &plan.routing, &self.held_out, rows, rules)
+        };
+        let record = EvalRecord {
+            step: self.progress.step,
+            eval: over(false),
+            mismatched_word_loss: over(true).word_loss,
+        };
+        self.metrics.write(&record)?;
+        observer.evaluation(&record);
+        self.evaluation = Some(record);
+        Ok(())
+    }
+
+    fn save(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        match self.checkpoints.save(&self.learner, &self.progress) {
+            Ok(path) => {
+                observer.saved(&path);
+                self.saved = Some(path);
+                Ok(())
+            }
+            Err(error) if self.plan.checkpoint.on_error == OnCheckpointError::Warn => {
+                tracing::warn!(step = self.progress.step, %error, "checkpoint not written");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn outcome(self, interrupted: bool) -> TrainOutcome {
+        TrainOutcome {
+            step: self.progress.step,
+            interrupted,
+            checkpoint: self.saved,
+            evaluation: self.evaluation,
+        }
+    }
+}
