@@ -1,1 +1,178 @@
+//! Every command: its help, its output and its exit code.
 
+use crate::support::{Place, stderr};
+
+const COMMANDS: [&str; 17] = [
+    "train", "eval", "generate", "export", "verify", "data build", "data preview", "tokenizer train",
+    "tokenizer inspect", "check", "inspect checkpoint", "bench step", "bench dispatch", "bench data",
+    "bench generate", "bench", "data",
+];
+
+/// The folder of fixtures and experiments.
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let place = Place::new();
+    let all = place.run("--help");
+    for command in COMMANDS {
+        let help = place.run(&format!("{command} --help"));
+        assert!(help.contains("Usage: switchyard"), "{command}");
+        let first = command.split(' ').next().expect("a word");
+        assert!(all.contains(&format!("\n  {first} ")), "{first} is not in\n{all}");
+        if !matches!(command, "data" | "bench") {
+            assert!(help.contains("Example"), "{command} has no example");
+            assert!(help.contains(&format!("switchyard {command}")), "{command}: the example is of another");
+        }
+    }
+    assert!(place.run("--version").starts_with("switchyard 0."));
+}
+
+#[test]
+fn wrong_words_exit_with_1_and_say_what_is_right() {
+    let place = Place::new();
+    place.refused_with("trian run.toml", &["unrecognized subcommand 'trian'", "train"]);
+    place.refused_with("generate --model x", &["--prompt"]);
+    place.refused_with("export x", &["--out"]);
+    place.refused_with("train", &["<CONFIG>"]);
+}
+
+#[test]
+fn every_experiment_checks() {
+    let place = Place::new();
+    let mut seen = 0;
+    for entry in std::fs::read_dir(format!("{REPOSITORY}/configs")).expect("the experiments") {
+        let path = entry.expect("an entry").path();
+        let checked = place.json(&format!("check {} --json", path.display()));
+        assert!(checked["summary"]["total_parameters"].as_u64().is_some_and(|n| n > 0), "{}", path.display());
+        let text = place.run(&format!("check {}", path.display()));
+        assert!(text.contains("global batch"), "{text}");
+        seen += 1;
+    }
+    assert!(seen >= 5, "{seen} experiments");
+    let checked = place.json(&format!("check {REPOSITORY}/configs/switch-base-8-c4.toml --json"));
+    assert_eq!(checked["summary"]["total_parameters"], 619_339_008);
+}
+
+#[test]
+fn a_misspelled_key_is_shown_in_its_line() {
+    let place = Place::with_experiment();
+    let text = place.read("run.toml").replace("num_heads", "num_head");
+    place.write("wrong.toml", text.as_bytes());
+    insta::assert_snapshot!(place.refused("train wrong.toml").replace('\\', "/"), @r#"
+    error: unknown key `model.num_head`
+      --> wrong.toml:10:1
+       |
+    10 | num_head = 4
+       | ^^^^^^^^
+       |
+       = help: did you mean `num_heads`?
+    "#);
+}
+
+#[test]
+fn fixtures_verify_and_survive_an_export() {
+    let place = Place::new();
+    let mut seen = 0;
+    for entry in std::fs::read_dir(format!("{REPOSITORY}/tests/fixtures/parity")).expect("the fixtures") {
+        let path = entry.expect("an entry").path();
+        let fixture = path.join("expected.safetensors");
+        if !fixture.exists() {
+            continue;
+        }
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        let verified =
+            place.json(&format!("verify --model {} --fixture {} --json", path.display(), fixture.display()));
+        assert_eq!(verified["passed"], true, "{name}: {verified}");
+        place.run(&format!("export {} --out {name} --max-shard-size 50000B", path.display()));
+        let again = place.run(&format!("verify --model {name} --fixture {}", fixture.display()));
+        assert!(again.contains("arrays within tolerance") && !again.contains("FAIL"), "{again}");
+        seen += 1;
+    }
+    assert!(seen >= 6, "{seen} fixtures");
+}
+
+#[test]
+fn a_wrong_model_fails_its_verification() {
+    let place = Place::new();
+    let fixtures = format!("{REPOSITORY}/tests/fixtures/parity");
+    let arguments = format!(
+        "verify --model {fixtures}/switch_step2_drop --fixture {fixtures}/switch_step2_nodrop/expected.safetensors"
+    );
+    let output = place.command(&arguments).output().expect("it starts");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("FAIL"));
+    place.refused_with(&format!("verify --model {fixtures}/mt5_like --fixture nothing.safetensors"), &["nothing.safetensors"]);
+}
+
+#[test]
+fn tokenizers_train_and_show_themselves() {
+    let place = Place::with_experiment();
+    place.run("tokenizer train --data corpus.json.gz --vocab-size 120 --out tok");
+    let shown = place.json("tokenizer inspect tok --text reader --json");
+    let size = shown["size"].as_u64().expect("a number");
+    assert!(size <= 220 && shown["num_sentinels"] == 100, "{shown}");
+    assert_eq!(shown["ids"].as_array().expect("ids").last().expect("an id"), 1);
+    assert!(place.run("tokenizer inspect tok/tokenizer.json --text reader").contains("</s>"));
+    place.refused_with("tokenizer train --data corpus.json.gz --vocab-size 120 --out tok", &["exists already"]);
+}
+
+#[test]
+fn the_batch_of_a_step_can_be_read() {
+    let place = Place::with_experiment();
+    let shown = place.json("data preview run.toml --step 3 --rows 2");
+    let rows = shown["rows"].as_array().expect("rows");
+    assert_eq!(rows.len(), 2);
+    assert!(rows[0]["inputs"].as_str().expect("text").contains("<extra_id_0>"));
+    assert!(rows[0]["targets"].as_str().expect("text").starts_with("<extra_id_0>"));
+    assert_eq!(rows[0]["input_ids"].as_array().expect("ids").len(), 32);
+    assert_eq!(shown, place.json("data preview run.toml --step 3 --rows 2"), "a function of the step alone");
+}
+
+#[test]
+fn the_sample_corpus_is_built_once_and_alike() {
+    let place = Place::new();
+    let first = place.json("data build --json");
+    assert!(first["summary"]["train"]["bytes"].as_u64().is_some_and(|n| n > 4_000_000), "{first}");
+    assert!(first["summary"]["validation"]["documents"].as_u64().is_some_and(|n| n > 20), "{first}");
+    let other = place.json("data build --cache-dir elsewhere --json");
+    assert_eq!(first["summary"], other["summary"]);
+    assert!(place.run("data build").contains("sha256"));
+}
+
+#[test]
+fn without_package_sources_the_sample_corpus_says_what_to_do() {
+    let place = Place::new();
+    let mut command = place.command("data build");
+    let output = command.env("CARGO_HOME", place.path("empty")).output().expect("it starts");
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(said.contains("cargo fetch --locked") && said.contains("data.sources"), "{said}");
+}
+
+#[test]
+fn benchmarks_print_their_numbers() {
+    let place = Place::with_experiment();
+    let step = place.json(
+        "bench step --preset t5-efficient-tiny-nl1-dm32-ff64-kv8 --experts 0 --rows 2 --inputs-length 16 --targets-length 8 --steps 2 --json",
+    );
+    for key in ["step_ms", "tokens_per_second", "peak_memory_bytes", "loss"] {
+        assert!(step[key].as_f64().is_some_and(|n| n > 0.0), "{key}: {step}");
+    }
+    let dispatch = place.json("bench dispatch --tokens 64 --d-model 16 --experts 2,8 --json");
+    assert_eq!(dispatch.as_array().expect("a row for each").len(), 2);
+    let generate = place.json(
+        "bench generate --preset t5-efficient-tiny-nl1-dm32-ff64-kv8 --inputs-length 8 --new-tokens 4 --json",
+    );
+    assert!(generate["tokens_per_second"].as_f64().is_some_and(|n| n > 0.0));
+    let data = place.json("bench data run.toml --json");
+    assert!(data["tokens_per_second"].as_f64().is_some_and(|n| n > 0.0));
+}
+
+#[test]
+fn quiet_says_nothing_but_results() {
+    let place = Place::with_experiment();
+    let output = place.command("train run.toml -q --max-steps 5").output().expect("it starts");
+    assert!(output.status.success());
+    assert_eq!(stderr(&output), "");
+}

@@ -1,1 +1,7 @@
+//! The whole program, from the command line: one test binary.
+
+mod bad_input;
 mod cli;
+mod resume;
+mod support;
+mod train;

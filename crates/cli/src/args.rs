@@ -97,9 +97,15 @@ pub(crate) struct EvalArguments {
     /// Rows of a batch.
     #[arg(long, default_value_t = 32)]
     pub rows: usize,
-    /// Encoder length.
-    #[arg(long, default_value_t = 512)]
-    pub inputs_length: usize,
+    /// Encoder length [default: that of the model's training, else 512].
+    #[arg(long)]
+    pub inputs_length: Option<usize>,
+    /// Column or JSON key that holds the text.
+    #[arg(long, default_value = "text")]
+    pub text_column: String,
+    /// Directory for tokenised text and the sample corpus.
+    #[arg(long, default_value = "cache")]
+    pub cache_dir: PathBuf,
     /// Print a JSON object.
     #[arg(long)]
     pub json: bool,
@@ -192,11 +198,11 @@ pub(crate) struct VerifyArguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum DataCommand {
     /// Build the sample corpus: documentation text of the packages this program was built from.
-    #[command(after_help = "Example:\n  switchyard data build --out corpus")]
+    #[command(after_help = "Example:\n  switchyard data build --cache-dir cache")]
     Build {
-        /// Directory to write.
-        #[arg(long, default_value = ".switchyard/sample-corpus")]
-        out: PathBuf,
+        /// Directory that holds the corpus in its folder `sample`; data.cache_dir of the runs that use it.
+        #[arg(long, default_value = "cache")]
+        cache_dir: PathBuf,
         /// Print a JSON object.
         #[arg(long)]
         json: bool,
@@ -226,12 +232,18 @@ pub(crate) enum TokenizerCommand {
         /// File, directory or glob of text; `sample` for the sample corpus.
         #[arg(long)]
         data: String,
-        /// Pieces, <pad>, </s> and <unk> included; 100 sentinels come on top.
+        /// Pieces, `<pad>`, `</s>` and `<unk>` included; 100 sentinels come on top.
         #[arg(long, default_value_t = 32_000)]
         vocab_size: usize,
         /// Directory to write tokenizer.json and its companions to.
         #[arg(long)]
         out: PathBuf,
+        /// Column or JSON key that holds the text.
+        #[arg(long, default_value = "text")]
+        text_column: String,
+        /// Directory of the sample corpus.
+        #[arg(long, default_value = "cache")]
+        cache_dir: PathBuf,
     },
     /// Show what a tokenizer holds and how it cuts a text.
     #[command(after_help = "Example:\n  switchyard tokenizer inspect tokenizer/tokenizer.json --text \"Hello world\"")]

@@ -22,6 +22,10 @@ use crate::schema::{
 const SAMPLE: &str = "sample";
 const SAMPLE_VALIDATION: &str = "sample:validation";
 
+/// Ids of `<pad>` and `</s>` in every tokenizer that a run can use.
+const PAD_TOKEN_ID: u32 = 0;
+const EOS_TOKEN_ID: u32 = 1;
+
 /// Fixed slots of an expert in Hugging Face's Switch configuration, when nothing is written.
 const HF_EXPERT_CAPACITY: usize = 64;
 
@@ -82,7 +86,7 @@ impl RunConfig {
         Ok(RunPlan {
             name: need(self.name, "", "name")?,
             seed: need(self.seed, "", "seed")?,
-            model: self.model.decided()?,
+            model: self.model.decided(PAD_TOKEN_ID, EOS_TOKEN_ID)?,
             routing: self.routing.decided(need(
                 self.debug.force_balanced_routing,
                 "debug",
@@ -162,8 +166,8 @@ same_keys! {
         relative_attention_num_buckets, relative_attention_max_distance, activation, gated,
         tie_word_embeddings, scale_decoder_outputs, layer_norm_epsilon, num_experts,
         encoder_expert_layer_every, decoder_expert_layer_every, router_bias, init, init_scale,
-        pad_token_id, eos_token_id,
     }
+    given { pad_token_id: u32, eos_token_id: u32 }
     unset { preset, expert_layer_every }
 }
 
@@ -207,11 +211,11 @@ same_keys! {
 }
 
 same_keys! {
-    CheckpointTable in "checkpoint" <=> CheckpointPlan { every_steps, keep_last, on_error }
+    CheckpointTable in "checkpoint" <=> CheckpointPlan { every_steps, keep_last, on_error, export }
 }
 
 same_keys! {
-    EvalTable in "eval" <=> EvalPlan { every_steps, batches }
+    EvalTable in "eval" <=> EvalPlan { every_steps, batches, prompts }
 }
 
 fn decided_data(mut table: DataTable) -> Result<DataPlan, ConfigError> {

@@ -134,7 +134,7 @@ impl KeyType for PathBuf {
 
 impl KeyType for Vec<String> {
     fn describe() -> String {
-        "list of paths".to_owned()
+        "list of strings".to_owned()
     }
 
     fn to_toml(&self) -> String {

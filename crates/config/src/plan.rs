@@ -218,7 +218,7 @@ pub struct DataPlan {
     pub sources: Vec<SourcePlan>,
     /// Held-out text for evaluation; empty for none.
     pub eval_sources: Vec<SourcePlan>,
-    /// `tokenizer.json`; trained on the sources when `train_tokenizer_vocab_size` is not 0 and the file is missing.
+    /// `tokenizer.json` or its directory; when missing and `train_tokenizer_vocab_size` is not 0, one is trained.
     pub tokenizer: PathBuf,
     /// Pieces of a tokenizer trained on the sources, sentinels not counted; 0 to require `tokenizer`.
     pub train_tokenizer_vocab_size: usize,
@@ -258,6 +258,8 @@ pub struct CheckpointPlan {
     pub keep_last: usize,
     /// What a failed write does to the run.
     pub on_error: OnCheckpointError,
+    /// Write the model to `RUN/export` at the end.
+    pub export: bool,
 }
 
 /// What a failed checkpoint write does to the run.
@@ -278,6 +280,8 @@ pub struct EvalPlan {
     pub every_steps: u64,
     /// Batches of an evaluation.
     pub batches: usize,
+    /// Texts with sentinels that the trained model fills at the end.
+    pub prompts: Vec<String>,
 }
 
 /// Training constants beside the optimizer.

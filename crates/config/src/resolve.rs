@@ -105,8 +105,10 @@ const FREE_ON_RESUME: &[&str] = &[
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.on_error",
+    "checkpoint.export",
     "eval.every_steps",
     "eval.batches",
+    "eval.prompts",
 ];
 
 /// The differences that forbid resuming a run of `before` with `after`.

@@ -103,10 +103,6 @@ table! {
         init: Initialization = Value("\"paper\""),
         /// Scale of the initial variance (`paper`), or `initializer_factor` (`hf`).
         init_scale: f64 = Derived("0.1 with experts and `init = \"paper\"`, else 1.0"),
-        /// Padding id, also the id that starts the decoder.
-        pad_token_id: u32 = Value("0"),
-        /// End of sequence id.
-        eos_token_id: u32 = Value("1"),
     }
 }
 
@@ -199,8 +195,8 @@ table! {
         sources: Vec<SourceTable> = Value("[{ path = \"sample\" }]"),
         /// Held-out text for evaluation; none by default, but for the path `sample` its held-out crates.
         eval_sources: Vec<SourceTable> = Derived("`[{ path = \"sample:validation\" }]` for `sample`, else `[]`"),
-        /// A `tokenizer.json`. When it is missing and `train_tokenizer_vocab_size` is not 0, it is trained on
-        /// the sources and written there.
+        /// A `tokenizer.json`, or the directory that holds one. When it is missing and
+        /// `train_tokenizer_vocab_size` is not 0, one is trained on the sources and kept in `cache_dir`.
         tokenizer: PathBuf = Value("\"tokenizer.json\""),
         /// Pieces of a tokenizer trained on the sources, sentinels not counted; 0 to require `tokenizer`.
         train_tokenizer_vocab_size: usize = Value("0"),
@@ -269,6 +265,8 @@ table! {
         keep_last: usize = Value("3"),
         /// What a failed write does to the run: stop it, or log the failure and go on.
         on_error: OnCheckpointError = Value("\"stop\""),
+        /// Write the model to `RUN/export` at the end, as a Hugging Face directory.
+        export: bool = Value("false"),
     }
 }
 
@@ -279,6 +277,8 @@ table! {
         every_steps: u64 = Value("1000"),
         /// Batches of an evaluation, of `data.batch_rows` rows each.
         batches: usize = Value("20"),
+        /// Texts with sentinels such as `<extra_id_0>` that the trained model fills and shows at the end.
+        prompts: Vec<String> = Value("[]"),
     }
 }
 

@@ -27,7 +27,6 @@ const RULES: &[Rule] = &[
     numbers_are_in_range,
     model_is_countable,
     relative_buckets_cover_the_distance,
-    token_ids_are_in_the_vocabulary,
     experts_and_sparse_layers_go_together,
     micro_batches_divide_the_batch,
     groups_divide_the_micro_batch,
@@ -252,28 +251,6 @@ fn relative_buckets_cover_the_distance(plan: &RunPlan) -> Result<(), Conflict> {
             keys,
             help: "the first half of the buckets holds one distance each; T5 uses 32 buckets up to 128"
                 .to_owned(),
-        });
-    }
-    Ok(())
-}
-
-fn token_ids_are_in_the_vocabulary(plan: &RunPlan) -> Result<(), Conflict> {
-    let model = &plan.model;
-    for (key, id) in [("model.pad_token_id", model.pad_token_id), ("model.eos_token_id", model.eos_token_id)]
-    {
-        if u64::from(id) >= model.vocab_size as u64 {
-            return Err(Conflict {
-                message: format!("{key} = {id} is not below model.vocab_size = {}", model.vocab_size),
-                keys: vec![key, "model.vocab_size"],
-                help: "use the id that the tokenizer has; T5 pads with 0 and ends with 1".to_owned(),
-            });
-        }
-    }
-    if model.pad_token_id == model.eos_token_id {
-        return Err(Conflict {
-            message: format!("model.pad_token_id and model.eos_token_id are both {}", model.pad_token_id),
-            keys: vec!["model.pad_token_id", "model.eos_token_id"],
-            help: "give them two ids; T5 pads with 0 and ends with 1".to_owned(),
         });
     }
     Ok(())

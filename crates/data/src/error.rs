@@ -130,7 +130,10 @@ pub enum DataError {
     },
 
     /// A line that is not a JSON object.
-    #[error("{position}:{column}: {message}: `{excerpt}`{}", note(hint))]
+    #[error(
+        "{position}:{column}: {message}: `{excerpt}`{}; mend the record, or set data.on_corrupt = \"skip\" to leave it out",
+        note(hint)
+    )]
     BadJson {
         /// The line.
         position: Position,

@@ -76,8 +76,7 @@ pub fn attention(inputs: AttentionInputs, rules: Attention) -> Tensor<2> {
     let operation = Core {
         rules,
         key_mask: key_mask.map(|mask| Arc::new(host::integers(&mask))),
-        segments: segments
-            .map(|s| Arc::new((host::integers(&s.queries), host::integers(&s.keys)))),
+        segments: segments.map(|s| Arc::new((host::integers(&s.queries), host::integers(&s.keys)))),
     };
     let [q, k, v] = [q, k, v].map(Operand::from);
     let [out] = match relative_bias {
@@ -192,7 +191,13 @@ impl Core {
         }
     }
 
-    fn compute(&self, q: &FlexTensor, k: &FlexTensor, v: &FlexTensor, bias: Option<&FlexTensor>) -> (FlexTensor, Saved) {
+    fn compute(
+        &self,
+        q: &FlexTensor,
+        k: &FlexTensor,
+        v: &FlexTensor,
+        bias: Option<&FlexTensor>,
+    ) -> (FlexTensor, Saved) {
         let rules = &self.rules;
         let (s, t, h) = (rules.queries, rules.keys, rules.num_heads);
         let mut saved = Saved {
@@ -407,155 +412,4 @@ fn softmax_backward(p: &[f32], g: &mut [f32], t: usize) {
 }
 
 #[cfg(test)]
-mod tests {
-    use burn::tensor::{Device, Distribution, activation};
-
-    use super::*;
-
-    const RULES: Attention = Attention {
-        batch: 2,
-        num_heads: 3,
-        queries: 5,
-        keys: 7,
-        causal: false,
-        query_offset: 0,
-        dropout: 0.0,
-        noise: NoiseKey { seed: 3, step: 0, site: 0 },
-        first_row: 0,
-    };
-    const D_KV: usize = 4;
-
-    struct Case {
-        q: Tensor<2>,
-        k: Tensor<2>,
-        v: Tensor<2>,
-        bias: Tensor<2>,
-    }
-
-    impl Case {
-        fn new(rules: &Attention) -> Self {
-            let device = Device::flex().autodiff();
-            let random = |shape: [usize; 2]| {
-                Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad()
-            };
-            let width = rules.num_heads * D_KV;
-            Self {
-                q: random([rules.batch * rules.queries, width]),
-                k: random([rules.batch * rules.keys, width]),
-                v: random([rules.batch * rules.keys, width]),
-                bias: random([rules.num_heads, rules.queries + rules.keys - 1]),
-            }
-        }
-
-        fn inputs(&self, key_mask: Option<Tensor<2, Int>>, segments: Option<Segments>) -> AttentionInputs {
-            AttentionInputs {
-                q: self.q.clone(),
-                k: self.k.clone(),
-                v: self.v.clone(),
-                relative_bias: Some(self.bias.clone()),
-                key_mask,
-                segments,
-            }
-        }
-    }
-
-    /// The same from tensor operations, with an additive mask `[batch, queries, keys]`.
-    fn reference(case: &Case, rules: &Attention, mask: Tensor<3>) -> Tensor<2> {
-        let (b, h, s, t) = (rules.batch, rules.num_heads, rules.queries, rules.keys);
-        let split = |x: Tensor<2>, n: usize| x.reshape([b, n, h, D_KV]).swap_dims(1, 2);
-        let rows: Vec<Tensor<3>> = (0..s)
-            .map(|i| case.bias.clone().slice([0..h, s - 1 - i..s - 1 - i + t]).unsqueeze_dim(1))
-            .collect();
-        let bias = Tensor::cat(rows, 1).unsqueeze::<4>();
-        let scores = split(case.q.clone(), s).matmul(split(case.k.clone(), t).swap_dims(2, 3));
-        let p = activation::softmax(scores + bias + mask.unsqueeze_dim(1), 3);
-        p.matmul(split(case.v.clone(), t)).swap_dims(1, 2).reshape([b * s, h * D_KV])
-    }
-
-    fn check(rules: Attention, key_mask: Option<Vec<i32>>, segments: Option<(Vec<i32>, Vec<i32>)>) {
-        let case = Case::new(&rules);
-        let device = case.q.device();
-        let (b, s, t) = (rules.batch, rules.queries, rules.keys);
-        let mut mask = vec![0.0_f32; b * s * t];
-        for (at, mask) in mask.iter_mut().enumerate() {
-            let (row, i, j) = (at / (s * t), at / t % s, at % t);
-            let hidden = key_mask.as_ref().is_some_and(|m| m[row * t + j] == 0)
-                || segments.as_ref().is_some_and(|(q, k)| q[row * s + i] != k[row * t + j])
-                || (rules.causal && j > i + rules.query_offset);
-            if hidden {
-                *mask = -1e30;
-            }
-        }
-        let mask = Tensor::<1>::from_data(mask.as_slice(), &device).reshape([b, s, t]);
-        let plain = reference(&case, &rules, mask);
-        let key_mask = key_mask.map(|m| host::int_tensor(m, [b, t], &device));
-        let segments = segments.map(|(q, k)| Segments {
-            queries: host::int_tensor(q, [b, s], &device),
-            keys: host::int_tensor(k, [b, t], &device),
-        });
-        let fused = attention(case.inputs(key_mask, segments), rules);
-        let difference = |a: Tensor<2>, b: Tensor<2>| (a - b).abs().max().into_scalar::<f32>();
-        assert!(difference(fused.clone(), plain.clone()) < 1e-5);
-        let (a, b) = (fused.square().sum().backward(), plain.square().sum().backward());
-        for leaf in [&case.q, &case.k, &case.v, &case.bias] {
-            let (a, b) = (leaf.grad(&a).expect("leaf"), leaf.grad(&b).expect("leaf"));
-            assert!(difference(a, b) < 1e-4);
-        }
-    }
-
-    #[test]
-    fn equals_the_composed_reference() {
-        check(RULES, None, None);
-    }
-
-    #[test]
-    fn masks_may_have_holes_and_segments_keep_apart() {
-        check(RULES, Some(vec![1, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1]), None);
-        let segments = (vec![1, 1, 2, 2, 2, 1, 1, 1, 1, 2], vec![1, 1, 1, 2, 2, 2, 2, 1, 1, 2, 2, 2, 2, 2]);
-        check(RULES, None, Some(segments));
-    }
-
-    #[test]
-    fn causal_with_and_without_offset() {
-        check(Attention { causal: true, keys: 5, ..RULES }, None, None);
-        check(Attention { causal: true, query_offset: 2, ..RULES }, None, None);
-    }
-
-    #[test]
-    fn a_row_that_sees_nothing_gives_the_mean_of_the_values() {
-        let case = Case::new(&RULES);
-        let mask = host::int_tensor(vec![0; 14], [2, 7], &case.q.device());
-        let out = attention(case.inputs(Some(mask), None), RULES).inner();
-        let mean = case.v.clone().inner().slice([0..7]).mean_dim(0);
-        let difference: f32 = (out.slice([0..1]) - mean).abs().max().into_scalar();
-        assert!(difference < 1e-5);
-    }
-
-    #[test]
-    fn dropout_gradients_equal_finite_differences() {
-        let rules = Attention { dropout: 0.3, ..RULES };
-        let case = Case::new(&rules);
-        let loss = |case: &Case| attention(case.inputs(None, None), rules).square().sum();
-        let gradients = loss(&case).backward();
-        let h = 1e-2;
-        for (name, leaf) in [("q", &case.q), ("k", &case.k), ("v", &case.v)] {
-            let gradient = leaf.grad(&gradients).expect("leaf").into_data().try_to_vec::<f32>().unwrap();
-            let shifted = |delta: f32| {
-                let mut values = leaf.clone().inner().into_data().try_to_vec::<f32>().unwrap();
-                values[9] += delta;
-                let moved = Tensor::<1>::from_data(values.as_slice(), &leaf.device()).reshape(leaf.dims());
-                let mut other = Case { ..Case::new(&rules) };
-                (other.q, other.k, other.v, other.bias) =
-                    (case.q.clone(), case.k.clone(), case.v.clone(), case.bias.clone());
-                match name {
-                    "q" => other.q = moved,
-                    "k" => other.k = moved,
-                    _ => other.v = moved,
-                }
-                loss(&other).into_scalar::<f32>()
-            };
-            let difference = (shifted(h) - shifted(-h)) / (2.0 * h);
-            assert!((difference - gradient[9]).abs() < 2e-2 * difference.abs().max(1.0), "{name}");
-        }
-    }
-}
+mod tests;

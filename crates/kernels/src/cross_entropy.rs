@@ -181,7 +181,12 @@ impl Fused {
             .map(|(p, &weight)| f64::from(weight) * (f64::from(p.loss) + z * f64::from(p.log_z).powi(2)))
             .sum();
         let column = |pick: fn(&Position) -> f32| host::tensor(positions.iter().map(pick).collect(), [n]);
-        [host::tensor(vec![total as f32], [1]), column(|p| p.loss), column(|p| p.correct), column(|p| p.log_z * p.log_z)]
+        [
+            host::tensor(vec![total as f32], [1]),
+            column(|p| p.loss),
+            column(|p| p.correct),
+            column(|p| p.log_z * p.log_z),
+        ]
     }
 }
 
@@ -209,11 +214,7 @@ fn position_loss(logits: &mut [f32], target: usize) -> Position {
         *logit *= inverse;
     }
     let log_z = largest + total.ln();
-    Position {
-        loss: log_z - target_logit,
-        correct: if target_logit >= largest { 1.0 } else { 0.0 },
-        log_z,
-    }
+    Position { loss: log_z - target_logit, correct: if target_logit >= largest { 1.0 } else { 0.0 }, log_z }
 }
 
 /// Turns probabilities into the gradient of `weight * (loss + z * log_z^2)`.
@@ -232,29 +233,43 @@ mod tests {
 
     use super::*;
 
-    fn check(layout: HeadLayout, scale: f64, z_coefficient: f64) {
+    struct Sizes {
+        tokens: usize,
+        d_model: usize,
+        vocabulary: usize,
+    }
+
+    fn check(sizes: Sizes, rules: CrossEntropy) {
+        let Sizes { tokens, d_model, vocabulary } = sizes;
+        let CrossEntropy { layout, scale, z_coefficient } = rules;
         let device = Device::flex().autodiff();
-        let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
-        let hidden = random([11, 6]);
-        let head = random(if layout == HeadLayout::ModelByVocabulary { [6, 17] } else { [17, 6] });
-        let targets: Vec<i32> = (0..11).map(|i| i * 5 % 17).collect();
-        let weights: Vec<f32> = (0..11).map(|i| if i % 4 == 3 { 0.0 } else { 1.0 }).collect();
+        let random =
+            |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
+        let by_model = layout == HeadLayout::ModelByVocabulary;
+        let hidden = random([tokens, d_model]);
+        let head = random(if by_model { [d_model, vocabulary] } else { [vocabulary, d_model] });
+        let targets: Vec<i32> = (0..tokens).map(|i| (i * 5 % vocabulary) as i32).collect();
+        let weights: Vec<f32> = (0..tokens).map(|i| [1.0, 0.5, 2.0, 0.0][i % 4]).collect();
         let weights = Tensor::<1>::from_data(weights.as_slice(), &device);
-        let ids = host::int_tensor(targets, [11], &device);
-        let rules = CrossEntropy { layout, scale, z_coefficient };
+        let ids = host::int_tensor(targets, [tokens], &device);
         let fused = cross_entropy(hidden.clone(), head.clone(), ids.clone(), weights.clone(), rules);
 
-        let matrix =
-            if layout == HeadLayout::ModelByVocabulary { head.clone() } else { head.clone().transpose() };
+        let matrix = if by_model { head.clone() } else { head.clone().transpose() };
         let logits = (hidden.clone() * scale).matmul(matrix);
         let log_p = activation::log_softmax(logits.clone(), 1);
-        let losses = log_p.gather(1, ids.unsqueeze_dim(1)).neg().squeeze_dim::<1>(1);
-        let z = logits.exp().sum_dim(1).log().square().squeeze_dim::<1>(1);
-        let plain = ((losses.clone() + z * z_coefficient) * weights).sum();
+        let losses = log_p.gather(1, ids.clone().unsqueeze_dim(1)).neg().squeeze_dim::<1>(1);
+        let z = logits.clone().exp().sum_dim(1).log().square().squeeze_dim::<1>(1);
+        let plain = ((losses.clone() + z.clone() * z_coefficient) * weights).sum();
 
         let value = |t: Tensor<1>| t.into_scalar::<f32>();
-        assert!((value(fused.loss_sum.clone()) - value(plain.clone())).abs() < 1e-4);
-        assert!((fused.token_loss - losses.inner()).abs().max().into_scalar::<f32>() < 1e-5);
+        let total = value(plain.clone());
+        assert!((value(fused.loss_sum.clone()) - total).abs() < 2e-6 * total.abs().max(1.0));
+        let largest = |a: Tensor<1>, b: Tensor<1>| (a - b.inner()).abs().max().into_scalar::<f32>();
+        assert!(largest(fused.token_loss, losses) < 1e-5);
+        assert!(largest(fused.token_z, z) < 1e-4);
+        let correct = logits.argmax(1).squeeze_dim::<1>(1).equal(ids).int();
+        let correct: Vec<f32> = correct.into_data().iter::<f32>().collect();
+        assert_eq!(host::with_values(fused.token_correct, <[f32]>::to_vec), correct);
         let a = (fused.loss_sum * 0.5).backward();
         let b = (plain * 0.5).backward();
         for leaf in [&hidden, &head] {
@@ -263,9 +278,38 @@ mod tests {
         }
     }
 
+    const LAYOUTS: [HeadLayout; 2] = [HeadLayout::ModelByVocabulary, HeadLayout::VocabularyByModel];
+
     #[test]
     fn equals_the_composed_reference() {
-        check(HeadLayout::ModelByVocabulary, 1.0, 0.0);
-        check(HeadLayout::VocabularyByModel, 0.5, 1e-2);
+        for layout in LAYOUTS {
+            for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
+                let sizes = Sizes { tokens: 11, d_model: 6, vocabulary: 37 };
+                check(sizes, CrossEntropy { layout, scale, z_coefficient });
+            }
+        }
+    }
+
+    #[test]
+    fn several_chunks_add_up() {
+        let vocabulary = 50_000;
+        let tokens = 2 * (CHUNK_LOGITS / vocabulary) + 3;
+        for layout in LAYOUTS {
+            let sizes = Sizes { tokens, d_model: 3, vocabulary };
+            check(sizes, CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 });
+        }
+    }
+
+    #[test]
+    fn positions_without_weight_touch_nothing() {
+        let device = Device::flex().autodiff();
+        let hidden = Tensor::<2>::ones([2, 3], &device).require_grad();
+        let head = Tensor::<2>::ones([3, 5], &device).require_grad();
+        let ids = host::int_tensor(vec![1, 2], [2], &device);
+        let rules = CrossEntropy { layout: HeadLayout::ModelByVocabulary, scale: 1.0, z_coefficient: 1e-2 };
+        let out = cross_entropy(hidden.clone(), head, ids, Tensor::zeros([2], &device.inner()), rules);
+        assert_eq!(out.loss_sum.clone().into_scalar::<f32>(), 0.0);
+        let gradients = out.loss_sum.backward();
+        assert_eq!(hidden.grad(&gradients).expect("leaf").abs().max().into_scalar::<f32>(), 0.0);
     }
 }

@@ -161,7 +161,9 @@ impl Operation<2, 1> for Combine {
         let to_gates = wanted[1].then(|| {
             let gates: Vec<f32> = (self.0.token_of_slot.par_iter().enumerate().with_min_len(64))
                 .map(|(slot, &token)| match usize::try_from(token) {
-                    Ok(token) => inner_product(&rows[token * width..][..width], &outputs[slot * width..][..width]),
+                    Ok(token) => {
+                        inner_product(&rows[token * width..][..width], &outputs[slot * width..][..width])
+                    }
                     Err(_) => 0.0,
                 })
                 .collect();

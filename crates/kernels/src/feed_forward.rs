@@ -52,8 +52,13 @@ pub fn feed_forward(
         wi_gate: weights.wi_gate.map(Tensor::unsqueeze),
         wo: weights.wo.unsqueeze(),
     };
-    let operation =
-        FeedForward { activation, dropout: dropout as f32, noise, rows_used: vec![tokens], token_of_row: None };
+    let operation = FeedForward {
+        activation,
+        dropout: dropout as f32,
+        noise,
+        rows_used: vec![tokens],
+        token_of_row: None,
+    };
     run(x.reshape([1, tokens, width]), stack, operation).reshape([tokens, width])
 }
 
@@ -155,7 +160,13 @@ impl FeedForward {
         }
     }
 
-    fn compute(&self, x: &FlexTensor, wo: &FlexTensor, wi: &[FlexTensor], tracked: bool) -> (FlexTensor, Saved) {
+    fn compute(
+        &self,
+        x: &FlexTensor,
+        wo: &FlexTensor,
+        wi: &[FlexTensor],
+        tracked: bool,
+    ) -> (FlexTensor, Saved) {
         let x = host::contiguous(x);
         let wo = host::contiguous(wo);
         let wi: Vec<_> = wi.iter().map(host::contiguous).collect();
@@ -361,70 +372,4 @@ fn activate_into_gradient(
 }
 
 #[cfg(test)]
-mod tests {
-    use burn::tensor::{Device, Distribution, activation};
-
-    use super::*;
-    use crate::noise::NoiseKey;
-
-    fn noise() -> TokenNoise {
-        TokenNoise { key: NoiseKey { seed: 0, step: 0, site: 0 }, first_row: 0, row_tokens: 4 }
-    }
-
-    fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-        Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex().autodiff()).require_grad()
-    }
-
-    fn difference<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
-        (a - b).abs().max().into_scalar()
-    }
-
-    #[test]
-    fn equals_the_composed_reference_forward_and_backward() {
-        for (kind, gated) in [(Activation::Relu, false), (Activation::GeluTanh, true), (Activation::Silu, true)] {
-            let (x, wi, gate, wo) = (random([9, 6]), random([6, 10]), random([6, 10]), random([10, 6]));
-            let pick = |x: Tensor<2>| match kind {
-                Activation::Relu => activation::relu(x),
-                Activation::Silu => activation::silu(x),
-                _ => activation::gelu_approximate(x),
-            };
-            let weights = FeedForwardWeights {
-                wi: wi.clone(),
-                wi_gate: gated.then(|| gate.clone()),
-                wo: wo.clone(),
-            };
-            let fused = feed_forward(x.clone(), weights, kind, 0.0, noise());
-            let mut hidden = pick(x.clone().matmul(wi.clone()));
-            if gated {
-                hidden = hidden * x.clone().matmul(gate.clone());
-            }
-            let plain = hidden.matmul(wo.clone());
-            assert!(difference(fused.clone(), plain.clone()) < 1e-4);
-            let a = fused.clone().square().sum().backward();
-            let b = plain.square().sum().backward();
-            for leaf in [&x, &wi, &wo] {
-                let (a, b) = (leaf.grad(&a).expect("leaf"), leaf.grad(&b).expect("leaf"));
-                let scale: f32 = b.clone().abs().max().into_scalar();
-                assert!(difference(a, b) < 1e-5 * scale.max(1.0), "{kind:?}");
-            }
-            if gated {
-                let (a, b) = (gate.grad(&a).expect("leaf"), gate.grad(&b).expect("leaf"));
-                assert!(difference(a, b) < 1e-2);
-            }
-        }
-    }
-
-    #[test]
-    fn an_expert_without_tokens_stays_zero() {
-        let device = Device::flex().autodiff();
-        let plan = DispatchPlan::new(vec![0, 1, -1, -1, -1, -1], 2, 3, 2, &device);
-        let weights = ExpertWeights { wi: random([2, 4, 5]), wi_gate: None, wo: random([2, 5, 4]) };
-        let (wi, wo) = (weights.wi.clone(), weights.wo.clone());
-        let out = expert_feed_forward(random([2, 3, 4]), weights, Activation::Relu, 0.5, noise(), &plan);
-        let gradients = out.clone().square().sum().backward();
-        let idle = |t: Tensor<3>| t.slice([1..2]).abs().max().into_scalar::<f32>();
-        assert_eq!(idle(out), 0.0);
-        assert_eq!(idle(wi.grad(&gradients).expect("leaf")), 0.0);
-        assert_eq!(idle(wo.grad(&gradients).expect("leaf")), 0.0);
-    }
-}
+mod tests;

@@ -173,6 +173,41 @@ mod tests {
     }
 
     #[test]
+    fn jitter_multiplies_forward_and_backward() {
+        let device = Device::flex().autodiff();
+        let x = Tensor::<2>::full([15, 9], 3.0, &device).require_grad();
+        let factors = jitter(Tensor::ones([15, 9], &device), 0.1, noise(4)).inner();
+        let y = jitter(x.clone(), 0.1, noise(4));
+        let gradients = y.clone().square().sum().backward();
+        let difference = |a: Tensor<2>, b: Tensor<2>| (a - b).abs().max().into_scalar::<f32>();
+        assert!(difference(y.clone().inner(), factors.clone() * 3.0) < 1e-6);
+        let expected = y.inner() * factors * 2.0;
+        assert!(difference(x.grad(&gradients).expect("x is a leaf"), expected) < 1e-5);
+    }
+
+    #[test]
+    fn places_steps_and_rows_draw_numbers_of_their_own() {
+        let base = NoiseKey { seed: 1, step: 2, site: 3 };
+        let draw = |key: NoiseKey, row| {
+            let mut words = vec![0; 64];
+            key.fill(row, 0, &mut words);
+            words
+        };
+        let others = [
+            draw(NoiseKey { seed: 2, ..base }, 0),
+            draw(NoiseKey { step: 3, ..base }, 0),
+            draw(NoiseKey { site: 4, ..base }, 0),
+            draw(base, 1),
+        ];
+        for other in others {
+            assert!(draw(base, 0).iter().zip(&other).all(|(a, b)| a != b));
+        }
+        let mut tail = vec![0; 50];
+        base.fill(0, 14, &mut tail);
+        assert_eq!(tail, draw(base, 0)[14..]);
+    }
+
+    #[test]
     fn jitter_stays_within_epsilon() {
         let y = jitter(Tensor::ones([50, 64], &Device::flex()), 0.01, noise(0)).into_data();
         let values = y.try_to_vec::<f32>().unwrap();

@@ -137,4 +137,16 @@ mod tests {
         assert!(difference(fused.1, plain.1) < 1e-5);
         assert!(difference(fused.2.unsqueeze(), plain.2.unsqueeze()) < 1e-4);
     }
+
+    #[test]
+    fn a_row_of_zeros_stays_zero_and_finite() {
+        let device = Device::flex().autodiff();
+        let x = Tensor::<2>::zeros([2, 20], &device).require_grad();
+        let w = Tensor::<1>::ones([20], &device).require_grad();
+        let y = rms_norm(x.clone(), w.clone(), 1e-6);
+        let gradients = y.clone().sum().backward();
+        assert_eq!(y.abs().max().into_scalar::<f32>(), 0.0);
+        let gradient: f32 = x.grad(&gradients).expect("leaf").max().into_scalar();
+        assert!((gradient - 1e3).abs() < 1.0, "1 / sqrt(epsilon), not infinite: {gradient}");
+    }
 }

@@ -99,6 +99,8 @@ struct Scores {
     mask: Vec<bool>,
     probabilities: Vec<f32>,
     log_z: Vec<f32>,
+    /// Entropy of each token's probabilities in nats.
+    entropy: Vec<f32>,
     /// First choice of each token; -1 for padding.
     best: Vec<i32>,
 }
@@ -111,20 +113,24 @@ impl Scores {
             Some(mask) => host::integers(mask).into_iter().map(|m| m != 0).collect(),
             None => vec![true; tokens],
         };
-        let mut probabilities = host::with_values(logits.clone(), <[f32]>::to_vec);
-        let mut log_z = vec![0.0; tokens];
-        probabilities
-            .par_chunks_mut(experts * 64)
-            .zip(log_z.par_chunks_mut(64))
-            .for_each(|(rows, log_z)| softmax_rows(rows, experts, log_z));
+        let (mut log_z, mut entropy) = (vec![0.0; tokens], vec![0.0; tokens]);
+        let probabilities = host::with_values(logits.clone(), |logits| {
+            let mut probabilities = logits.to_vec();
+            (probabilities.par_chunks_mut(experts * 64).zip(logits.par_chunks(experts * 64)))
+                .zip(log_z.par_chunks_mut(64).zip(entropy.par_chunks_mut(64)))
+                .for_each(|((rows, logits), (log_z, entropy))| {
+                    softmax_rows(rows, logits, experts, log_z, entropy);
+                });
+            probabilities
+        });
         let best = (probabilities.par_chunks(experts).zip(&mask).enumerate().with_min_len(64))
             .map(|(token, (row, &counted))| match (counted, options.force_balanced) {
                 (false, _) => -1,
                 (true, true) => (token % experts) as i32,
-                (true, false) => argmax(row, -1),
+                (true, false) => first_largest(row),
             })
             .collect();
-        Self { experts, options, mask, probabilities, log_z, best }
+        Self { experts, options, mask, probabilities, log_z, entropy, best }
     }
 
     fn tokens(&self) -> usize {
@@ -216,11 +222,8 @@ impl Scores {
         for (fractions, &counted) in fraction.chunks_mut(experts).zip(&counted) {
             fractions.iter_mut().for_each(|f| *f /= counted.max(1) as f32);
         }
-        let entropy = (0..self.tokens())
-            .into_par_iter()
-            .with_min_len(64)
-            .map(|token| if self.mask[token] { entropy(self.row(token)) } else { 0.0 })
-            .collect();
+        let counted_entropy = |(&entropy, &counted): (&f32, &bool)| if counted { entropy } else { 0.0 };
+        let entropy = self.entropy.iter().zip(&self.mask).map(counted_entropy).collect();
         let plan = DispatchPlan::new(token_of_slot.clone(), experts, slots, self.tokens(), &device);
         let choice = host::int_tensor(self.best.clone(), [self.tokens()], &device);
         let tokens = self.tokens();
@@ -282,7 +285,8 @@ impl Gate {
         }
         if let GateRule::Normalized { second } = &self.rule {
             for (token, gp) in gp.chunks_exact_mut(experts).enumerate() {
-                let (Ok(a), Ok(b)) = (usize::try_from(self.scores.best[token]), usize::try_from(second[token]))
+                let (Ok(a), Ok(b)) =
+                    (usize::try_from(self.scores.best[token]), usize::try_from(second[token]))
                 else {
                     continue;
                 };
@@ -351,6 +355,12 @@ impl Operation<1, 3> for Gate {
     }
 }
 
+/// Index of the largest value, the lowest on ties.
+fn first_largest(row: &[f32]) -> i32 {
+    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    row.iter().position(|&value| value == largest).unwrap_or(0) as i32
+}
+
 /// Index of the largest value other than at `except`, the lowest on ties.
 fn argmax(row: &[f32], except: i32) -> i32 {
     let mut best = if except == 0 { 1 } else { 0 };
@@ -362,13 +372,12 @@ fn argmax(row: &[f32], except: i32) -> i32 {
     best as i32
 }
 
-fn entropy(row: &[f32]) -> f32 {
-    -row.iter().filter(|p| **p > 0.0).map(|p| p * p.ln()).sum::<f32>()
-}
-
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn softmax_rows(rows: &mut [f32], experts: usize, log_z: &mut [f32]) {
-    for (row, log_z) in rows.chunks_exact_mut(experts).zip(log_z) {
+fn softmax_rows(rows: &mut [f32], logits: &[f32], experts: usize, log_z: &mut [f32], entropy: &mut [f32]) {
+    let outputs = log_z.iter_mut().zip(entropy);
+    for ((row, logits), (log_z, entropy)) in
+        rows.chunks_exact_mut(experts).zip(logits.chunks_exact(experts)).zip(outputs)
+    {
         let largest = max(row);
         for value in row.iter_mut() {
             *value = exp(*value - largest);
@@ -378,6 +387,8 @@ fn softmax_rows(rows: &mut [f32], experts: usize, log_z: &mut [f32]) {
             *value /= total;
         }
         *log_z = largest + total.ln();
+        // -sum p ln p, with ln p = logit - log_z; rounding may leave it just below 0.
+        *entropy = (*log_z - dot(row, logits)).max(0.0);
     }
 }
 
@@ -390,5 +401,4 @@ fn softmax_backward(p: &[f32], gradient: &[f32], factor: f32, out: &mut [f32]) {
 }
 
 #[cfg(test)]
-#[path = "route/tests.rs"]
 mod tests;

@@ -160,8 +160,7 @@ impl SwitchTransformer {
         let embedded_nd = self.embed(batch.decoder_input_ids.clone());
         let (hidden_nd, decoder_routers) = self.decoder.forward(embedded_nd, &inputs, None, context);
         let cross_entropy = self.cross_entropy(hidden_nd, batch, z_loss, context);
-        let stacks =
-            [(&encoder_routers, StackKind::Encoder), (&decoder_routers, StackKind::Decoder)];
+        let stacks = [(&encoder_routers, StackKind::Encoder), (&decoder_routers, StackKind::Decoder)];
         let router_losses = stacks
             .into_iter()
             .filter_map(|(outputs, stack)| {
@@ -182,8 +181,7 @@ impl SwitchTransformer {
     ) -> CrossEntropyOutput {
         let (head, layout) = self.head();
         let device = hidden_nd.device().inner();
-        let rules =
-            CrossEntropy { layout, scale: output_scale(context.model), z_coefficient: z_loss };
+        let rules = CrossEntropy { layout, scale: output_scale(context.model), z_coefficient: z_loss };
         let weights = Tensor::from_data(batch.weights.as_slice(), &device);
         cross_entropy(
             context.tensor_parallel.copy_in(hidden_nd),

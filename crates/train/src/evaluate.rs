@@ -1,6 +1,7 @@
 //! Evaluation on held-out batches: loss and accuracy, also over real words only.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingConfig;
 use switchyard_data::HostBatch;
@@ -8,6 +9,7 @@ use switchyard_kernels::with_values;
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{ForwardContext, SwitchTransformer};
 
+use crate::metrics::layer_metrics;
 use crate::step::{device_batch, merge_moe};
 
 /// Sums and means over an evaluation.
@@ -31,6 +33,8 @@ pub struct Evaluation {
     pub words: u64,
     /// Share of routed tokens that found no slot, over all sparse layers.
     pub fraction_tokens_dropped: f64,
+    /// Metrics of every sparse layer, by `encoder.LAYER` and `decoder.LAYER`.
+    pub moe: Map<String, Value>,
 }
 
 /// Which targets are words, and where every encoder input comes from.
@@ -118,6 +122,7 @@ impl Sums {
             targets: self.targets,
             words: self.word_ids.len() as u64,
             fraction_tokens_dropped: dropped as f64 / routed.max(1) as f64,
+            moe: layer_metrics(&self.moe),
         }
     }
 }

@@ -1,12 +1,26 @@
 //! Training, evaluation and comparison of models.
+//!
+//! [`train`] is a whole run, [`Learner::step`] one update, [`evaluate::evaluate`] a pass over
+//! held-out text. Prints nothing: an [`Observer`] sees what happens.
 
+mod checkpointing;
+mod error;
 pub mod evaluate;
 mod gradients;
+mod metrics;
 mod optimizer;
+mod parameters;
+mod run_directory;
 pub mod schedule;
 mod step;
+mod train_loop;
 pub mod verify;
 
+pub use error::TrainError;
 pub use gradients::GradientSums;
-pub use optimizer::{Optimizer, StateError, StateTensor};
+pub use metrics::{EvalRecord, MetricsError, MetricsFile, StepRecord};
+pub use optimizer::{Optimizer, StateError, StateLoader};
+pub use parameters::load_model;
+pub use run_directory::{Resume, RunDirectory, RunDirectoryError};
 pub use step::{Learner, NonFinite, StepOutcome};
+pub use train_loop::{Observer, Progress, TrainOptions, TrainOutcome, train};

@@ -52,7 +52,7 @@ impl StepRecord {
             tokens_per_second: 0.0,
             step_ms: 0.0,
             data_wait_ms: 0.0,
-            moe: outcome.moe.iter().map(|(name, layer)| (name.clone(), layer_values(layer))).collect(),
+            moe: layer_metrics(&outcome.moe),
         }
     }
 
@@ -64,6 +64,11 @@ impl StepRecord {
 }
 
 const FRACTION_TOKENS_DROPPED: &str = "fraction_tokens_dropped";
+
+/// Metrics of sparse layers by their names, as the file holds them.
+pub(crate) fn layer_metrics(layers: &[(String, LayerMetrics)]) -> Map<String, Value> {
+    layers.iter().map(|(name, layer)| (name.clone(), layer_values(layer))).collect()
+}
 
 fn layer_values(layer: &LayerMetrics) -> Value {
     let groups = layer.groups.max(1) as f64;
@@ -136,6 +141,15 @@ impl MetricsFile {
         let mut line = serde_json::to_string(record).map_err(|e| error(e.into()))?;
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(error)
+    }
+
+    /// Brings all lines to the disk, so that none is missing before a checkpoint that follows.
+    ///
+    /// # Errors
+    /// When the disk refuses it.
+    pub fn sync(&self) -> Result<(), MetricsError> {
+        let error = |source| MetricsError { action: "sync", path: self.path.clone(), source };
+        self.file.sync_data().map_err(error)
     }
 }
 

@@ -1,7 +1,9 @@
 //! The optimizer of a run: its state by parameter name and one update of all parameters.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 
+use switchyard_checkpoint::{CheckpointError, TensorSink, TensorSource};
 use switchyard_config::ModelConfig;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::plan::{OptimizerKind, OptimizerPlan};
@@ -22,17 +24,6 @@ pub struct Optimizer {
 enum State {
     Adamw(AdamwState),
     Adafactor(AdafactorState),
-}
-
-/// A tensor of optimizer state, on its way to or from a checkpoint.
-#[derive(Debug, Clone, PartialEq)]
-pub struct StateTensor {
-    /// Parameter and moment, such as `encoder.block.0.self_attention.q/v`.
-    pub name: String,
-    /// Shape; of experts the first axis counts them.
-    pub shape: Vec<usize>,
-    /// Values.
-    pub values: Vec<f32>,
 }
 
 /// Optimizer state that does not fit the model.
@@ -101,37 +92,76 @@ impl Optimizer {
         })
     }
 
-    /// All state as named tensors, in the order of their names.
-    pub fn state_tensors(&self) -> Vec<StateTensor> {
-        let mut tensors = Vec::new();
-        for (name, state) in &self.states {
-            for (moment, shape, values) in state.parts(&self.specs[name].shape) {
-                tensors.push(StateTensor { name: format!("{name}/{moment}"), shape, values: values.clone() });
-            }
-        }
-        tensors
+    /// Replaces all state, tensor by tensor.
+    pub fn loader(&mut self) -> StateLoader<'_> {
+        let missing = self.specs().into_iter().map(|(name, _)| name).collect();
+        StateLoader { optimizer: self, missing }
+    }
+}
+
+impl TensorSource for Optimizer {
+    fn specs(&self) -> Vec<(String, Vec<usize>)> {
+        let of = |(name, state): (&String, &State)| {
+            let parts = state.parts(&self.specs[name].shape);
+            let name = name.clone();
+            parts.into_iter().map(move |(moment, shape, _)| (format!("{name}/{moment}"), shape)).collect::<Vec<_>>()
+        };
+        self.states.iter().flat_map(of).collect()
     }
 
-    /// Replaces all state; `find` returns the values of a named tensor.
+    fn read(&self, name: &str) -> Result<Cow<'_, [f32]>, CheckpointError> {
+        let found = name.split_once('/').and_then(|(parameter, wanted)| {
+            let moments = self.states.get(parameter)?.parts(&self.specs.get(parameter)?.shape);
+            moments.into_iter().find(|(moment, ..)| *moment == wanted)
+        });
+        match found {
+            Some((_, _, values)) => Ok(Cow::Borrowed(values)),
+            None => Err(CheckpointError::NoTensor { name: name.to_owned() }),
+        }
+    }
+}
+
+/// Takes the optimizer tensors of a checkpoint; [`Self::finish`] tells whether all came.
+#[derive(Debug)]
+pub struct StateLoader<'a> {
+    optimizer: &'a mut Optimizer,
+    missing: BTreeSet<String>,
+}
+
+impl StateLoader<'_> {
+    /// Whether every tensor of the optimizer was replaced.
     ///
     /// # Errors
-    /// [`StateError`] names the first tensor that is missing or has the wrong size.
-    pub fn load_state(
-        &mut self,
-        mut find: impl FnMut(&str) -> Option<Vec<f32>>,
-    ) -> Result<(), StateError> {
-        for (name, state) in &mut self.states {
-            for (moment, values) in state.parts_mut() {
-                let name = format!("{name}/{moment}");
-                match find(&name) {
-                    Some(found) if found.len() == values.len() => *values = found,
-                    _ => return Err(StateError { name }),
-                }
-            }
+    /// [`StateError`] names the first that was not.
+    pub fn finish(self) -> Result<(), StateError> {
+        match self.missing.into_iter().next() {
+            Some(name) => Err(StateError { name }),
+            None => Ok(()),
         }
+    }
+}
+
+impl TensorSink for StateLoader<'_> {
+    fn write(&mut self, name: &str, values: Vec<f32>) -> Result<(), CheckpointError> {
+        let refused = |reason: String| CheckpointError::Refused { name: name.to_owned(), reason };
+        let parts = name.split_once('/');
+        let state = parts.and_then(|(parameter, _)| self.optimizer.states.get_mut(parameter));
+        let moment = parts.map_or("", |(_, moment)| moment);
+        let slot = state.and_then(|state| state.parts_mut().into_iter().find(|(found, _)| *found == moment));
+        let (_, slot) = slot.ok_or_else(|| {
+            refused("this optimizer keeps no such tensor; was it written with another optimizer.kind?".to_owned())
+        })?;
+        if slot.len() != values.len() {
+            return Err(refused(format!("it has {} values, the model needs {}", values.len(), slot.len())));
+        }
+        *slot = values;
+        self.missing.remove(name);
         Ok(())
     }
 }
+
+/// Name, shape and values of a moment.
+type Moment<'a> = (&'static str, Vec<usize>, &'a Vec<f32>);
 
 /// Values of one logical matrix: a stack of experts has one for each.
 fn matrix_len(shape: &[usize]) -> usize {
@@ -147,7 +177,7 @@ impl State {
     }
 
     /// Name, shape and values of each moment of a parameter of `shape`.
-    fn parts(&self, shape: &[usize]) -> Vec<(&'static str, Vec<usize>, &Vec<f32>)> {
+    fn parts(&self, shape: &[usize]) -> Vec<Moment<'_>> {
         let without = |dim: usize| {
             let mut shape = shape.to_vec();
             shape.remove(dim);

@@ -47,8 +47,7 @@ impl RunDirectory {
     /// # Errors
     /// [`RunDirectoryError`] when it exists unasked or cannot be written.
     pub fn open(root: &Path, resume: &Resume) -> Result<Self, RunDirectoryError> {
-        let occupied = std::fs::read_dir(root).is_ok_and(|mut entries| entries.next().is_some());
-        if occupied && *resume == Resume::Never {
+        if *resume == Resume::Never && holds_a_run(root) {
             return Err(RunDirectoryError::Exists { path: root.to_owned() });
         }
         let directory = Self { root: root.to_owned() };
@@ -59,6 +58,15 @@ impl RunDirectory {
         Ok(directory)
     }
 
+    /// Writes `config.toml`.
+    ///
+    /// # Errors
+    /// [`RunDirectoryError::Unwritable`].
+    pub(crate) fn write_config(&self, text: &str) -> Result<(), RunDirectoryError> {
+        std::fs::write(self.config(), text)
+            .map_err(|source| RunDirectoryError::Unwritable { path: self.root.clone(), source })
+    }
+
     /// The directory itself.
     pub fn root(&self) -> &Path {
         &self.root
@@ -67,6 +75,11 @@ impl RunDirectory {
     /// The resolved config.
     pub fn config(&self) -> PathBuf {
         self.root.join("config.toml")
+    }
+
+    /// Files of the tokenizer, as transformers names them.
+    pub fn tokenizer(&self) -> PathBuf {
+        self.root.join("tokenizer")
     }
 
     /// One line a logged step.
@@ -85,6 +98,16 @@ impl RunDirectory {
     }
 }
 
+/// Whether there is anything but what a start that failed early leaves.
+fn holds_a_run(root: &Path) -> bool {
+    let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries(root).any(|entry| match entry.file_name().to_str() {
+        Some("logs") => false,
+        Some("checkpoints") => entries(&entry.path()).next().is_some(),
+        _ => true,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,7 +116,9 @@ mod tests {
     fn an_existing_run_needs_resume() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("run");
-        RunDirectory::open(&root, &Resume::Never).unwrap();
+        let run = RunDirectory::open(&root, &Resume::Never).unwrap();
+        RunDirectory::open(&root, &Resume::Never).expect("nothing has happened in it");
+        std::fs::write(run.config(), "").unwrap();
         let refused = RunDirectory::open(&root, &Resume::Never).unwrap_err();
         assert!(refused.to_string().contains("--resume auto"));
         RunDirectory::open(&root, &Resume::Auto).unwrap();

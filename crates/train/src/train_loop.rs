@@ -9,7 +9,8 @@ use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 use switchyard_config::RunPlan;
 use switchyard_config::plan::OnCheckpointError;
-use switchyard_data::{DataSet, HostBatch, Prefetcher};
+use switchyard_data::loader::Prefetched;
+use switchyard_data::{DataSet, HostBatch, LoadError, Prefetcher};
 
 use crate::checkpointing::Checkpoints;
 use crate::error::TrainError;
@@ -29,8 +30,8 @@ pub struct TrainOptions {
     pub max_steps: Option<u64>,
     /// Raised to finish the step, save and stop.
     pub stop: Arc<AtomicBool>,
-    /// Files that go into every checkpoint: the tokenizer's.
-    pub tokenizer_files: Vec<PathBuf>,
+    /// The resolved experiment, for the run's `config.toml`.
+    pub config: String,
 }
 
 /// Watches a run.
@@ -85,12 +86,11 @@ pub fn train(
 ) -> Result<TrainOutcome, TrainError> {
     let mut run = Run::start(plan, data, options, observer)?;
     let end = options.max_steps.unwrap_or(u64::MAX).min(plan.schedule.total_steps);
-    let mut batches = Prefetcher::start(Arc::clone(data), run.progress.step, end, plan.data.prefetch_batches);
+    let mut batches = run.prefetch(data, end)?;
     let mut interrupted = options.stop.load(Ordering::Relaxed);
-    while run.progress.step < end && !interrupted {
+    while !interrupted {
         let started = Instant::now();
-        let batch = batches.next()?;
-        let waited = started.elapsed();
+        let Some(Prefetched { batch, waited }) = batches.next_batch()? else { break };
         let outcome = run.learner.step(plan, &batch, run.progress.step);
         let record = run.count(&outcome, started, waited.as_secs_f64())?;
         interrupted = options.stop.load(Ordering::Relaxed);
@@ -134,6 +134,10 @@ impl<'a> Run<'a> {
         options: &'a TrainOptions,
         observer: &mut dyn Observer,
     ) -> Result<Self, TrainError> {
+        let (tokenizer, model) = (data.tokenizer().size(), plan.model.vocab_size);
+        if tokenizer > model {
+            return Err(TrainError::VocabularyTooSmall { tokenizer, model });
+        }
         let checkpoints = Checkpoints::new(plan, data, options);
         let mut learner = Learner::new(plan, &Device::flex().autodiff());
         let mut progress = Progress::default();
@@ -143,17 +147,27 @@ impl<'a> Run<'a> {
             observer.resumed(progress.step, &path);
             saved = Some(path);
         }
+        options.directory.write_config(&options.config)?;
+        data.tokenizer().save(&options.directory.tokenizer()).map_err(LoadError::from)?;
         Ok(Self {
             plan,
             learner,
             metrics: MetricsFile::open_after(&options.directory.metrics(), progress.step)?,
             progress,
             checkpoints,
-            held_out: data.eval_batches(plan.eval.batches)?,
-            first_sentinel: data.first_sentinel(),
+            held_out: data.evaluation_batches(plan.eval.batches).collect::<Result<_, _>>()?,
+            first_sentinel: data.tokenizer().first_sentinel_id() as i32,
             saved,
             evaluation: None,
         })
+    }
+
+    /// Makes the batches from here to step `end` in the background.
+    fn prefetch(&self, data: &Arc<DataSet>, end: u64) -> Result<Prefetcher, TrainError> {
+        let first_sample = self.progress.step * self.plan.data.batch_rows as u64;
+        let steps = end.saturating_sub(self.progress.step);
+        let ahead = self.plan.data.prefetch_batches;
+        Ok(Prefetcher::start(Arc::clone(data), first_sample, steps, ahead)?)
     }
 
     /// Moves the counters past a step and makes its record.
@@ -208,6 +222,7 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        self.metrics.sync()?;
         match self.checkpoints.save(&self.learner, &self.progress) {
             Ok(path) => {
                 observer.saved(&path);

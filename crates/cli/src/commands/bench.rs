@@ -6,15 +6,15 @@ mod generate;
 mod step;
 
 use crate::Outcome;
-use crate::args::BenchCommand;
+use crate::args::{BenchCommand, Verbosity};
 
-pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<Outcome> {
+pub(crate) fn run(command: &BenchCommand, verbosity: Verbosity) -> anyhow::Result<Outcome> {
     match command {
         BenchCommand::Step(arguments) => step::run(arguments),
         BenchCommand::Dispatch { tokens, d_model, experts, json } => {
             dispatch::run(*tokens, *d_model, experts, *json)
         }
-        BenchCommand::Data { config, set, json } => data::run(config, set, *json),
+        BenchCommand::Data { config, set, json } => data::run(config, set, *json, verbosity),
         BenchCommand::Generate { preset, batch, inputs_length, new_tokens, json } => {
             generate::run(preset, *batch, *inputs_length, *new_tokens, *json)
         }

@@ -5,10 +5,12 @@ mod check;
 mod data;
 mod eval;
 mod export;
+mod fill;
 mod generate;
 mod inspect;
 mod model_directory;
 mod output;
+mod progress;
 mod tokenizer;
 mod train;
 mod verify;
@@ -24,14 +26,14 @@ pub(crate) fn run(command: Command, verbosity: Verbosity) -> anyhow::Result<Outc
     }
     match &command {
         Command::Train(arguments) => train::run(arguments, verbosity),
-        Command::Eval(arguments) => eval::run(arguments),
+        Command::Eval(arguments) => eval::run(arguments, verbosity),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Export(arguments) => export::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
         Command::Data(command) => data::run(command, verbosity),
-        Command::Tokenizer(command) => tokenizer::run(command),
+        Command::Tokenizer(command) => tokenizer::run(command, verbosity),
         Command::Check(arguments) => check::run(arguments),
         Command::Inspect(command) => inspect::run(command),
-        Command::Bench(command) => bench::run(command),
+        Command::Bench(command) => bench::run(command, verbosity),
     }
 }

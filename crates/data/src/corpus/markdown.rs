@@ -93,7 +93,12 @@ fn is_not_prose(text: &str) -> bool {
     let is_break = text.bytes().all(|b| matches!(b, b'*' | b'_' | b'-' | b' ' | b'|' | b':'));
     let is_definition =
         text.starts_with('[') && text.contains("]:") && !text.starts_with("[^") && !text.contains(". ");
-    is_heading || is_table || is_break || is_definition || (text.starts_with("[!") && !text.starts_with("[![")) || is_html_line(text)
+    is_heading
+        || is_table
+        || is_break
+        || is_definition
+        || (text.starts_with("[!") && !text.starts_with("[!["))
+        || is_html_line(text)
 }
 
 /// A line that starts with a tag, as HTML blocks do; `<https://...>` is a link, not a tag.
@@ -133,9 +138,15 @@ fn plain_text(source: &str) -> String {
         rest = &rest[used..];
     }
     text.push_str(rest);
-    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    // What removed images and links leave in front of a full stop.
-    text.replace(" .", ".").replace(" ,", ",").replace("()", "").trim().to_owned()
+    let mut joined = String::with_capacity(text.len());
+    for word in text.split_whitespace() {
+        // Removed links leave a full stop or comma alone behind a space.
+        if !joined.is_empty() && !matches!(word, "." | "," | ".)") {
+            joined.push(' ');
+        }
+        joined.push_str(word);
+    }
+    joined
 }
 
 /// Writes the text of the markup at the start of `rest` and returns the bytes it takes.
@@ -149,7 +160,7 @@ fn inline(rest: &str, text: &mut String) -> usize {
                 text.push_str(&plain_text(label));
                 used
             }
-            None => 1,
+            None => keep(rest, text),
         },
         b'<' => match tag_length(rest) {
             Some(length) => length,
@@ -197,6 +208,10 @@ fn link(rest: &str) -> Option<(&str, usize)> {
         Some(b'[') => closing(behind, b'[', b']').map_or(0, |end| end + 1),
         _ => 0,
     };
+    if target == 0 && label.starts_with(|c: char| c.is_ascii_digit()) {
+        // An interval or an index, not the name of a link.
+        return None;
+    }
     let label = if label.starts_with('^') { "" } else { label };
     Some((label, label_end + 1 + target))
 }
@@ -268,10 +283,7 @@ mod tests {
     #[test]
     fn wrapped_lines_are_joined_and_list_items_are_paragraphs() {
         let text = "One line\nand its end.\n\n- first item\n  goes on\n- second\n3. third\n> quoted\n> text";
-        assert_eq!(
-            of(text),
-            ["One line and its end.", "first item goes on", "second", "third quoted text"]
-        );
+        assert_eq!(of(text), ["One line and its end.", "first item goes on", "second", "third quoted text"]);
     }
 
     #[test]
@@ -293,11 +305,18 @@ mod tests {
             ("See [`Vec`] and [the book](https://a.b/c_(d)).", "See Vec and the book."),
             ("[![build](https://x/y.svg)](https://x) A crate.", "A crate."),
             ("Some **bold** and *thin* and __strong__ words", "Some bold and thin and strong words"),
-            ("the value 2 * 3 of `snake_case` and snake_case", "the value 2 * 3 of snake_case and snake_case"),
+            (
+                "the value 2 * 3 of `snake_case` and snake_case",
+                "the value 2 * 3 of snake_case and snake_case",
+            ),
             ("a&nbsp;&lt;b&gt; \\*kept\\* AT&T", "a <b> *kept* AT&T"),
             ("line<br/>break <https://example.org> end[^1].", "linebreak end."),
             ("``code with ` tick`` and [text][ref] and [a `]` b]", "code with ` tick and text and a ] b"),
-            ("unclosed [ bracket and ` tick", "unclosed bracket and tick"),
+            (
+                "from [low, high) in [0, 1] of the .gz and ` tick",
+                "from [low, high) in [0, 1] of the .gz and tick",
+            ),
+            ("It is `Ok(())` here [![x](y)](z) .", "It is Ok(()) here."),
         ];
         for (markdown, plain) in cases {
             assert_eq!(of(markdown), [plain]);

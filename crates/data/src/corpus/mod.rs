@@ -23,10 +23,10 @@ use std::path::{Path, PathBuf};
 use md5::{Digest as _, Md5};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use sha2::Sha256;
 
 use self::extract::SourceText;
 use self::packages::Package;
+use crate::durable;
 use crate::error::DataError;
 
 /// Changes whenever the same sources give another text.
@@ -126,15 +126,11 @@ pub fn ensure(cache_dir: &Path) -> Result<SampleCorpus, DataError> {
 }
 
 fn hash_of_list(packages: &[Package<'_>]) -> String {
-    let mut hash = Sha256::new();
-    for package in packages {
-        hash.update(format!("{}\t{}\t{}\n", package.name, package.version, package.license));
-    }
-    hex(&hash.finalize())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let lines = packages.iter().map(|package| {
+        let Package { name, version, license } = package;
+        format!("{name}\t{version}\t{license}\n")
+    });
+    durable::sha256_hex(lines.collect::<String>().as_bytes())
 }
 
 /// Extracts the text of all packages and splits it.
@@ -190,5 +186,5 @@ fn remove_duplicates(texts: &mut [Vec<SourceText>]) {
 /// Whole packages are held out, whatever their version.
 fn is_validation(name: &str) -> bool {
     let digest: [u8; 16] = Md5::digest(name).into();
-    u128::from_be_bytes(digest) % VALIDATION_MODULUS == 0
+    u128::from_be_bytes(digest).is_multiple_of(VALIDATION_MODULUS)
 }

@@ -145,7 +145,8 @@ mod tests {
         ] {
             assert!(permits(license), "{license}");
         }
-        for license in ["", "MPL-2.0", "GPL-3.0", "MIT AND CDLA-Permissive-2.0", "Custom", "LGPL-2.1 AND MIT"] {
+        for license in ["", "MPL-2.0", "GPL-3.0", "MIT AND CDLA-Permissive-2.0", "Custom", "LGPL-2.1 AND MIT"]
+        {
             assert!(!permits(license), "{license}");
         }
     }

@@ -11,24 +11,32 @@ const MIN_FUNCTION_WORDS: f64 = 0.18;
 const FUNCTION_WORDS: [&str; 96] = [
     "a", "about", "after", "all", "also", "an", "and", "any", "are", "as", "at", "be", "because", "been",
     "before", "being", "between", "both", "but", "by", "can", "cannot", "could", "did", "do", "does", "each",
-    "either", "for", "from", "had", "has", "have", "he", "how", "if", "in", "into", "is", "it", "its", "like",
-    "may", "might", "more", "most", "must", "no", "not", "of", "on", "only", "or", "other", "our", "out",
-    "over", "should", "since", "so", "some", "such", "than", "that", "the", "their", "them", "then", "there",
-    "these", "they", "this", "those", "to", "too", "under", "until", "up", "upon", "very", "was", "we",
-    "were", "what", "when", "where", "whether", "which", "while", "who", "will", "with", "within", "without",
-    "would", "you",
+    "either", "for", "from", "had", "has", "have", "he", "how", "if", "in", "into", "is", "it", "its",
+    "like", "may", "might", "more", "most", "must", "no", "not", "of", "on", "only", "or", "other", "our",
+    "out", "over", "should", "since", "so", "some", "such", "than", "that", "the", "their", "them", "then",
+    "there", "these", "they", "this", "those", "to", "too", "under", "until", "up", "upon", "very", "was",
+    "we", "were", "what", "when", "where", "whether", "which", "while", "who", "will", "with", "within",
+    "without", "would", "you",
 ];
 
 /// Marks of legal text; every package repeats it.
 const LEGAL: [&str; 8] = [
-    "licen", "copyright", "warrant", "merchantab", "redistribut", "liabilit", "all rights reserved", "contributor covenant",
+    "licen",
+    "copyright",
+    "warrant",
+    "merchantab",
+    "redistribut",
+    "liabilit",
+    "all rights reserved",
+    "contributor covenant",
 ];
 
 /// Whether a paragraph without markup is a piece of English prose.
 pub(super) fn is_prose(paragraph: &str) -> bool {
     ends_a_sentence(paragraph)
-        && !paragraph.contains(['{', '}'])
+        && !paragraph.contains(['{', '}', '@'])
         && !paragraph.contains("://")
+        && !names_an_issue(paragraph)
         && share_of_letters(paragraph) >= MIN_LETTERS
         && reads_as_english(paragraph)
         && !is_legal(paragraph)
@@ -37,6 +45,11 @@ pub(super) fn is_prose(paragraph: &str) -> bool {
 fn ends_a_sentence(paragraph: &str) -> bool {
     let end = paragraph.trim_end_matches(['"', '\'', ')', ']', '”', '’']);
     end.ends_with(['.', '!', '?']) && !end.ends_with("..")
+}
+
+/// `#123`, as change logs have it.
+fn names_an_issue(paragraph: &str) -> bool {
+    paragraph.as_bytes().windows(2).any(|pair| pair[0] == b'#' && pair[1].is_ascii_digit())
 }
 
 fn share_of_letters(paragraph: &str) -> f64 {
@@ -96,6 +109,8 @@ mod tests {
             "x86_64 0x1234 = 0b1010 + 17 * 3; the 64 of the 12 is a 99 in 100 of 55.",
             "Vector length register file operand instruction encoding table lookup entry index value.",
             "This software is provided under the terms of the license that you can find in the file.",
+            "The reader now keeps what it has read before it fails, as in #123 and others.",
+            "Thanks to @somebody and to all of the others for their help with this.",
             "See the page at https://example.org for all of the details of this format.",
         ] {
             assert!(!is_prose(text), "{text}");

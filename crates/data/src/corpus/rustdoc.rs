@@ -28,16 +28,15 @@ pub(super) fn doc_comments(source: &str) -> Vec<Vec<&str>> {
 
 /// Text of `///` or `//!`; four slashes are an ordinary comment.
 fn line_comment(line: &str) -> Option<&str> {
-    let text = line.strip_prefix("//!").or_else(|| {
-        line.strip_prefix("///").filter(|text| !text.starts_with('/'))
-    })?;
+    let text = line
+        .strip_prefix("//!")
+        .or_else(|| line.strip_prefix("///").filter(|text| !text.starts_with('/')))?;
     Some(text.strip_prefix(' ').unwrap_or(text))
 }
 
 /// Text behind `/**` or `/*!`; `/***` and `/**/` are ordinary comments.
 fn block_comment(line: &str) -> Option<&str> {
-    line.strip_prefix("/*!")
-        .or_else(|| line.strip_prefix("/**").filter(|text| !text.starts_with(['*', '/'])))
+    line.strip_prefix("/*!").or_else(|| line.strip_prefix("/**").filter(|text| !text.starts_with(['*', '/'])))
 }
 
 /// Lines up to `*/`, without the star that many authors put in front of each.
@@ -69,13 +68,8 @@ mod tests {
         let source = "//! Crate.\n//!\n//! More.\n\n// plain\n//// ruler\nstruct A {\n    /// Field.\n    a: u8,\n}\n\
                       /** Starred\n * lines\n */\nfn f() {}\n/*! Inner */\n/*** no */\n/**/\n/// Last.";
         let comments = doc_comments(source);
-        let expected: [&[&str]; 5] = [
-            &["Crate.", "", "More."],
-            &["Field."],
-            &[" Starred", "lines", " "],
-            &[" Inner "],
-            &["Last."],
-        ];
+        let expected: [&[&str]; 5] =
+            [&["Crate.", "", "More."], &["Field."], &[" Starred", "lines", " "], &[" Inner "], &["Last."]];
         assert_eq!(comments, expected);
     }
 }

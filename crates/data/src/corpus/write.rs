@@ -1,7 +1,7 @@
 //! The sample corpus on disk: two Parquet files of C4's shape and a summary.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,9 +11,9 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
-use sha2::{Digest as _, Sha256};
 
-use super::{CorpusDocument, CorpusSummary, EXTRACTOR_VERSION, SampleCorpus, SplitSummary, Splits, hex};
+use super::{CorpusDocument, CorpusSummary, EXTRACTOR_VERSION, SampleCorpus, SplitSummary, Splits};
+use crate::durable;
 use crate::error::DataError;
 
 const TRAIN: &str = "train-00000-of-00001.parquet";
@@ -45,27 +45,34 @@ pub(super) fn write(
     if stale.exists() {
         fs::remove_file(&stale).map_err(DataError::io("remove", stale))?;
     }
-    let mut hash = Sha256::new();
-    for document in splits.train.iter().chain(&splits.validation) {
-        hash.update(&document.text);
-        hash.update([0]);
-    }
     let (train, train_summary) = write_split(directory, TRAIN, &splits.train)?;
     let (validation, validation_summary) = write_split(directory, VALIDATION, &splits.validation)?;
     let summary = CorpusSummary {
         extractor_version: EXTRACTOR_VERSION,
         packages_sha256,
-        sha256: hex(&hash.finalize()),
+        sha256: hash_of_texts(splits),
         packages: splits.packages,
         train: train_summary,
         validation: validation_summary,
     };
     let path = directory.join(SUMMARY);
-    let mut json = serde_json::to_vec_pretty(&summary)
-        .map_err(|error| DataError::Io { action: "write", path: path.clone(), source: error.into() })?;
+    let mut json = serde_json::to_vec_pretty(&summary).map_err(|error| DataError::Io {
+        action: "write",
+        path: path.clone(),
+        source: error.into(),
+    })?;
     json.push(b'\n');
     replace(&path, &json)?;
     Ok(SampleCorpus { train, validation, summary })
+}
+
+fn hash_of_texts(splits: &Splits) -> String {
+    let mut texts = Vec::new();
+    for document in splits.train.iter().chain(&splits.validation) {
+        texts.extend_from_slice(document.text.as_bytes());
+        texts.push(0);
+    }
+    durable::sha256_hex(&texts)
 }
 
 fn write_split(
@@ -111,17 +118,20 @@ fn encode(documents: &[CorpusDocument]) -> Result<Vec<u8>, ParquetError> {
     writer.into_inner()
 }
 
-/// Writes a file under another name and renames it, so that it is never seen unfinished.
+/// Writes a file under a name of this process and renames it: several processes may build the
+/// corpus at once, and none sees an unfinished file of another.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), DataError> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(format!(".{}.partial", std::process::id()));
-    let partial = PathBuf::from(partial);
-    let written = fs::File::create(&partial)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&partial, path));
+    let partial = durable::with_suffix(path, &format!(".{}.partial", std::process::id()));
+    let written = write_whole(&partial, bytes).and_then(|()| durable::rename(&partial, path));
     written.map_err(|error| {
-        // The file may not exist; the error to report is the first one.
+        // It may not exist; the error to report is the first one.
         let _ = fs::remove_file(&partial);
         DataError::io("write", path)(error)
     })
+}
+
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = fs::File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
 }

@@ -16,7 +16,7 @@ pub(super) struct GzipMembers<R> {
 }
 
 enum State<R> {
-    Inside(GzDecoder<R>),
+    Inside(Box<GzDecoder<R>>),
     Between(R),
     Finished,
 }
@@ -24,14 +24,14 @@ enum State<R> {
 impl<R: BufRead> GzipMembers<R> {
     /// Reads `input`, which starts with a member; `file` is its name in warnings.
     pub(super) fn new(input: R, file: Arc<Path>) -> Self {
-        Self { file, state: State::Inside(GzDecoder::new(input)) }
+        Self { file, state: State::Inside(Box::new(GzDecoder::new(input))) }
     }
 
     /// Decides from the bytes behind a member whether another one follows.
     fn after_member(&self, mut input: R) -> io::Result<State<R>> {
         match input.fill_buf()?.first() {
             None => Ok(State::Finished),
-            Some(0x1f) => Ok(State::Inside(GzDecoder::new(input))),
+            Some(0x1f) => Ok(State::Inside(Box::new(GzDecoder::new(input)))),
             Some(_) => {
                 if !only_zeros(input)? {
                     tracing::warn!(file = %self.file.display(), "bytes behind the last gzip member are ignored");

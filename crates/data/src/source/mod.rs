@@ -12,6 +12,8 @@ mod reader;
 mod stream;
 mod text;
 
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 

@@ -80,7 +80,8 @@ pub fn incomplete_shards(files: &[PathBuf]) -> Vec<IncompleteShards> {
         sets.entry((prefix, total)).or_default().insert(index);
     }
     let gaps = sets.into_iter().map(|((prefix, total), present)| {
-        let missing = (0..total.min(MAX_ALTERNATIVES as u64)).filter(|index| !present.contains(index)).collect();
+        let missing =
+            (0..total.min(MAX_ALTERNATIVES as u64)).filter(|index| !present.contains(index)).collect();
         IncompleteShards { prefix, total, missing }
     });
     gaps.filter(|set| !set.missing.is_empty()).collect()
@@ -161,7 +162,8 @@ fn add_directory(directory: &Path, files: &mut BTreeSet<PathBuf>) -> Result<(), 
 /// Hidden files and what download tools leave while they work.
 fn is_unfinished(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let leftover = [".incomplete", ".lock", ".tmp", ".part", ".partial"].iter().any(|end| name.ends_with(end));
+    let leftover =
+        [".incomplete", ".lock", ".tmp", ".part", ".partial"].iter().any(|end| name.ends_with(end));
     leftover || name.starts_with('.')
 }
 
@@ -213,7 +215,8 @@ fn matching_brace(pattern: &str) -> Option<usize> {
 /// What stands between a pair of braces: a range or a list.
 fn choices(inner: &str) -> Result<Vec<String>, String> {
     if let Some((first, last)) = inner.split_once("..") {
-        return range(first, last).ok_or_else(|| format!("`{{{inner}}}` is not an ascending range of numbers"))?;
+        return range(first, last)
+            .ok_or_else(|| format!("`{{{inner}}}` is not an ascending range of numbers"))?;
     }
     let mut choices = Vec::new();
     let (mut depth, mut start) = (0, 0);

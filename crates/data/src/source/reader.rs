@@ -32,6 +32,17 @@ pub struct ReadOptions {
     pub on_corrupt: OnCorrupt,
 }
 
+impl ReadOptions {
+    /// One document a line of plain text, `text_column` of the other formats; broken records are errors.
+    pub fn of_column(text_column: &str) -> Self {
+        Self {
+            text_column: text_column.to_owned(),
+            text_document: TextDocument::Line,
+            on_corrupt: OnCorrupt::Fail,
+        }
+    }
+}
+
 impl From<&DataPlan> for ReadOptions {
     fn from(plan: &DataPlan) -> Self {
         Self {
@@ -113,10 +124,20 @@ impl DocumentReader {
     /// The file cannot be opened, is empty, is of a kind that cannot be read (each named, with
     /// the mend), or is Parquet without the text column.
     pub fn open(path: &Path, options: &ReadOptions) -> Result<Self, DataError> {
-        let source = format::open(path, MAX_RECORD_BYTES)?;
+        Self::open_with_limit(path, options, MAX_RECORD_BYTES)
+    }
+
+    pub(super) fn open_with_limit(
+        path: &Path,
+        options: &ReadOptions,
+        max_record_bytes: usize,
+    ) -> Result<Self, DataError> {
+        let source = format::open(path, max_record_bytes)?;
         let file = source.file();
         let records: Records = match source {
-            format::Source::Parquet(parquet) => Box::new(ParquetDocuments::new(parquet, &options.text_column)?),
+            format::Source::Parquet(parquet) => {
+                Box::new(ParquetDocuments::new(parquet, &options.text_column)?)
+            }
             format::Source::Stream { stream, content: Content::JsonLines } => {
                 Box::new(JsonDocuments::new(stream, options.text_column.clone()))
             }
@@ -124,7 +145,12 @@ impl DocumentReader {
                 Box::new(TextDocuments::new(stream, options.text_document))
             }
         };
-        Ok(Self { file, records: Some(records), on_corrupt: options.on_corrupt, counts: ReadCounts::default() })
+        Ok(Self {
+            file,
+            records: Some(records),
+            on_corrupt: options.on_corrupt,
+            counts: ReadCounts::default(),
+        })
     }
 
     /// What was read, found empty and skipped so far.

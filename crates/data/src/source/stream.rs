@@ -78,7 +78,16 @@ impl Stream {
                 Box::new(BufReader::with_capacity(BUFFER_BYTES, frames))
             }
         };
-        Ok(Self { reader, file, size, compression, compressed_offset, byte_offset: 0, line: 0, max_record_bytes })
+        Ok(Self {
+            reader,
+            file,
+            size,
+            compression,
+            compressed_offset,
+            byte_offset: 0,
+            line: 0,
+            max_record_bytes,
+        })
     }
 
     pub(super) fn file(&self) -> &Arc<Path> {

@@ -1,10 +1,12 @@
 //! Text to token ids and back, with the ids T5 fixes.
 //!
-//! Owns loading, training and saving of Hugging Face tokenizers and the arithmetic of sentinels.
+//! Owns loading, training and saving of Hugging Face tokenizers, the arithmetic of sentinels and
+//! the filling of texts that hold them.
 //! Does not read corpora and does not know the objective.
 
 mod error;
 mod files;
+mod fill;
 mod hygiene;
 mod train;
 
@@ -139,10 +141,14 @@ impl Tokenizer {
         (self.size - 1 - k) as u32
     }
 
+    /// Lowest sentinel id; every id from here to `size` is a sentinel.
+    pub fn first_sentinel_id(&self) -> u32 {
+        (self.size - self.num_sentinels) as u32
+    }
+
     /// Whether `id` is a sentinel.
     pub fn is_sentinel(&self, id: u32) -> bool {
-        let id = id as usize;
-        id < self.size && id >= self.size - self.num_sentinels
+        id >= self.first_sentinel_id() && (id as usize) < self.size
     }
 
     /// Checks that there are `needed` sentinels.

@@ -168,3 +168,19 @@ fn saved_tokenizers_load_again() {
     assert_eq!(config["added_tokens_decoder"]["219"]["content"], "<extra_id_0>");
     assert!(config.get("add_prefix_space").is_none());
 }
+
+#[test]
+fn outputs_fill_the_sentinels_of_their_prompt() {
+    let tokenizer = Tokenizer::load(&fixture(LAYOUTS[0])).expect("a T5 tokenizer");
+    let fill = |prompt: &str, output: &str| {
+        let ids = tokenizer.encode(output).expect("it encodes");
+        tokenizer.fill(prompt, &ids).expect("it fills")
+    };
+    let prompt = "The <extra_id_0> of the <extra_id_1> is <extra_id_2>.";
+    assert_eq!(
+        fill(prompt, "<extra_id_0> name <extra_id_1> new file <extra_id_2> one</s> more"),
+        "The name of the new file is one."
+    );
+    assert_eq!(fill(prompt, "<extra_id_1> a <extra_id_1> b <extra_id_2>"), "The <extra_id_0> of the a is <extra_id_2>.");
+    assert_eq!(fill("nothing missing", "<extra_id_0> name"), "nothing missing");
+}

@@ -180,7 +180,7 @@ fn train_pieces(words: Vec<(String, u64)>, vocab_size: usize) -> Result<Vec<(Str
 fn even(words: Vec<(String, u64)>) -> Vec<(String, u32)> {
     let mut sentences: Vec<(String, u32)> =
         words.into_iter().map(|(word, count)| (word, u32::try_from(count).unwrap_or(u32::MAX))).collect();
-    if sentences.len() % THREADS != 0 {
+    if !sentences.len().is_multiple_of(THREADS) {
         let most_frequent = sentences.iter_mut().reduce(|a, b| if b.1 > a.1 { b } else { a });
         if let Some((word, count)) = most_frequent {
             let half = (word.clone(), *count / 2);

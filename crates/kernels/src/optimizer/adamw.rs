@@ -46,7 +46,13 @@ impl AdamwState {
 ///
 /// # Source
 /// Loshchilov and Hutter 2019 (arXiv:1711.05101); the parameter scale is Adafactor's (arXiv:1804.04235, section 8).
-pub fn adamw(parameter: &mut [f32], gradient: &[f32], state: &mut AdamwState, matrix_len: usize, rules: Adamw) {
+pub fn adamw(
+    parameter: &mut [f32],
+    gradient: &[f32],
+    state: &mut AdamwState,
+    matrix_len: usize,
+    rules: Adamw,
+) {
     let correction1 = 1.0 - rules.beta1.powf(rules.update as f64);
     let correction2 = 1.0 - rules.beta2.powf(rules.update as f64);
     let matrices = parameter

@@ -1,20 +1,37 @@
-//! Routing and dispatch against a mask-and-einsum reference.
+//! Routing: properties of every plan, and the rules of each router on small examples.
 
-use burn::tensor::{Device, activation};
+use burn::tensor::Device;
 use proptest::prelude::*;
 
 use super::*;
 use crate::dispatch::{combine, dispatch};
 
-#[derive(Debug, Clone, Copy)]
+mod einsum;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Top1,
+    Top2,
+    ExpertChoice,
+}
+
+const ROUTERS: [Kind; 3] = [Kind::Top1, Kind::Top2, Kind::ExpertChoice];
+
+#[derive(Debug, Clone)]
 struct Case {
+    router: Kind,
     groups: usize,
     tokens: usize,
     experts: usize,
     capacity: usize,
     seed: u64,
+    /// 1 for tokens that are routed.
+    mask: Vec<i32>,
+    /// Make expert 0 the last choice of every token.
+    idle_expert: bool,
 }
 
+/// Width of a token.
 const D: usize = 6;
 
 fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
@@ -25,154 +42,168 @@ fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
     Tensor::<1>::from_data(values.as_slice(), device).reshape(shape)
 }
 
-/// Dispatch mask `[groups * tokens, experts, capacity]` of the paper's appendix F.
-fn reference_mask(probabilities: &[f32], mask: &[i32], case: Case) -> Vec<f32> {
-    let Case { groups, tokens, experts, capacity, .. } = case;
-    let mut out = vec![0.0; groups * tokens * experts * capacity];
-    for group in 0..groups {
-        let mut position = vec![0; experts];
-        for token in group * tokens..(group + 1) * tokens {
-            let row = &probabilities[token * experts..][..experts];
-            let best = (0..experts).fold(0, |best, e| if row[e] > row[best] { e } else { best });
-            if mask[token] == 1 && position[best] < capacity {
-                out[(token * experts + best) * capacity + position[best]] = 1.0;
-            }
-            position[best] += mask[token] as usize;
+impl Case {
+    fn len(&self) -> usize {
+        self.groups * self.tokens
+    }
+
+    fn logits(&self, device: &Device) -> Tensor<2> {
+        let logits = random([self.len(), self.experts], self.seed + 1, device);
+        let column: Vec<f32> =
+            (0..self.experts).map(|e| if e == 0 && self.idle_expert { -8.0 } else { 0.0 }).collect();
+        logits + Tensor::<1>::from_data(column.as_slice(), device).unsqueeze()
+    }
+
+    fn route(&self, logits: Tensor<2>) -> Routing {
+        let mask = host::int_tensor(self.mask.clone(), [self.len()], &logits.device().inner());
+        let options = RouteOptions { token_mask: Some(mask), ..options(self.groups, self.capacity) };
+        match self.router {
+            Kind::Top1 => route_top1(logits, options),
+            Kind::Top2 => route_top2(logits, options),
+            Kind::ExpertChoice => route_expert_choice(logits, options),
         }
     }
-    out
-}
-
-/// Output and gradients of a layer whose expert `e` multiplies its input by `scale[e]`.
-struct Outcome {
-    out: Tensor<2>,
-    x: Tensor<2>,
-    logits: Tensor<2>,
-    scale: Tensor<2>,
-}
-
-fn leaves(case: Case, device: &Device) -> [Tensor<2>; 3] {
-    let n = case.groups * case.tokens;
-    [
-        random([n, D], case.seed, device).require_grad(),
-        random([n, case.experts], case.seed + 1, device).require_grad(),
-        random([case.experts, D], case.seed + 2, device).require_grad(),
-    ]
-}
-
-fn outcome(out: Tensor<2>, losses: Tensor<1>, [x, logits, scale]: [Tensor<2>; 3]) -> Outcome {
-    let weights = random(out.dims(), 99, &out.device());
-    let gradients = ((out.clone() * weights).sum() + losses.sum()).backward();
-    Outcome {
-        out: out.inner(),
-        x: x.grad(&gradients).expect("leaf"),
-        logits: logits.grad(&gradients).expect("leaf"),
-        scale: scale.grad(&gradients).expect("leaf"),
-    }
-}
-
-fn fast(case: Case, mask: &[i32], device: &Device) -> Outcome {
-    let leaves = leaves(case, device);
-    let [x, logits, scale] = leaves.clone();
-    let n = mask.len();
-    let routing = route_top1(
-        logits,
-        RouteOptions {
-            groups: case.groups,
-            expert_capacity: case.capacity,
-            token_mask: Some(host::int_tensor(mask.to_vec(), [n], device)),
-            force_balanced: false,
-        },
-    );
-    let dispatched = dispatch(x, &routing.plan);
-    let expert_out = dispatched * scale.unsqueeze_dim(1);
-    let out = combine(expert_out, routing.gates, &routing.plan);
-    let balance = (routing.mean_probability * Tensor::from_inner(routing.fraction)).sum() * case.experts as f64;
-    outcome(out, balance + routing.z.sum(), leaves)
-}
-
-fn einsum(case: Case, mask: &[i32], device: &Device) -> Outcome {
-    let leaves = leaves(case, device);
-    let [x, logits, scale] = leaves.clone();
-    let Case { groups, tokens, experts, capacity, .. } = case;
-    let n = groups * tokens;
-    let p = activation::softmax(logits.clone(), 1);
-    let values = p.clone().inner().into_data().try_to_vec::<f32>().unwrap();
-    let slots = reference_mask(&values, mask, case);
-    let slots = Tensor::<1>::from_data(slots.as_slice(), device).reshape([n, experts, capacity]);
-    // Each group has slots of its own: spread the capacity axis over groups.
-    let group_of = |g: usize| {
-        let rows: Vec<f32> = (0..n).map(|t| if t / tokens == g { 1.0 } else { 0.0 }).collect();
-        Tensor::<1>::from_data(rows.as_slice(), device).reshape([n, 1, 1])
-    };
-    let slots = Tensor::cat((0..groups).map(|g| slots.clone() * group_of(g)).collect(), 2);
-    let flat = slots.clone().reshape([n, experts * groups * capacity]);
-    let dispatched = flat.clone().transpose().matmul(x).reshape([experts, groups * capacity, D]);
-    let expert_out = (dispatched * scale.unsqueeze_dim(1)).reshape([experts * groups * capacity, D]);
-    let combine = (slots * p.clone().unsqueeze_dim(2)).reshape([n, experts * groups * capacity]);
-    let out = combine.matmul(expert_out);
-
-    let mut losses = Tensor::<1>::zeros([1], device);
-    for g in 0..groups {
-        let counted: Vec<f32> =
-            (0..n).map(|t| if t / tokens == g && mask[t] == 1 { 1.0 } else { 0.0 }).collect();
-        let total = counted.iter().sum::<f32>().max(1.0);
-        let mut f = vec![0.0_f32; experts];
-        for t in (0..n).filter(|&t| counted[t] == 1.0) {
-            let row = &values[t * experts..][..experts];
-            let best = (0..experts).fold(0, |best, e| if row[e] > row[best] { e } else { best });
-            f[best] += 1.0 / total;
-        }
-        let counted = Tensor::<1>::from_data(counted.as_slice(), device).reshape([n, 1]) / total;
-        let mean = (p.clone() * counted.clone()).sum_dim(0);
-        let f = Tensor::<1>::from_data(f.as_slice(), device).reshape([1, experts]);
-        losses = losses + (mean * f).sum() * experts as f64;
-        let log_z = logits.clone().exp().sum_dim(1).log();
-        losses = losses + (log_z.square() * counted).sum();
-    }
-    outcome(out, losses, leaves)
-}
-
-fn assert_equal(case: Case, mask: &[i32]) {
-    let device = Device::flex().autodiff();
-    let (fast, plain) = (fast(case, mask, &device), einsum(case, mask, &device));
-    let difference = |a: Tensor<2>, b: Tensor<2>| (a - b).abs().max().into_scalar::<f32>();
-    assert!(difference(fast.out, plain.out) <= 1e-6, "output of {case:?}");
-    assert!(difference(fast.x, plain.x) <= 1e-6, "gradient of x in {case:?}");
-    assert!(difference(fast.logits, plain.logits) <= 2e-6, "gradient of logits in {case:?}");
-    assert!(difference(fast.scale, plain.scale) <= 1e-5, "gradient of experts in {case:?}");
-}
-
-#[test]
-fn equals_the_einsum_reference_for_many_seeds() {
-    for seed in 0..20 {
-        let case = Case { groups: 2, tokens: 12, experts: 4, capacity: 4, seed };
-        assert_equal(case, &vec![1; 24]);
-        let mask: Vec<i32> = (0..24).map(|t| i32::from(t % 5 != seed as usize % 5)).collect();
-        assert_equal(case, &mask);
-    }
-}
-
-#[test]
-fn capacity_one_idle_experts_and_empty_groups() {
-    assert_equal(Case { groups: 1, tokens: 16, experts: 4, capacity: 1, seed: 5 }, &vec![1; 16]);
-    assert_equal(Case { groups: 1, tokens: 3, experts: 8, capacity: 2, seed: 6 }, &vec![1; 3]);
-    let mask: Vec<i32> = (0..16).map(|t| i32::from(t >= 8)).collect();
-    assert_equal(Case { groups: 2, tokens: 8, experts: 3, capacity: 3, seed: 7 }, &mask);
 }
 
 fn options(groups: usize, expert_capacity: usize) -> RouteOptions {
     RouteOptions { groups, expert_capacity, token_mask: None, force_balanced: false }
 }
 
+fn cases() -> impl Strategy<Value = Case> {
+    let sizes = (1_usize..4, 1_usize..20, 2_usize..9, 1_usize..6);
+    let others = (0..3_usize, 0_u64..1_000_000, 0..5_usize, any::<bool>());
+    (sizes, others).prop_map(|((groups, tokens, experts, capacity), (router, seed, padding, idle_expert))| {
+        let mask = (0..groups * tokens).map(|t| i32::from(padding == 0 || t % 5 != padding - 1)).collect();
+        Case { router: ROUTERS[router], groups, tokens, experts, capacity, seed, mask, idle_expert }
+    })
+}
+
+proptest! {
+    #[test]
+    fn plans_keep_their_promises(case in cases()) {
+        let device = Device::flex();
+        let routing = case.route(case.logits(&device));
+        let slots = host::integers(&routing.plan.token_of_slot);
+        let used = host::integers(&routing.plan.rows_used);
+        let gates = host::with_values(routing.gates.clone(), <[f32]>::to_vec);
+        let slots_per_expert = case.groups * case.capacity;
+        let mut visits = vec![0; case.len()];
+        for (expert, slots) in slots.chunks(slots_per_expert).enumerate() {
+            let (held, free) = slots.split_at(used[expert] as usize);
+            prop_assert!(free.iter().all(|&token| token == -1), "tokens stand before free slots");
+            let mut tokens = held.to_vec();
+            tokens.sort_unstable();
+            tokens.dedup();
+            prop_assert_eq!(tokens.len(), held.len(), "no token twice at one expert");
+            for group in 0..case.groups {
+                let in_group = held.iter().filter(|&&token| token as usize / case.tokens == group).count();
+                prop_assert!(in_group <= case.capacity, "capacity holds in every group");
+            }
+            for &token in held {
+                prop_assert_eq!(case.mask[token as usize], 1, "padding takes no slot");
+                visits[token as usize] += 1;
+            }
+        }
+        for (slot, &token) in slots.iter().enumerate() {
+            prop_assert_eq!(gates[slot] > 0.0, token >= 0, "a gate for every token and none else");
+        }
+        let most = match case.router { Kind::Top1 => 1, Kind::Top2 => 2, Kind::ExpertChoice => case.experts };
+        prop_assert!(visits.iter().all(|&visits| visits <= most));
+
+        // The plan's two directions agree.
+        let offsets = host::integers(&routing.plan.slot_offsets);
+        for (token, pair) in offsets.windows(2).enumerate() {
+            prop_assert_eq!((pair[1] - pair[0]) as usize, visits[token]);
+        }
+        for (token, pair) in offsets.windows(2).enumerate() {
+            let own = &host::integers(&routing.plan.slots_of_token)[pair[0] as usize..pair[1] as usize];
+            prop_assert!(own.iter().all(|&slot| slots[slot as usize] == token as i32));
+        }
+    }
+
+    #[test]
+    fn tokens_are_dropped_only_from_full_experts_and_leave_exactly_zero(case in cases()) {
+        let case = Case { router: Kind::Top1, ..case };
+        let device = Device::flex();
+        let routing = case.route(case.logits(&device));
+        let choice = host::integers(&routing.choice);
+        let slots = host::integers(&routing.plan.token_of_slot);
+        let out = combine(
+            dispatch(Tensor::ones([case.len(), D], &device), &routing.plan),
+            routing.gates.clone(),
+            &routing.plan,
+        );
+        let out = host::with_values(out, <[f32]>::to_vec);
+        let (mut kept, mut dropped) = (0, 0);
+        for token in 0..case.len() {
+            let row = &out[token * D..][..D];
+            prop_assert_eq!(choice[token] == -1, case.mask[token] == 0);
+            if slots.contains(&(token as i32)) {
+                kept += 1;
+                prop_assert!(row.iter().all(|&value| value > 0.0));
+                continue;
+            }
+            prop_assert!(row.iter().all(|value| value.to_bits() == 0), "{row:?}");
+            if let Ok(expert) = usize::try_from(choice[token]) {
+                dropped += 1;
+                let held = &slots[expert * case.groups * case.capacity..][..case.groups * case.capacity];
+                let group = token / case.tokens;
+                let earlier = |other: i32| other >= 0 && other as usize / case.tokens == group && (other as usize) < token;
+                prop_assert_eq!(held.iter().filter(|&&other| earlier(other)).count(), case.capacity);
+            }
+        }
+        prop_assert_eq!(kept + dropped, case.mask.iter().sum::<i32>());
+    }
+
+    #[test]
+    fn dispatch_then_combine_is_the_identity_when_nothing_drops(case in cases()) {
+        let case = Case { router: Kind::Top1, capacity: case.tokens, mask: vec![1; case.len()], ..case };
+        let device = Device::flex();
+        let x = random([case.len(), D], 3, &device);
+        let routing = case.route(case.logits(&device));
+        let back = combine(dispatch(x.clone(), &routing.plan), routing.gates.ones_like(), &routing.plan);
+        prop_assert_eq!(back.into_data(), x.into_data());
+    }
+
+    #[test]
+    fn ties_go_to_the_lowest_expert(experts in 2_usize..9, tokens in 1_usize..20) {
+        let routing = route_top1(Tensor::zeros([tokens, experts], &Device::flex()), options(1, tokens));
+        prop_assert!(host::integers(&routing.choice).iter().all(|&expert| expert == 0));
+    }
+}
+
 #[test]
-fn dispatch_then_combine_is_the_identity_when_nothing_drops() {
+fn a_group_without_tokens_has_no_losses_and_no_gradient() {
+    let device = Device::flex().autodiff();
+    for router in ROUTERS {
+        let case = Case {
+            router,
+            groups: 2,
+            tokens: 5,
+            experts: 4,
+            capacity: 3,
+            seed: 1,
+            mask: vec![0; 10],
+            idle_expert: false,
+        };
+        let logits = case.logits(&device).require_grad();
+        let routing = case.route(logits.clone());
+        let total = routing.gates.sum() + routing.mean_probability.sum() + routing.z.sum();
+        let gradients = total.clone().backward();
+        assert_eq!(total.into_scalar::<f32>(), 0.0);
+        let gradient = logits.grad(&gradients).expect("leaf");
+        assert!(host::with_values(gradient, |g| g.iter().all(|&g| g == 0.0)));
+        assert!(host::with_values(routing.fraction, |f| f.iter().all(|&f| f == 0.0)));
+    }
+}
+
+#[test]
+fn uniform_routing_has_a_balance_of_one() {
     let device = Device::flex();
-    let x = random([10, D], 3, &device);
-    let mut routing = route_top1(random([10, 4], 4, &device), options(1, 10));
-    routing.gates = routing.gates.ones_like();
-    let back = combine(dispatch(x.clone(), &routing.plan), routing.gates, &routing.plan);
-    assert_eq!(back.into_data(), x.into_data());
+    let logits = Tensor::<2>::from_data([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0], [0.0, 4.0]], &device);
+    let routing = route_top1(logits, options(1, 4));
+    let balance: f32 = (routing.fraction * routing.mean_probability).sum().into_scalar();
+    assert!((balance * 2.0 - 1.0).abs() < 1e-6);
 }
 
 #[test]
@@ -222,29 +253,4 @@ fn forced_balance_gives_every_expert_the_same_load() {
     let balanced = RouteOptions { force_balanced: true, ..options(1, 16) };
     let plan = route_top1(random([16, 4], 1, &device), balanced).plan;
     assert_eq!(host::integers(&plan.rows_used), [4, 4, 4, 4]);
-}
-
-proptest! {
-    #[test]
-    fn no_slot_is_used_twice_and_capacity_holds(
-        seed in 0_u64..1000, groups in 1_usize..4, tokens in 1_usize..20, experts in 2_usize..9, capacity in 1_usize..6,
-    ) {
-        let device = Device::flex();
-        let logits = random([groups * tokens, experts], seed, &device);
-        let routing = route_top1(logits, options(groups, capacity));
-        let slots = host::integers(&routing.plan.token_of_slot);
-        let mut seen = vec![false; groups * tokens];
-        for &token in slots.iter().filter(|&&t| t >= 0) {
-            prop_assert!(!std::mem::replace(&mut seen[token as usize], true));
-        }
-        for expert in slots.chunks(groups * capacity) {
-            for group in 0..groups {
-                let held = expert.iter().filter(|&&t| t >= 0 && t as usize / tokens == group).count();
-                prop_assert!(held <= capacity);
-            }
-        }
-        let kept = host::integers(&routing.plan.rows_used).iter().sum::<i32>() as usize;
-        let dropped = seen.iter().filter(|seen| !**seen).count();
-        prop_assert_eq!(kept + dropped, groups * tokens);
-    }
 }

@@ -52,14 +52,20 @@ pub struct BlockCache {
 }
 
 impl Block {
-    pub(crate) fn new(factory: &ParameterFactory, config: &ModelConfig, stack: StackKind, layer: usize) -> Self {
+    pub(crate) fn new(
+        factory: &ParameterFactory,
+        config: &ModelConfig,
+        stack: StackKind,
+        layer: usize,
+    ) -> Self {
         let prefix = format!("{}.block.{layer}", stack.name());
         let sparse = config.is_sparse(stack, layer);
         Self {
             self_attention: AttentionLayer::new(factory, &format!("{prefix}.self_attention")),
             cross_attention: (stack == StackKind::Decoder)
                 .then(|| AttentionLayer::new(factory, &format!("{prefix}.cross_attention"))),
-            feed_forward: (!sparse).then(|| DenseLayer::new(factory, config, &format!("{prefix}.feed_forward"))),
+            feed_forward: (!sparse)
+                .then(|| DenseLayer::new(factory, config, &format!("{prefix}.feed_forward"))),
             moe: sparse.then(|| MoeLayer::new(factory, config, &format!("{prefix}.moe"))),
         }
     }
@@ -131,9 +137,7 @@ impl Block {
         let (Some(attention), Some(encoder)) = (&self.cross_attention, &inputs.encoder) else {
             return hidden_nd;
         };
-        let project = || {
-            attention.key_values(context.tensor_parallel.copy_in(encoder.clone()), inputs.batch)
-        };
+        let project = || attention.key_values(context.tensor_parallel.copy_in(encoder.clone()), inputs.batch);
         let memory = match cache {
             Some(cache) => cache.cross.get_or_insert_with(project).clone(),
             None => project(),

@@ -48,13 +48,23 @@ impl Stack {
     }
 
     /// Dropout after the embedding: the state before the first block. `[n, d]`
-    pub fn begin(&self, embedded_nd: Tensor<2>, inputs: &BlockInputs, context: &ForwardContext<'_>) -> Tensor<2> {
+    pub fn begin(
+        &self,
+        embedded_nd: Tensor<2>,
+        inputs: &BlockInputs,
+        context: &ForwardContext<'_>,
+    ) -> Tensor<2> {
         let noise = context.noise(inputs.stack, 0, Site::Embedding, inputs.row_tokens);
         dropout(embedded_nd, context.dropout_rate, noise)
     }
 
     /// Final norm and dropout after the last block. `[n, d]`
-    pub fn finish(&self, hidden_nd: Tensor<2>, inputs: &BlockInputs, context: &ForwardContext<'_>) -> Tensor<2> {
+    pub fn finish(
+        &self,
+        hidden_nd: Tensor<2>,
+        inputs: &BlockInputs,
+        context: &ForwardContext<'_>,
+    ) -> Tensor<2> {
         let out_nd = rms_norm(hidden_nd, self.final_norm.val(), context.model.layer_norm_epsilon);
         let noise = context.noise(inputs.stack, 0, Site::Final, inputs.row_tokens);
         dropout(out_nd, context.dropout_rate, noise)

@@ -1,0 +1,152 @@
+//! Where tensors come from and go to, one at a time, so that no model is held twice.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+
+use switchyard_config::ModelConfig;
+use switchyard_config::parameters::parameters;
+
+use crate::error::CheckpointError;
+use crate::shard::Spec;
+
+/// Gives tensors by name.
+pub trait TensorSource {
+    /// Name and shape of every tensor, in the order in which they are stored.
+    fn specs(&self) -> Vec<(String, Vec<usize>)>;
+
+    /// Values of one tensor, row-major.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    fn read(&self, name: &str) -> Result<Cow<'_, [f32]>, CheckpointError>;
+}
+
+/// Takes tensors by name.
+pub trait TensorSink {
+    /// Stores the values of one tensor, row-major.
+    ///
+    /// # Errors
+    /// When the name or the number of values is not expected.
+    fn write(&mut self, name: &str, values: Vec<f32>) -> Result<(), CheckpointError>;
+}
+
+/// Tensors in memory.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TensorMap {
+    tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+impl TensorMap {
+    /// Adds or replaces a tensor.
+    pub fn insert(&mut self, name: &str, shape: &[usize], values: Vec<f32>) {
+        self.tensors.insert(name.to_owned(), (shape.to_vec(), values));
+    }
+
+    /// Takes a tensor's values out.
+    pub fn take(&mut self, name: &str) -> Option<Vec<f32>> {
+        self.tensors.remove(name).map(|(_, values)| values)
+    }
+}
+
+impl TensorSource for TensorMap {
+    fn specs(&self) -> Vec<(String, Vec<usize>)> {
+        self.tensors.iter().map(|(name, (shape, _))| (name.clone(), shape.clone())).collect()
+    }
+
+    fn read(&self, name: &str) -> Result<Cow<'_, [f32]>, CheckpointError> {
+        match self.tensors.get(name) {
+            Some((_, values)) => Ok(Cow::Borrowed(values)),
+            None => Err(CheckpointError::NoTensor { name: name.to_owned() }),
+        }
+    }
+}
+
+/// Keeps a vector under each name: shapes do not pass through a sink.
+impl TensorSink for TensorMap {
+    fn write(&mut self, name: &str, values: Vec<f32>) -> Result<(), CheckpointError> {
+        let len = values.len();
+        self.tensors.insert(name.to_owned(), (vec![len], values));
+        Ok(())
+    }
+}
+
+/// Name and shape of every parameter, in the order of the parameter table.
+pub(crate) fn parameter_specs(model: &ModelConfig) -> Vec<Spec> {
+    parameters(model).into_iter().map(|spec| (spec.name, spec.shape)).collect()
+}
+
+/// A tensor that was found somewhere.
+pub(crate) struct Found<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) shape: &'a [usize],
+    /// The file that holds it, if it is in one.
+    pub(crate) file: Option<&'a str>,
+}
+
+/// Every difference between the tensors that a model needs and those that were found, a line each.
+pub(crate) fn differences(expected: &[Spec], found: &[Found<'_>]) -> Vec<String> {
+    let by_name: BTreeMap<&str, &Found<'_>> = found.iter().map(|tensor| (tensor.name, tensor)).collect();
+    let place = |tensor: &Found<'_>| tensor.file.map_or(String::new(), |file| format!(" in {file}"));
+    let mut faults = Vec::new();
+    for (name, shape) in expected {
+        match by_name.get(name.as_str()) {
+            None => faults.push(format!("`{name}` is missing; expected shape {shape:?}")),
+            Some(tensor) if tensor.shape != shape.as_slice() => {
+                let (place, found) = (place(tensor), tensor.shape);
+                faults.push(format!("`{name}`{place} has shape {found:?}; expected {shape:?}"));
+            }
+            Some(_) => {}
+        }
+    }
+    let known: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
+    for tensor in found.iter().filter(|tensor| !known.contains(tensor.name)) {
+        faults.push(format!("`{}`{} is not of this model", tensor.name, place(tensor)));
+    }
+    faults
+}
+
+/// Refuses tensors that are not exactly those that `model` needs.
+pub(crate) fn check_parameters(
+    source: &dyn TensorSource,
+    model: &ModelConfig,
+) -> Result<(), CheckpointError> {
+    let specs = source.specs();
+    let found: Vec<Found<'_>> = specs.iter().map(|(name, shape)| Found { name, shape, file: None }).collect();
+    let faults = differences(&parameter_specs(model), &found);
+    if faults.is_empty() { Ok(()) } else { Err(CheckpointError::WrongParameters { faults }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_differences_are_listed() {
+        let expected = [("a".to_owned(), vec![2, 3]), ("b".to_owned(), vec![4]), ("c".to_owned(), vec![1])];
+        let found = [
+            Found { name: "a", shape: &[3, 2], file: Some("x.safetensors") },
+            Found { name: "c", shape: &[1], file: None },
+            Found { name: "d", shape: &[9], file: Some("y.safetensors") },
+        ];
+        assert_eq!(
+            differences(&expected, &found),
+            [
+                "`a` in x.safetensors has shape [3, 2]; expected [2, 3]",
+                "`b` is missing; expected shape [4]",
+                "`d` in y.safetensors is not of this model",
+            ]
+        );
+        assert!(differences(&expected[2..], &found[1..2]).is_empty());
+    }
+
+    #[test]
+    fn a_map_is_source_and_sink() {
+        let mut map = TensorMap::default();
+        map.insert("w", &[1, 2], vec![1.0, 2.0]);
+        map.write("v", vec![3.0]).unwrap();
+        assert_eq!(map.specs(), [("v".to_owned(), vec![1]), ("w".to_owned(), vec![1, 2])]);
+        assert_eq!(map.take("v"), Some(vec![3.0]));
+        assert!(matches!(map.read("v"), Err(CheckpointError::NoTensor { .. })));
+        assert_eq!(map.read("w").unwrap(), &[1.0, 2.0][..]);
+    }
+}

@@ -1,0 +1,50 @@
+//! A model from disk, ready to run, with its tokenizer.
+
+use std::path::Path;
+
+use anyhow::Context;
+use burn::tensor::Device;
+use switchyard_checkpoint::{ModelDirectory, open_model};
+use switchyard_config::ModelConfig;
+use switchyard_config::plan::RoutingConfig;
+use switchyard_data::Tokenizer;
+use switchyard_model::SwitchTransformer;
+use switchyard_train::load_model;
+
+/// What `--model` names.
+pub(crate) struct LoadedModel {
+    pub model: SwitchTransformer,
+    pub config: ModelConfig,
+    pub routing: RoutingConfig,
+    pub directory: ModelDirectory,
+}
+
+impl LoadedModel {
+    /// Opens a run, a checkpoint or a Hugging Face directory and loads its parameters.
+    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+        let directory = open_model(path)?;
+        let model = load_model(&directory, &Device::flex())?;
+        Ok(Self {
+            model,
+            config: directory.model().clone(),
+            routing: directory.routing().clone(),
+            directory,
+        })
+    }
+
+    /// The tokenizer beside the model.
+    pub(crate) fn tokenizer(&self) -> anyhow::Result<Tokenizer> {
+        let path = self.directory.tokenizer().with_context(|| {
+            format!("{} holds no tokenizer.json; copy the model's into it", self.directory.path().display())
+        })?;
+        let tokenizer = Tokenizer::load(&path)?;
+        anyhow::ensure!(
+            tokenizer.size() <= self.config.vocab_size,
+            "{} has {} ids and the model only {}; use the tokenizer that the model was trained with",
+            path.display(),
+            tokenizer.size(),
+            self.config.vocab_size
+        );
+        Ok(tokenizer)
+    }
+}

@@ -1,0 +1,166 @@
+//! `switchyard train`: a whole run, and at its end what it is good for.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use switchyard_checkpoint::hf::StoredDtype;
+use switchyard_checkpoint::open_model;
+use switchyard_config::{RunPlan, resolve};
+use switchyard_data::DataSet;
+use switchyard_train::{
+    EvalRecord, Observer, Resume, RunDirectory, StepRecord, TrainOptions, TrainOutcome, train,
+};
+
+use super::fill::Filler;
+use super::model_directory::LoadedModel;
+use super::progress::Work;
+use super::{data, export, output};
+use crate::args::{TrainArguments, Verbosity};
+use crate::{Outcome, logging, signals};
+
+/// Most tokens that are written for a prompt at the end of a run.
+const PROMPT_TOKENS: usize = 64;
+
+pub(crate) fn run(arguments: &TrainArguments, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+    let resolved = resolve(&arguments.config, &arguments.set)?;
+    let plan = &resolved.plan;
+    let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
+    let resume = match arguments.resume.as_str() {
+        "never" => Resume::Never,
+        "auto" => Resume::Auto,
+        checkpoint => Resume::From(PathBuf::from(checkpoint)),
+    };
+    let directory = RunDirectory::open(&root, &resume)?;
+    logging::start(verbosity, Some(&directory.logs().join("rank-0.log")))?;
+    let stop = signals::stop_flag()?;
+    let data = data::open(plan, verbosity.quiet)?;
+    let config = format!("# switchyard {}\n{}", env!("CARGO_PKG_VERSION"), resolved.to_toml());
+    let options = TrainOptions { directory, resume, max_steps: arguments.max_steps, stop, config };
+    let outcome = {
+        let mut screen = Screen::new(plan, &data, verbosity.quiet);
+        train(plan, &data, &options, &mut screen)?
+    };
+    let again = format!("switchyard train {} --resume auto", arguments.config.display());
+    finish(plan, &root, &outcome, &again)
+}
+
+/// What happened, where everything is and what to do next.
+fn finish(plan: &RunPlan, root: &Path, outcome: &TrainOutcome, again: &str) -> anyhow::Result<Outcome> {
+    let Some(checkpoint) = &outcome.checkpoint else {
+        output::line(format!("stopped at step {} before anything was saved", outcome.step))?;
+        return Ok(Outcome::Interrupted);
+    };
+    if outcome.interrupted {
+        output::line(format!("stopped at step {}, saved in {}", outcome.step, checkpoint.display()))?;
+        output::line(format!("continue with: {again}"))?;
+        return Ok(Outcome::Interrupted);
+    }
+    if let Some(record) = &outcome.evaluation {
+        show_evaluation(record)?;
+    }
+    if !plan.eval.prompts.is_empty() {
+        show_prompts(checkpoint, &plan.eval.prompts)?;
+    }
+    let row = |name: &str, path: &Path| output::line(format!("{name:<12} {}", path.display()));
+    row("checkpoint", checkpoint)?;
+    if plan.checkpoint.export {
+        row("transformers", &write_export(checkpoint, root)?)?;
+    }
+    row("metrics", &root.join("metrics.jsonl"))?;
+    row("log", &root.join("logs/rank-0.log"))?;
+    row("config", &root.join("config.toml"))?;
+    output::line(format!(
+        "try: switchyard generate --model {} --prompt \"The <extra_id_0> is read from the file.\"",
+        root.display()
+    ))?;
+    Ok(Outcome::Done)
+}
+
+fn show_evaluation(record: &EvalRecord) -> anyhow::Result<()> {
+    let eval = &record.eval;
+    output::line(format!("held-out text, {} targets that are words, nats a word:", output::grouped(eval.words)))?;
+    output::line(format!("  loss of the model                       {:.3}", eval.word_loss))?;
+    output::line(format!("  loss given another document's inputs    {:.3}", record.mismatched_word_loss))?;
+    output::line(format!("  unigram entropy of these words          {:.3}", eval.word_unigram_entropy))
+}
+
+fn show_prompts(checkpoint: &Path, prompts: &[String]) -> anyhow::Result<()> {
+    let loaded = LoadedModel::open(checkpoint)?;
+    let tokenizer = loaded.tokenizer()?;
+    let filler = Filler {
+        model: &loaded.model,
+        config: &loaded.config,
+        routing: &loaded.routing,
+        tokenizer: &tokenizer,
+    };
+    for filled in filler.fill(prompts, PROMPT_TOKENS, |_| Ok(()))? {
+        output::line(format!("  {}\n  → {}", filled.prompt, filled.filled))?;
+    }
+    Ok(())
+}
+
+/// Replaces `RUN/export` by the model of `checkpoint`.
+fn write_export(checkpoint: &Path, root: &Path) -> anyhow::Result<PathBuf> {
+    let out = root.join("export");
+    if out.exists() {
+        std::fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
+    }
+    export::write(&open_model(checkpoint)?, &out, StoredDtype::F32, None, None)?;
+    Ok(out)
+}
+
+/// The progress of a run on the terminal.
+struct Screen {
+    work: Work,
+}
+
+impl Screen {
+    fn new(plan: &RunPlan, data: &DataSet, quiet: bool) -> Self {
+        let work = Work::new(quiet);
+        work.note(&format!(
+            "{}: {} parameters, {} training tokens, {} ids",
+            plan.name,
+            output::grouped(plan.model.num_parameters()),
+            output::grouped(data.num_tokens()),
+            output::grouped(data.tokenizer().size() as u64),
+        ));
+        Self { work }
+    }
+}
+
+impl Observer for Screen {
+    fn resumed(&mut self, step: u64, checkpoint: &Path) {
+        self.work.restart(step);
+        self.work.note(&format!("continuing at step {step} from {}", checkpoint.display()));
+    }
+
+    fn step(&mut self, record: &StepRecord, end: u64) {
+        let mut message = format!(
+            "step {}  loss {:.3}  {} tokens/s",
+            record.step,
+            record.loss,
+            output::grouped(record.tokens_per_second as u64),
+        );
+        if !record.moe.is_empty() {
+            message.push_str(&format!("  dropped {:.1} %", record.fraction_tokens_dropped() * 100.0));
+        }
+        self.work.at(record.step, end, &message);
+    }
+
+    fn evaluation(&mut self, record: &EvalRecord) {
+        let eval = &record.eval;
+        self.work.note(&format!(
+            "step {}: held-out loss {:.3}, words {:.3} (other inputs {:.3}, unigram {:.3}), accuracy {:.1} %",
+            record.step,
+            eval.loss,
+            eval.word_loss,
+            record.mismatched_word_loss,
+            eval.word_unigram_entropy,
+            eval.token_accuracy * 100.0,
+        ));
+    }
+
+    fn saved(&mut self, checkpoint: &Path) {
+        tracing::info!(checkpoint = %checkpoint.display(), "saved");
+    }
+}

@@ -1,0 +1,88 @@
+//! Batches made in the background while the trainer computes.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::{DataSet, LoadError};
+use crate::batch::HostBatch;
+
+/// A batch and how long the trainer waited for it.
+#[derive(Debug, Clone)]
+pub struct Prefetched {
+    /// The batch.
+    pub batch: HostBatch,
+    /// Time between asking and having.
+    pub waited: Duration,
+}
+
+/// A thread that makes consecutive batches ahead of whoever takes them.
+///
+/// The batches are those of [`DataSet::batch_at`], in order. Dropping it ends the thread.
+#[derive(Debug)]
+pub struct Prefetcher {
+    /// `None` once dropped, which tells the thread to end.
+    batches: Option<Receiver<Result<HostBatch, LoadError>>>,
+    thread: Option<JoinHandle<()>>,
+    remaining: u64,
+}
+
+impl Prefetcher {
+    /// Starts with the batch at global sample `first_sample` and stops after `num_batches`.
+    ///
+    /// At most `ahead` finished batches wait in memory, at least one.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(
+        data: Arc<DataSet>,
+        first_sample: u64,
+        num_batches: u64,
+        ahead: usize,
+    ) -> Result<Self, LoadError> {
+        let (sender, batches) = sync_channel(ahead.max(1));
+        let make = move || {
+            let rows = data.batch_rows() as u64;
+            for number in 0..num_batches {
+                let batch = data.batch_at(first_sample + number * rows);
+                let failed = batch.is_err();
+                if sender.send(batch).is_err() || failed {
+                    return;
+                }
+            }
+        };
+        let thread = thread::Builder::new()
+            .name("prefetch".to_owned())
+            .spawn(make)
+            .map_err(|error| LoadError::Thread { message: format!("cannot be started: {error}") })?;
+        Ok(Self { batches: Some(batches), thread: Some(thread), remaining: num_batches })
+    }
+
+    /// The next batch, or `None` after the last.
+    ///
+    /// # Errors
+    /// What the thread met while making the batch. There are no batches after an error.
+    pub fn next_batch(&mut self) -> Result<Option<Prefetched>, LoadError> {
+        if self.remaining == 0 {
+            return Ok(None);
+        }
+        let asked = Instant::now();
+        let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
+        let Some(batch) = received else {
+            return Err(LoadError::Thread { message: "ended before the last batch".to_owned() });
+        };
+        self.remaining -= 1;
+        Ok(Some(Prefetched { batch: batch?, waited: asked.elapsed() }))
+    }
+}
+
+impl Drop for Prefetcher {
+    fn drop(&mut self) {
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic in the thread has been reported by the panic hook already.
+            let _ = thread.join();
+        }
+    }
+}

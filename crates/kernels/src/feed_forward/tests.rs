@@ -1,0 +1,139 @@
+//! Feed-forward layers beside the same mathematics composed of tensor operations.
+
+use burn::tensor::{Device, Distribution, activation};
+
+use super::*;
+use crate::noise::NoiseKey;
+
+fn noise() -> TokenNoise {
+    TokenNoise { key: NoiseKey { seed: 0, step: 0, site: 0 }, first_row: 0, row_tokens: 4 }
+}
+
+fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex().autodiff()).require_grad()
+}
+
+fn difference<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
+    (a - b).abs().max().into_scalar()
+}
+
+const ACTIVATIONS: [Activation; 4] =
+    [Activation::Relu, Activation::GeluTanh, Activation::Gelu, Activation::Silu];
+
+/// Factors that dropout puts on the hidden activations of `tokens`. `[tokens, d_ff]`
+fn factors(tokens: &[usize], width: usize, rate: f64) -> Tensor<2> {
+    let factor = Factor::Dropout { rate: rate as f32 };
+    let mut values = Vec::new();
+    for &token in tokens {
+        let mut words = vec![0; width];
+        noise().fill(token, &mut words);
+        values.extend(words.into_iter().map(|word| factor.of(word)));
+    }
+    Tensor::<1>::from_data(values.as_slice(), &Device::flex().autodiff()).reshape([tokens.len(), width])
+}
+
+/// The layer from tensor operations; `dropped` multiplies its hidden activations.
+fn reference(
+    x: Tensor<2>,
+    [wi, gate, wo]: [Tensor<2>; 3],
+    kind: Activation,
+    gated: bool,
+    dropped: Tensor<2>,
+) -> Tensor<2> {
+    let projected = x.clone().matmul(wi);
+    let mut hidden = match kind {
+        Activation::Relu => activation::relu(projected),
+        Activation::GeluTanh => activation::gelu_approximate(projected),
+        Activation::Gelu => activation::gelu(projected),
+        Activation::Silu => activation::silu(projected),
+    };
+    if gated {
+        hidden = hidden * x.matmul(gate);
+    }
+    (hidden * dropped).matmul(wo)
+}
+
+/// Compares outputs and the gradients of `leaves`.
+fn assert_equal<const D: usize, const W: usize>(
+    fused: Tensor<D>,
+    plain: Tensor<D>,
+    x: &Tensor<D>,
+    weights: &[Tensor<W>],
+    case: &str,
+) {
+    let largest: f32 = plain.clone().abs().max().into_scalar();
+    assert!(difference(fused.clone(), plain.clone()) < 1e-6 * largest.max(1.0), "output, {case}");
+    let (a, b) = (fused.square().sum().backward(), plain.square().sum().backward());
+    let close = |a: f32, scale: f32| a < 1e-5 * scale.max(1.0);
+    let (gx, gx_plain) = (x.grad(&a).expect("leaf"), x.grad(&b).expect("leaf"));
+    let scale: f32 = gx_plain.clone().abs().max().into_scalar();
+    assert!(close(difference(gx, gx_plain), scale), "gradient of x, {case}");
+    for (i, leaf) in weights.iter().enumerate() {
+        let (g, plain) = (leaf.grad(&a).expect("leaf"), leaf.grad(&b).expect("leaf"));
+        let scale: f32 = plain.clone().abs().max().into_scalar();
+        assert!(close(difference(g, plain), scale), "gradient of matrix {i}, {case}");
+    }
+}
+
+fn cases() -> impl Iterator<Item = (Activation, bool, f64)> {
+    ACTIVATIONS.into_iter().flat_map(|kind| {
+        [false, true].into_iter().flat_map(move |gated| [0.0, 0.3].map(|rate| (kind, gated, rate)))
+    })
+}
+
+#[test]
+fn dense_layers_equal_the_composed_reference() {
+    for (kind, gated, rate) in cases() {
+        let (x, wi, gate, wo) = (random([9, 6]), random([6, 20]), random([6, 20]), random([20, 6]));
+        let weights =
+            FeedForwardWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
+        let fused = feed_forward(x.clone(), weights, kind, rate, noise());
+        let dropped = factors(&[0, 1, 2, 3, 4, 5, 6, 7, 8], 20, rate);
+        let plain = reference(x.clone(), [wi.clone(), gate.clone(), wo.clone()], kind, gated, dropped);
+        let used = if gated { vec![wi, wo, gate] } else { vec![wi, wo] };
+        assert_equal(fused, plain, &x, &used, &format!("{kind:?} gated {gated} dropout {rate}"));
+    }
+}
+
+#[test]
+fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
+    let device = Device::flex();
+    let held: [&[i32]; 3] = [&[2, 0], &[], &[1, 5, 3, 4]];
+    let slots = held.iter().flat_map(|tokens| (0..4).map(|i| tokens.get(i).copied().unwrap_or(-1)));
+    let plan = DispatchPlan::new(slots.collect(), 3, 4, 6, &device);
+    for (kind, gated, rate) in cases() {
+        let (wi, gate, wo) = (random([3, 6, 20]), random([3, 6, 20]), random([3, 20, 6]));
+        let x: Tensor<3> = random([3, 4, 6]);
+        let weights = ExpertWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
+        let fused = expert_feed_forward(x.clone(), weights, kind, rate, noise(), &plan);
+        let of = |t: &Tensor<3>, expert: usize| t.clone().slice(expert..expert + 1).squeeze_dim::<2>(0);
+        let experts = held.iter().enumerate().map(|(expert, tokens)| {
+            let rest = Tensor::<2>::zeros([4 - tokens.len(), 6], &x.device());
+            if tokens.is_empty() {
+                return rest;
+            }
+            let tokens: Vec<usize> = tokens.iter().map(|&token| token as usize).collect();
+            let matrices = [of(&wi, expert), of(&gate, expert), of(&wo, expert)];
+            let rows = of(&x, expert).slice(0..tokens.len());
+            let out = reference(rows, matrices, kind, gated, factors(&tokens, 20, rate));
+            if tokens.len() == 4 { out } else { Tensor::cat(vec![out, rest], 0) }
+        });
+        let plain = Tensor::cat(experts.map(|out| out.unsqueeze::<3>()).collect(), 0);
+        let used = if gated { vec![wi, wo, gate] } else { vec![wi, wo] };
+        assert_equal(fused, plain, &x, &used, &format!("{kind:?} gated {gated} dropout {rate}"));
+    }
+}
+
+#[test]
+fn an_expert_without_tokens_stays_zero() {
+    let device = Device::flex().autodiff();
+    let plan = DispatchPlan::new(vec![0, 1, -1, -1, -1, -1], 2, 3, 2, &device);
+    let weights = ExpertWeights { wi: random([2, 4, 5]), wi_gate: None, wo: random([2, 5, 4]) };
+    let (wi, wo) = (weights.wi.clone(), weights.wo.clone());
+    let out = expert_feed_forward(random([2, 3, 4]), weights, Activation::Relu, 0.5, noise(), &plan);
+    let gradients = out.clone().square().sum().backward();
+    let idle = |t: Tensor<3>| t.slice(1..2).abs().max().into_scalar::<f32>();
+    assert_eq!(idle(out), 0.0);
+    assert_eq!(idle(wi.grad(&gradients).expect("leaf")), 0.0);
+    assert_eq!(idle(wo.grad(&gradients).expect("leaf")), 0.0);
+}

@@ -1,0 +1,73 @@
+//! What can end a run.
+
+use switchyard_checkpoint::CheckpointError;
+use switchyard_data::LoadError;
+use switchyard_data::loader::StateMismatch;
+
+use crate::metrics::MetricsError;
+use crate::optimizer::StateError;
+use crate::run_directory::RunDirectoryError;
+
+/// Why a run stopped before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// Text could not be read or turned into batches.
+    #[error(transparent)]
+    Data(#[from] LoadError),
+    /// A checkpoint could not be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The run directory cannot be used.
+    #[error(transparent)]
+    RunDirectory(#[from] RunDirectoryError),
+    /// `metrics.jsonl` could not be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// A checkpoint's optimizer state does not fit.
+    #[error(transparent)]
+    Optimizer(#[from] StateError),
+    /// Too many steps in a row were not finite.
+    #[error(
+        "loss or gradient was not finite for {steps} steps in a row, first at `{place}`; lower \
+         optimizer.learning_rate, or lengthen schedule.warmup_steps"
+    )]
+    NotFinite {
+        /// Steps in a row.
+        steps: u64,
+        /// First parameter with a bad gradient, or `loss`.
+        place: String,
+    },
+    /// The run that a checkpoint belongs to computed something else.
+    #[error(
+        "cannot resume from {}, its run had other settings:{differences}\nrestore these keys, or start a new run with `--run-dir`",
+        checkpoint.display()
+    )]
+    OtherRun {
+        /// The checkpoint.
+        checkpoint: std::path::PathBuf,
+        /// Keys with both values.
+        differences: String,
+    },
+    /// The text of the run has changed since the checkpoint.
+    #[error("cannot resume from {}: {difference}", checkpoint.display())]
+    OtherData {
+        /// The checkpoint.
+        checkpoint: std::path::PathBuf,
+        /// What differs, and the mend.
+        difference: StateMismatch,
+    },
+    /// The tokenizer has ids that the model has no row for.
+    #[error(
+        "data.tokenizer has {tokenizer} ids and model.vocab_size is {model}; raise model.vocab_size to {tokenizer} or \
+         more (a multiple of 128 is fastest), or use a smaller tokenizer"
+    )]
+    VocabularyTooSmall {
+        /// Ids of the tokenizer.
+        tokenizer: usize,
+        /// Rows of the embedding.
+        model: usize,
+    },
+    /// Counters that JSON cannot hold.
+    #[error("the state of the run has no JSON form: {0}")]
+    NoJson(serde_json::Error),
+}

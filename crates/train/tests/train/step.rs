@@ -1,0 +1,162 @@
+//! One update: how a batch is split does not matter, and nothing else touches training.
+
+use burn::tensor::Device;
+use switchyard_checkpoint::TensorSource;
+use switchyard_config::RunPlan;
+use switchyard_config::parameters::parameters;
+use switchyard_train::evaluate::{EvaluationRules, evaluate};
+use switchyard_train::{Learner, StepOutcome};
+
+use super::{batch, small_plan};
+
+fn learner(plan: &RunPlan) -> Learner {
+    Learner::new(plan, &Device::flex().autodiff())
+}
+
+/// Gradients of the first update: AdamW's first moment is `1 - beta1` of it.
+fn gradients(plan: &RunPlan, learner: &Learner) -> Vec<(String, Vec<f32>)> {
+    let moment = |name: String| {
+        let m = learner.optimizer().read(&format!("{name}/m")).unwrap().into_owned();
+        (name, m)
+    };
+    parameters(&plan.model).into_iter().map(|spec| moment(spec.name)).collect()
+}
+
+fn close(a: f64, b: f64, what: &str) {
+    assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-3), "{what}: {a} {b}");
+}
+
+fn assert_same_outcome(found: &StepOutcome, expected: &StepOutcome) {
+    close(found.loss, expected.loss, "loss");
+    close(found.total_loss, expected.total_loss, "total loss");
+    close(found.grad_norm, expected.grad_norm, "gradient norm");
+    assert_eq!(found.tokens, expected.tokens);
+    for ((name, found), (_, expected)) in found.moe.iter().zip(&expected.moe) {
+        assert_eq!(found.tokens_per_expert, expected.tokens_per_expert, "{name}");
+        assert_eq!(found.kept_per_expert, expected.kept_per_expert, "{name}");
+        assert_eq!((found.dropped, found.groups), (expected.dropped, expected.groups), "{name}");
+        close(found.load_balancing_loss, expected.load_balancing_loss, name);
+        close(found.router_z_loss, expected.router_z_loss, name);
+        close(found.entropy, expected.entropy, name);
+        close(found.gates, expected.gates, name);
+    }
+}
+
+#[test]
+fn a_step_does_not_depend_on_micro_batches() {
+    for router in ["top1", "top2", "expert_choice"] {
+        let sets = |micro: usize| {
+            small_plan(&[
+                &format!("data.micro_batch_rows={micro}"),
+                &format!("routing.router=\"{router}\""),
+                "routing.group_rows=2",
+                "routing.min_expert_capacity=1",
+                "routing.router_jitter_noise=0.05",
+                "routing.router_z_loss_coef=0.001",
+                "trainer.dropout_rate=0.1",
+                "trainer.expert_dropout=0.2",
+                "optimizer.kind=\"adamw\"",
+                "optimizer.clip_norm=0.0",
+            ])
+        };
+        let whole_plan = sets(8);
+        let batch = batch(&whole_plan, 3);
+        let mut whole = learner(&whole_plan);
+        let expected = whole.step(&whole_plan, &batch, 5);
+        if router == "top1" {
+            assert!(expected.moe.iter().all(|(_, layer)| layer.dropped > 0), "the capacity cut is met");
+        }
+        for micro in [4, 2] {
+            let plan = sets(micro);
+            let mut split = learner(&plan);
+            assert_same_outcome(&split.step(&plan, &batch, 5), &expected);
+            for ((name, found), (_, expected)) in
+                gradients(&plan, &split).into_iter().zip(gradients(&plan, &whole))
+            {
+                let largest = expected.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+                let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(difference <= 1e-6 * largest, "{router} {micro} {name}: {difference} of {largest}");
+            }
+        }
+    }
+}
+
+#[test]
+fn noise_differs_between_steps_and_repeats_within_one() {
+    let plan = small_plan(&["trainer.dropout_rate=0.1"]);
+    let batch = batch(&plan, 3);
+    let loss = |step| learner(&plan).step(&plan, &batch, step).loss;
+    assert_eq!(loss(4).to_bits(), loss(4).to_bits());
+    assert_ne!(loss(4), loss(5));
+}
+
+#[test]
+fn evaluation_leaves_training_untouched() {
+    let plan = small_plan(&["trainer.dropout_rate=0.1"]);
+    let rules = EvaluationRules { first_sentinel: 60, mismatched_inputs: false };
+    let (mut plain, mut evaluated) = (learner(&plan), learner(&plan));
+    for step in 0..3 {
+        let held_out = batch(&plan, 100 + step);
+        let run = || evaluate(evaluated.model(), &plan.model, &plan.routing, [&held_out], 4, rules);
+        let first = run();
+        assert_eq!(run(), first, "evaluation repeats");
+        let outcomes =
+            [&mut plain, &mut evaluated].map(|learner| learner.step(&plan, &batch(&plan, step), step));
+        assert_eq!(outcomes[0], outcomes[1]);
+    }
+    for spec in parameters(&plan.model) {
+        let [a, b] = [&plain, &evaluated].map(|learner| learner.model().parameter(&spec.name).unwrap());
+        assert_eq!(a, b, "{}", spec.name);
+    }
+}
+
+#[test]
+fn a_step_that_is_not_finite_changes_nothing() {
+    let plan = small_plan(&["optimizer.kind=\"adamw\""]);
+    let batch = batch(&plan, 3);
+    let mut learner = learner(&plan);
+    learner.step(&plan, &batch, 0);
+    let name = "encoder.final_norm";
+    let whole = learner.model().parameter(name).unwrap();
+    let mut broken = whole.clone();
+    broken[3] = f32::NAN;
+    learner.model_mut().set_parameter(name, broken).unwrap();
+    let moments = gradients(&plan, &learner);
+    let others = learner.model().parameter("shared.embedding").unwrap();
+    let outcome = learner.step(&plan, &batch, 1);
+    assert!(outcome.skipped.is_some());
+    assert_eq!(gradients(&plan, &learner), moments);
+    assert_eq!(learner.model().parameter("shared.embedding").unwrap(), others);
+    learner.model_mut().set_parameter(name, whole).unwrap();
+    assert_eq!(learner.step(&plan, &batch, 1).skipped, None, "and training goes on");
+}
+
+#[test]
+fn clipping_scales_the_whole_gradient() {
+    let [free, clipped] = ["0.0", "0.25"].map(|norm| {
+        let plan = small_plan(&["optimizer.kind=\"adamw\"", &format!("optimizer.clip_norm={norm}")]);
+        let mut learner = learner(&plan);
+        let outcome = learner.step(&plan, &batch(&plan, 3), 0);
+        (outcome.grad_norm, gradients(&plan, &learner))
+    });
+    assert_eq!(free.0, clipped.0, "the norm before clipping is reported");
+    assert!(free.0 > 0.25);
+    let scale = (0.25 / free.0) as f32;
+    for ((name, clipped), (_, free)) in clipped.1.iter().zip(&free.1) {
+        let near = |(a, b): (&f32, &f32)| (a - b * scale).abs() <= 1e-6 * b.abs() * scale + 1e-12;
+        assert!(clipped.iter().zip(free).all(near), "{name}");
+    }
+}
+
+#[test]
+fn losses_average_over_targets_and_groups_of_the_whole_step() {
+    let plan =
+        small_plan(&["data.micro_batch_rows=2", "trainer.z_loss=0.0", "routing.router_jitter_noise=0.0"]);
+    let batch = batch(&plan, 3);
+    let outcome = learner(&plan).step(&plan, &batch, 0);
+    // With group_rows = 0 a micro-batch is a group: four of them.
+    let balance: f64 = outcome.moe.iter().map(|(_, layer)| layer.load_balancing_loss).sum();
+    assert!(outcome.moe.iter().all(|(_, layer)| layer.groups == 4));
+    let expected = outcome.loss + plan.routing.load_balancing_loss_coef * balance / 4.0;
+    close(outcome.total_loss, expected, "total loss");
+}

@@ -1,0 +1,143 @@
+//! Interrupted runs end as uninterrupted ones do, bit for bit.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::{Place, timeless};
+
+/// Long enough to be killed ten times.
+const LONG: &str = "train run.toml --set schedule.total_steps=400 --set checkpoint.every_steps=7";
+
+fn start(place: &Place, arguments: &str) -> Child {
+    let mut command = place.command(arguments);
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts")
+}
+
+fn signal(child: &Child, signal: &str) {
+    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().expect("kill runs");
+    assert!(sent.success());
+}
+
+fn wait_for(what: &str, mut ready: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !ready() {
+        assert!(started.elapsed() < Duration::from_secs(60), "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn steps_logged(place: &Place, run: &str) -> usize {
+    std::fs::read_to_string(place.path(run).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+fn assert_same_end(place: &Place, a: &str, b: &str) {
+    let metrics = |run: &str| timeless(&place.read(&format!("{run}/metrics.jsonl")));
+    assert_eq!(metrics(a), metrics(b));
+    for file in ["model-00000.safetensors", "optimizer-00000.safetensors"] {
+        let bytes = |run: &str| {
+            std::fs::read(place.path(run).join("checkpoints/step-000400").join(file)).expect("a checkpoint")
+        };
+        assert!(bytes(a) == bytes(b), "{file} differs");
+    }
+}
+
+#[test]
+fn ten_kills_change_nothing() {
+    let place = Place::with_experiment();
+    place.run(&format!("{LONG} --run-dir whole"));
+    let mut random = 12_345_u64;
+    for kill in 0..10 {
+        let before = steps_logged(&place, "killed");
+        let mut child = start(&place, &format!("{LONG} --run-dir killed --resume auto"));
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        // Some kills hit start-up, the others a moment within or between steps and saves.
+        if kill % 3 != 0 {
+            wait_for("a step", || steps_logged(&place, "killed") != before || child.try_wait().is_ok_and(|s| s.is_some()));
+        }
+        std::thread::sleep(Duration::from_micros((random >> 33) % 120_000));
+        let ended = child.try_wait().expect("a child");
+        assert!(ended.is_none(), "kill {kill} came after the end: {ended:?}");
+        child.kill().expect("SIGKILL");
+        child.wait().expect("a child");
+    }
+    place.run(&format!("{LONG} --run-dir killed --resume auto"));
+    assert_same_end(&place, "whole", "killed");
+}
+
+#[test]
+fn ctrl_c_and_sigterm_save_and_exit_75() {
+    let place = Place::with_experiment();
+    place.run(&format!("{LONG} --run-dir whole"));
+    for name in ["-INT", "-TERM"] {
+        let before = steps_logged(&place, "stopped");
+        let mut child = start(&place, &format!("{LONG} --run-dir stopped --resume auto"));
+        wait_for("a step", || steps_logged(&place, "stopped") != before);
+        signal(&child, name);
+        assert_eq!(child.wait().expect("a child").code(), Some(75));
+    }
+    place.run(&format!("{LONG} --run-dir stopped --resume auto"));
+    assert_same_end(&place, "whole", "stopped");
+}
+
+#[test]
+fn a_second_ctrl_c_stops_at_once() {
+    let place = Place::with_experiment();
+    let slow = "train run.toml --set schedule.total_steps=100000 --set data.batch_rows=4096 --set checkpoint.every_steps=0";
+    let mut child = start(&place, slow);
+    wait_for("the start", || place.path("runs/small/metrics.jsonl").exists());
+    std::thread::sleep(Duration::from_millis(100));
+    signal(&child, "-INT");
+    std::thread::sleep(Duration::from_millis(20));
+    signal(&child, "-INT");
+    let code = child.wait().expect("a child").code();
+    assert!(matches!(code, Some(130 | 75)), "{code:?}");
+    if code == Some(130) {
+        assert_eq!(std::fs::read_dir(place.path("runs/small/checkpoints")).expect("a directory").count(), 0);
+    }
+}
+
+#[test]
+fn an_existing_run_and_another_experiment_are_refused() {
+    let place = Place::with_experiment();
+    place.run("train run.toml --max-steps 20");
+    place.refused_with("train run.toml", &["runs/small exists already", "--resume auto"]);
+    let config = place.read("runs/small/config.toml");
+    let metrics = place.read("runs/small/metrics.jsonl");
+    place.refused_with(
+        "train run.toml --resume auto --set optimizer.learning_rate=1e-3",
+        &["optimizer.learning_rate was 0.02, is now 0.001", "--run-dir"],
+    );
+    let mut text = place.read("run.toml");
+    text = text.replace("corpus.json.gz", "other.json.gz");
+    place.write("other.toml", text.as_bytes());
+    place.write_gz("other.json.gz", &crate::support::json_lines(5000..5300));
+    place.refused_with("train other.toml --resume auto", &["data.sources"]);
+    place.write_gz("corpus.json.gz", &crate::support::json_lines(5000..5300));
+    let changed = place.refused("train run.toml --resume auto");
+    assert!(changed.contains("tokenizer") || changed.contains("fingerprint"), "{changed}");
+    assert_eq!(place.read("runs/small/config.toml"), config);
+    assert_eq!(place.read("runs/small/metrics.jsonl"), metrics);
+}
+
+#[test]
+fn an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused() {
+    let place = Place::with_experiment();
+    place.run("train run.toml --max-steps 40");
+    std::fs::remove_file(place.path("runs/small/checkpoints/step-000040/manifest.json")).expect("a manifest");
+    let output = place.command("train run.toml --resume auto --max-steps 41").output().expect("it starts");
+    let said = crate::support::stderr(&output);
+    assert!(output.status.success() && said.contains("continuing at step 20"), "{said}");
+    assert!(said.contains("step-000040") && said.contains("not a complete checkpoint"), "{said}");
+
+    let shard = place.path("runs/small/checkpoints/step-000041/model-00000.safetensors");
+    let mut bytes = std::fs::read(&shard).expect("a shard");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&shard, bytes).expect("a shard");
+    place.refused_with(
+        "train run.toml --resume auto",
+        &["step-000041/model-00000.safetensors is damaged", "checksum"],
+    );
+    place.refused_with("train run.toml --resume no-such-checkpoint", &["no-such-checkpoint"]);
+    place.run("train run.toml --resume runs/small/checkpoints/step-000020");
+}
