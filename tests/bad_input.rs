@@ -10,14 +10,18 @@ const TRAIN: &str = "train run.toml --max-steps 5";
 fn configs_that_cannot_be() {
     let place = Place::with_experiment();
     place.refused_with("train no.toml", &["no.toml"]);
-    place.refused_with("train run.toml --set data.inputs_lenght=8", &["inputs_lenght", "did you mean `inputs_length`"]);
+    place.refused_with(
+        "train run.toml --set data.inputs_lenght=8",
+        &["inputs_lenght", "did you mean `inputs_length`"],
+    );
     place.refused_with("train run.toml --set model.d_model=wide", &["model.d_model", "whole number"]);
     place.refused_with(
         "train run.toml --set data.micro_batch_rows=3",
         &["data.micro_batch_rows", "data.batch_rows", "8"],
     );
     place.refused_with("train run.toml --set model.vocab_size=100", &["model.vocab_size", "sentinels"]);
-    place.refused_with("train run.toml --set model.preset=switch-bass-8", &["switch-bass-8", "switch-base-8"]);
+    place
+        .refused_with("train run.toml --set model.preset=switch-bass-8", &["switch-bass-8", "switch-base-8"]);
     assert!(!place.path("runs").exists(), "nothing was begun");
 }
 
@@ -25,7 +29,8 @@ fn configs_that_cannot_be() {
 fn text_that_is_not_there_or_empty() {
     let place = Place::with_experiment();
     let source = |path: &str| format!("{TRAIN} --set data.sources=[{{path=\"{path}\"}}]");
-    place.refused_with(&source("nothing/*.json.gz"), &["no file matches", "nothing/*.json.gz", "looked from"]);
+    place
+        .refused_with(&source("nothing/*.json.gz"), &["no file matches", "nothing/*.json.gz", "looked from"]);
     place.write("empty.json", b"");
     place.refused_with(&source("empty.json"), &["empty.json", "empty"]);
     place.write("blank.json", b"{\"text\": \"\"}\n\n");
@@ -96,7 +101,8 @@ fn models_that_cannot_be_read() {
     let place = Place::with_experiment();
     place.run("train run.toml --max-steps 20 --set checkpoint.export=true");
     let copy = |name: &str| {
-        let copied = Command::new("cp").arg("-r").arg(place.path("runs/small/export")).arg(place.path(name)).status();
+        let copied =
+            Command::new("cp").arg("-r").arg(place.path("runs/small/export")).arg(place.path(name)).status();
         assert!(copied.expect("cp runs").success());
         place.path(name).join("model.safetensors")
     };
@@ -159,7 +165,10 @@ fn a_full_disk_keeps_the_earlier_checkpoint() {
         .expect("unshare of util-linux");
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("step-000040") && said.contains("No space left") && said.contains("free some space"), "{said}");
+    assert!(
+        said.contains("step-000040") && said.contains("No space left") && said.contains("free some space"),
+        "{said}"
+    );
     assert_eq!(place.read("left"), "step-000020\n");
     place.run("train run.toml --run-dir kept --resume auto --max-steps 40");
 }

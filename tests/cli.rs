@@ -3,9 +3,23 @@
 use crate::support::{Place, stderr};
 
 const COMMANDS: [&str; 17] = [
-    "train", "eval", "generate", "export", "verify", "data build", "data preview", "tokenizer train",
-    "tokenizer inspect", "check", "inspect checkpoint", "bench step", "bench dispatch", "bench data",
-    "bench generate", "bench", "data",
+    "train",
+    "eval",
+    "generate",
+    "export",
+    "verify",
+    "data build",
+    "data preview",
+    "tokenizer train",
+    "tokenizer inspect",
+    "check",
+    "inspect checkpoint",
+    "bench step",
+    "bench dispatch",
+    "bench data",
+    "bench generate",
+    "bench",
+    "data",
 ];
 
 /// The folder of fixtures and experiments.
@@ -102,7 +116,10 @@ fn a_wrong_model_fails_its_verification() {
     let output = place.command(&arguments).output().expect("it starts");
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(String::from_utf8_lossy(&output.stdout).contains("FAIL"));
-    place.refused_with(&format!("verify --model {fixtures}/mt5_like --fixture nothing.safetensors"), &["nothing.safetensors"]);
+    place.refused_with(
+        &format!("verify --model {fixtures}/mt5_like --fixture nothing.safetensors"),
+        &["nothing.safetensors"],
+    );
 }
 
 #[test]
@@ -114,7 +131,10 @@ fn tokenizers_train_and_show_themselves() {
     assert!(size <= 220 && shown["num_sentinels"] == 100, "{shown}");
     assert_eq!(shown["ids"].as_array().expect("ids").last().expect("an id"), 1);
     assert!(place.run("tokenizer inspect tok/tokenizer.json --text reader").contains("</s>"));
-    place.refused_with("tokenizer train --data corpus.json.gz --vocab-size 120 --out tok", &["exists already"]);
+    place.refused_with(
+        "tokenizer train --data corpus.json.gz --vocab-size 120 --out tok",
+        &["exists already"],
+    );
 }
 
 #[test]

@@ -52,7 +52,9 @@ fn ten_kills_change_nothing() {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         // Some kills hit start-up, the others a moment within or between steps and saves.
         if kill % 3 != 0 {
-            wait_for("a step", || steps_logged(&place, "killed") != before || child.try_wait().is_ok_and(|s| s.is_some()));
+            wait_for("a step", || {
+                steps_logged(&place, "killed") != before || child.try_wait().is_ok_and(|s| s.is_some())
+            });
         }
         std::thread::sleep(Duration::from_micros((random >> 33) % 120_000));
         let ended = child.try_wait().expect("a child");

@@ -109,7 +109,8 @@ pub(crate) fn gzip(text: &str) -> Vec<u8> {
 
 /// C4-shaped lines of [`documents`].
 pub(crate) fn json_lines(numbers: std::ops::Range<u32>) -> String {
-    let line = |text: String| serde_json::json!({"text": text, "url": "https://example.org"}).to_string() + "\n";
+    let line =
+        |text: String| serde_json::json!({"text": text, "url": "https://example.org"}).to_string() + "\n";
     documents(numbers).into_iter().map(line).collect()
 }
 
@@ -127,7 +128,10 @@ pub(crate) fn documents(numbers: std::ops::Range<u32>) -> Vec<String> {
         let mut text = String::new();
         for _ in 0..6 {
             let (who, does, what) = (pick(&WHO), pick(&DOES), pick(&WHAT));
-            text.push_str(&format!("The {who} {does} the {what} before the {} {does} it again. ", pick(&WHO)));
+            text.push_str(&format!(
+                "The {who} {does} the {what} before the {} {does} it again. ",
+                pick(&WHO)
+            ));
         }
         text
     };

@@ -11,12 +11,19 @@ fn a_run_learns_and_leaves_everything_behind() {
         "train run.toml --set checkpoint.export=true --set schedule.total_steps=300 \
          --set eval.prompts=[\"The<extra_id_0>file.\"]",
     );
-    for part in ["loss of the model", "unigram entropy", "→", "runs/small/checkpoints/step-000300", "runs/small/export"] {
+    for part in [
+        "loss of the model",
+        "unigram entropy",
+        "→",
+        "runs/small/checkpoints/step-000300",
+        "runs/small/export",
+    ] {
         assert!(out.contains(part), "{part} is not in\n{out}");
     }
 
     let records = timeless(&place.read("runs/small/metrics.jsonl"));
-    let (evaluations, steps): (Vec<&Value>, Vec<&Value>) = records.iter().partition(|r| r.get("eval").is_some());
+    let (evaluations, steps): (Vec<&Value>, Vec<&Value>) =
+        records.iter().partition(|r| r.get("eval").is_some());
     assert_eq!(steps.len(), 300);
     assert_eq!(evaluations.len(), 15);
     let first = steps[0]["loss"].as_f64().expect("a number");
@@ -29,8 +36,13 @@ fn a_run_learns_and_leaves_everything_behind() {
     let layer = &steps[299]["moe"]["encoder.1"];
     assert_eq!(layer["tokens_per_expert"].as_array().expect("a list").len(), 4);
     for key in [
-        "fraction_tokens_dropped", "expert_usage", "load_cv", "router_entropy", "router_confidence",
-        "load_balancing_loss", "router_z_loss",
+        "fraction_tokens_dropped",
+        "expert_usage",
+        "load_cv",
+        "router_entropy",
+        "router_confidence",
+        "load_balancing_loss",
+        "router_z_loss",
     ] {
         assert!(layer[key].is_f64(), "{key}");
     }
@@ -41,7 +53,13 @@ fn a_run_learns_and_leaves_everything_behind() {
     assert_eq!(kept, 3);
     assert!(place.read("runs/small/logs/rank-0.log").contains("saved"));
     place.run("check runs/small/config.toml");
-    for file in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
         assert!(place.path("runs/small/export").join(file).exists(), "{file}");
     }
 }
@@ -64,8 +82,14 @@ fn adamw_top2_and_expert_choice_train_too() {
         ("top2", "--set routing.router=top2"),
         ("choice", "--set routing.router=expert_choice"),
         ("hf", "--set routing.semantics=hf --set routing.expert_capacity=16"),
-        ("dense", "--set model.num_experts=0 --set model.encoder_expert_layer_every=0 --set model.decoder_expert_layer_every=0"),
-        ("gated", "--set model.gated=true --set model.activation=gelu_tanh --set model.tie_word_embeddings=false"),
+        (
+            "dense",
+            "--set model.num_experts=0 --set model.encoder_expert_layer_every=0 --set model.decoder_expert_layer_every=0",
+        ),
+        (
+            "gated",
+            "--set model.gated=true --set model.activation=gelu_tanh --set model.tie_word_embeddings=false",
+        ),
     ] {
         place.run(&format!("train run.toml --run-dir {name} {set}"));
         let records = timeless(&place.read(&format!("{name}/metrics.jsonl")));
@@ -77,7 +101,7 @@ fn adamw_top2_and_expert_choice_train_too() {
 #[test]
 fn a_model_of_a_run_evaluates_generates_and_exports() {
     let place = Place::with_experiment();
-    place.run("train run.toml --set schedule.total_steps=40");
+    place.run("train run.toml --set schedule.total_steps=200");
     let of_run = place.json("eval --model runs/small --data held-out.txt --rows 4 --batches 4 --json");
     let records = timeless(&place.read("runs/small/metrics.jsonl"));
     let last = records.iter().rev().find_map(|r| r.get("eval")).expect("an evaluation");
@@ -86,15 +110,18 @@ fn a_model_of_a_run_evaluates_generates_and_exports() {
     place.run("export runs/small --out exported");
     place.run("export runs/small --out sharded --dtype bf16 --max-shard-size 100000B");
     assert!(place.path("sharded/model.safetensors.index.json").exists());
-    let of_export =
-        place.json("eval --model exported --data held-out.txt --rows 4 --batches 4 --inputs-length 32 --json");
+    let of_export = place
+        .json("eval --model exported --data held-out.txt --rows 4 --batches 4 --inputs-length 32 --json");
     // Hugging Face's rule of one group a row drops other tokens than one group a batch.
     let loss = |v: &Value| v["loss"].as_f64().expect("a number");
     assert!((loss(&of_run) - loss(&of_export)).abs() < 0.2, "{of_run} {of_export}");
 
     let filled = place.json("generate --model runs/small --prompt The<extra_id_0>file. --json");
     assert!(!filled["filled"].as_str().expect("text").contains("<extra_id_0>"), "{filled}");
-    place.write("prompts.txt", b"The reader <extra_id_0> the file.\n\nThe <extra_id_0> opens the <extra_id_1>.\n");
+    place.write(
+        "prompts.txt",
+        b"The reader <extra_id_0> the file.\n\nThe <extra_id_0> opens the <extra_id_1>.\n",
+    );
     let together = place.run("generate --model runs/small --input prompts.txt --json");
     let rows: Vec<Value> = together.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
     assert_eq!(rows.len(), 2);

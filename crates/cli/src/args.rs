@@ -2,22 +2,39 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::Device;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Pretrains, evaluates and runs Switch Transformers and T5.
 #[derive(Debug, Parser)]
-#[command(name = "switchyard", version, propagate_version = true, after_help = "\
+#[command(
+    name = "switchyard",
+    version,
+    propagate_version = true,
+    after_help = "\
 Examples:
   switchyard train configs/quickstart.toml           train a small model on real text, minutes on two cores
   switchyard generate --model runs/quickstart --prompt \"The <extra_id_0> is read from the file.\"
   switchyard export runs/quickstart --out exported   write a checkpoint that transformers loads
 
-Exit codes: 0 done, 1 wrong input, 75 interrupted with everything saved (run again with --resume auto).")]
+Exit codes: 0 done, 1 wrong input, 75 interrupted with everything saved (run again with --resume auto)."
+)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     pub command: Command,
+    /// Where to compute; `cpu` is the only device of this build.
+    #[arg(long, global = true, default_value = "cpu", value_parser = device)]
+    pub device: Device,
     #[command(flatten)]
     pub verbosity: Verbosity,
+}
+
+/// The device of a name, if this build has it.
+fn device(name: &str) -> Result<Device, String> {
+    match name {
+        "cpu" => Ok(Device::flex()),
+        other => Err(format!("this build computes on `cpu` only, not on `{other}`")),
+    }
 }
 
 /// How much is said on the terminal.
@@ -227,7 +244,9 @@ pub(crate) enum DataCommand {
 #[derive(Debug, Subcommand)]
 pub(crate) enum TokenizerCommand {
     /// Train a Unigram tokenizer with sentinels on text.
-    #[command(after_help = "Example:\n  switchyard tokenizer train --data sample --vocab-size 8192 --out tokenizer")]
+    #[command(
+        after_help = "Example:\n  switchyard tokenizer train --data sample --vocab-size 8192 --out tokenizer"
+    )]
     Train {
         /// File, directory or glob of text; `sample` for the sample corpus.
         #[arg(long)]
@@ -246,7 +265,9 @@ pub(crate) enum TokenizerCommand {
         cache_dir: PathBuf,
     },
     /// Show what a tokenizer holds and how it cuts a text.
-    #[command(after_help = "Example:\n  switchyard tokenizer inspect tokenizer/tokenizer.json --text \"Hello world\"")]
+    #[command(
+        after_help = "Example:\n  switchyard tokenizer inspect tokenizer/tokenizer.json --text \"Hello world\""
+    )]
     Inspect {
         /// tokenizer.json.
         tokenizer: PathBuf,
@@ -261,7 +282,9 @@ pub(crate) enum TokenizerCommand {
 
 /// Check an experiment file and print what it means, without starting it.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  switchyard check configs/switch-base-8-c4.toml --set data.micro_batch_rows=32")]
+#[command(
+    after_help = "Example:\n  switchyard check configs/switch-base-8-c4.toml --set data.micro_batch_rows=32"
+)]
 pub(crate) struct CheckArguments {
     /// Experiment file.
     pub config: PathBuf,
@@ -289,7 +312,9 @@ pub(crate) enum InspectCommand {
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// Whole training steps on synthetic tokens.
-    #[command(after_help = "Example:\n  switchyard bench step --preset tiny --experts 8 --optimizer adamw --json")]
+    #[command(
+        after_help = "Example:\n  switchyard bench step --preset tiny --experts 8 --optimizer adamw --json"
+    )]
     Step(BenchStepArguments),
     /// Plan, dispatch and combine of one sparse layer, by number of experts.
     #[command(after_help = "Example:\n  switchyard bench dispatch --tokens 2048 --experts 8,128")]
@@ -355,6 +380,9 @@ pub(crate) struct BenchStepArguments {
     /// Number formats.
     #[arg(long, default_value = "fp32", value_parser = ["fp32"])]
     pub precision: String,
+    /// Slots of all experts together, relative to tokens.
+    #[arg(long, default_value_t = 1.25)]
+    pub capacity_factor: f64,
     /// Rows of a batch.
     #[arg(long, default_value_t = 16)]
     pub rows: usize,

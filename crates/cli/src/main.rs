@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         }
     };
     let verbosity = arguments.verbosity;
-    match commands::run(arguments.command, verbosity) {
+    match commands::run(&arguments.command, &arguments.device, verbosity) {
         Ok(outcome) => outcome.into(),
         Err(error) => {
             report::print(&error);

@@ -28,8 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     writeln!(out, "sample corpus:            {seconds:.2} s")?;
 
     let text = TrainingText { files: files.clone(), weight: 1.0 };
-    let (trained, seconds) =
-        timed(|| train_on_texts(&[text], &read, &TrainOptions::new(8192), &|_| {}))?;
+    let (trained, seconds) = timed(|| train_on_texts(&[text], &read, &TrainOptions::new(8192), &|_| {}))?;
     writeln!(out, "tokenizer training:       {seconds:.2} s for {} ids", trained.size())?;
     trained.save(&plan.tokenizer)?;
 

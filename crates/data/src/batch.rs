@@ -21,8 +21,7 @@ impl HostBatch {
     /// Decoder inputs: targets shifted right, the first id 0. `[rows, targets_length]`
     pub fn decoder_input_ids(&self) -> Vec<i32> {
         let mut ids = vec![0; self.target_ids.len()];
-        for (from, to) in
-            self.target_ids.chunks(self.targets_length).zip(ids.chunks_mut(self.targets_length))
+        for (from, to) in self.target_ids.chunks(self.targets_length).zip(ids.chunks_mut(self.targets_length))
         {
             to[1..].copy_from_slice(&from[..self.targets_length - 1]);
         }

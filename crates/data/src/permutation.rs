@@ -43,12 +43,7 @@ impl Permutation {
     /// The order of `n` things in `epoch` under `seed`.
     pub fn new(n: u64, seed: u64, tag: StreamTag, epoch: u64) -> Self {
         let bits = (u64::BITS - n.saturating_sub(1).leading_zeros()).max(2);
-        Self {
-            n,
-            half_bits: bits.div_ceil(2),
-            philox: Philox::new(seed),
-            epoch_word: tag.epoch_word(epoch),
-        }
+        Self { n, half_bits: bits.div_ceil(2), philox: Philox::new(seed), epoch_word: tag.epoch_word(epoch) }
     }
 
     /// Where `index` (below `n`) goes.

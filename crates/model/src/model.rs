@@ -84,6 +84,11 @@ impl SwitchTransformer {
         }
     }
 
+    /// Where the parameters live and, unless it differentiates, where inputs go.
+    pub fn device(&self) -> Device {
+        self.shared.embedding.lazy_device()
+    }
+
     /// The encoder stack.
     pub fn encoder(&self) -> &Stack {
         &self.encoder

@@ -37,12 +37,7 @@ impl Philox {
         for _ in 0..10 {
             let p0 = u64::from(MULTIPLIERS[0]) * u64::from(c[0]);
             let p1 = u64::from(MULTIPLIERS[1]) * u64::from(c[2]);
-            c = [
-                (p1 >> 32) as u32 ^ c[1] ^ k[0],
-                p1 as u32,
-                (p0 >> 32) as u32 ^ c[3] ^ k[1],
-                p0 as u32,
-            ];
+            c = [(p1 >> 32) as u32 ^ c[1] ^ k[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k[1], p0 as u32];
             k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
         }
         c
@@ -118,10 +113,7 @@ mod tests {
 
     #[test]
     fn equals_the_published_known_answers() {
-        assert_eq!(
-            Philox::new(0).block([0; 4]),
-            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
-        );
+        assert_eq!(Philox::new(0).block([0; 4]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         assert_eq!(
             Philox::new(u64::MAX).block([u32::MAX; 4]),
             [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]

@@ -67,7 +67,7 @@ pub fn evaluate<'a>(
     rules: EvaluationRules,
 ) -> Evaluation {
     let context = ForwardContext::evaluation(config, routing);
-    let device = burn::tensor::Device::flex();
+    let device = model.device().inner();
     let mut sums = Sums::default();
     for batch in batches {
         let shifted = if rules.mismatched_inputs { rotate_inputs(batch) } else { batch.clone() };

@@ -123,11 +123,7 @@ impl MetricsFile {
             Err(missing) if missing.kind() == std::io::ErrorKind::NotFound => 0,
             Err(other) => return Err(error("open")(other)),
         };
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map_err(error("open"))?;
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(error("open"))?;
         file.set_len(kept).map_err(error("cut"))?;
         Ok(Self { path: path.to_owned(), file })
     }

@@ -28,7 +28,9 @@ enum State {
 
 /// Optimizer state that does not fit the model.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("optimizer state `{name}` is missing or has the wrong size; was it written by another optimizer or model?")]
+#[error(
+    "optimizer state `{name}` is missing or has the wrong size; was it written by another optimizer or model?"
+)]
 pub struct StateError {
     /// The tensor.
     pub name: String,
@@ -104,7 +106,10 @@ impl TensorSource for Optimizer {
         let of = |(name, state): (&String, &State)| {
             let parts = state.parts(&self.specs[name].shape);
             let name = name.clone();
-            parts.into_iter().map(move |(moment, shape, _)| (format!("{name}/{moment}"), shape)).collect::<Vec<_>>()
+            parts
+                .into_iter()
+                .map(move |(moment, shape, _)| (format!("{name}/{moment}"), shape))
+                .collect::<Vec<_>>()
         };
         self.states.iter().flat_map(of).collect()
     }
@@ -149,7 +154,9 @@ impl TensorSink for StateLoader<'_> {
         let moment = parts.map_or("", |(_, moment)| moment);
         let slot = state.and_then(|state| state.parts_mut().into_iter().find(|(found, _)| *found == moment));
         let (_, slot) = slot.ok_or_else(|| {
-            refused("this optimizer keeps no such tensor; was it written with another optimizer.kind?".to_owned())
+            refused(
+                "this optimizer keeps no such tensor; was it written with another optimizer.kind?".to_owned(),
+            )
         })?;
         if slot.len() != values.len() {
             return Err(refused(format!("it has {} values, the model needs {}", values.len(), slot.len())));

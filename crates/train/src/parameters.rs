@@ -43,11 +43,10 @@ pub(crate) struct ParameterSink<'a>(pub &'a mut SwitchTransformer);
 
 impl TensorSink for ParameterSink<'_> {
     fn write(&mut self, name: &str, values: Vec<f32>) -> Result<(), CheckpointError> {
-        let refused =
-            |error: switchyard_model::ParameterError| CheckpointError::Refused {
-                name: name.to_owned(),
-                reason: error.to_string(),
-            };
+        let refused = |error: switchyard_model::ParameterError| CheckpointError::Refused {
+            name: name.to_owned(),
+            reason: error.to_string(),
+        };
         self.0.set_parameter(name, values).map_err(refused)
     }
 }

@@ -22,6 +22,8 @@ use crate::step::{Learner, StepOutcome};
 /// What a run needs beside its plan and its data.
 #[derive(Debug)]
 pub struct TrainOptions {
+    /// Where to compute.
+    pub device: Device,
     /// The run's directory, open.
     pub directory: RunDirectory,
     /// What to do with earlier checkpoints.
@@ -139,7 +141,7 @@ impl<'a> Run<'a> {
             return Err(TrainError::VocabularyTooSmall { tokenizer, model });
         }
         let checkpoints = Checkpoints::new(plan, data, options);
-        let mut learner = Learner::new(plan, &Device::flex().autodiff());
+        let mut learner = Learner::new(plan, &options.device.clone().autodiff());
         let mut progress = Progress::default();
         let mut saved = None;
         if let Some(path) = checkpoints.to_resume()? {

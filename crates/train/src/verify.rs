@@ -214,8 +214,7 @@ pub fn fixture_batch(
     for (to, from) in decoder.chunks_mut(targets_length).zip(targets.chunks(targets_length)) {
         to[1..].copy_from_slice(&from[..targets_length - 1]);
     }
-    let mut batch =
-        Seq2SeqBatch::from_ids(rows, ids("input_ids", input_ids)?, decoder, targets, pad, device);
+    let mut batch = Seq2SeqBatch::from_ids(rows, ids("input_ids", input_ids)?, decoder, targets, pad, device);
     batch.input_mask = mask_tensor(mask, rows, inputs_length, device);
     batch.weights = labels.iter().map(|&id| if id < 0 { 0.0 } else { 1.0 }).collect();
     Ok(batch)
@@ -232,7 +231,7 @@ impl<'a> Computation<'a> {
         routing: &'a RoutingConfig,
         fixture: &'a Arrays,
     ) -> Result<Self, FixtureError> {
-        let device = Device::flex();
+        let device = model.device().inner();
         let batch = fixture_batch(fixture, config, &device)?;
         let [rows, inputs_length] = batch.input_mask.dims();
         let targets_length = batch.weights.len() / rows;
@@ -282,10 +281,8 @@ impl<'a> Computation<'a> {
     fn buckets(&mut self) {
         let c = self.context.model;
         for (stack, bidirectional) in [("encoder", true), ("decoder", false)] {
-            let (buckets, distance) =
-                (c.relative_attention_num_buckets, c.relative_attention_max_distance);
-            let values =
-                (-300..=300).map(|r| bucket(r, bidirectional, buckets, distance) as f64).collect();
+            let (buckets, distance) = (c.relative_attention_num_buckets, c.relative_attention_max_distance);
+            let values = (-300..=300).map(|r| bucket(r, bidirectional, buckets, distance) as f64).collect();
             self.put(&format!("rel_bucket_{stack}"), &[601], values, true);
         }
     }
@@ -319,8 +316,7 @@ impl<'a> Computation<'a> {
         let inputs = model.decoder_inputs(&self.batch, encoder, &context);
         self.position_bias("decoder", inputs.relative_bias.clone(), self.targets_length);
         let stack = model.decoder();
-        let mut hidden =
-            stack.begin(model.embed(self.batch.decoder_input_ids.clone()), &inputs, &context);
+        let mut hidden = stack.begin(model.embed(self.batch.decoder_input_ids.clone()), &inputs, &context);
         let (mut states, mut routers) = (vec![hidden.clone()], Vec::new());
         for (layer, block) in stack.blocks().iter().enumerate() {
             let (next, router) = block.forward(layer, hidden, &inputs, None, &context);
@@ -383,7 +379,12 @@ impl<'a> Computation<'a> {
         let RouterTable { layers, tokens, experts, .. } = table;
         let (rows, length) = (self.rows, tokens / self.rows);
         let shape = [layers, rows, length];
-        self.put(&format!("{name}_router_logits"), &[layers, rows, length, experts], table.logits.clone(), false);
+        self.put(
+            &format!("{name}_router_logits"),
+            &[layers, rows, length, experts],
+            table.logits.clone(),
+            false,
+        );
         self.put(&format!("{name}_router_prob"), &shape, table.best_probability(), false);
         self.put(&format!("{name}_expert_choice"), &shape, table.choice.clone(), true);
         self.put(&format!("{name}_expert_kept"), &shape, table.kept.clone(), true);

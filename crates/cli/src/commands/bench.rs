@@ -5,18 +5,20 @@ mod dispatch;
 mod generate;
 mod step;
 
+use burn::tensor::Device;
+
 use crate::Outcome;
 use crate::args::{BenchCommand, Verbosity};
 
-pub(crate) fn run(command: &BenchCommand, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+pub(crate) fn run(command: &BenchCommand, device: &Device, verbosity: Verbosity) -> anyhow::Result<Outcome> {
     match command {
-        BenchCommand::Step(arguments) => step::run(arguments),
+        BenchCommand::Step(arguments) => step::run(arguments, device),
         BenchCommand::Dispatch { tokens, d_model, experts, json } => {
-            dispatch::run(*tokens, *d_model, experts, *json)
+            dispatch::run(*tokens, *d_model, experts, *json, device)
         }
         BenchCommand::Data { config, set, json } => data::run(config, set, *json, verbosity),
         BenchCommand::Generate { preset, batch, inputs_length, new_tokens, json } => {
-            generate::run(preset, *batch, *inputs_length, *new_tokens, *json)
+            generate::run(preset, *batch, *inputs_length, *new_tokens, *json, device)
         }
     }
 }

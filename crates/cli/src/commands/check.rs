@@ -19,28 +19,37 @@ pub(crate) fn run(arguments: &CheckArguments) -> anyhow::Result<Outcome> {
     row("active for a token", grouped(summary.active_parameters))?;
     for stack in &summary.stacks {
         let layers: Vec<String> = stack.sparse_layers.iter().map(ToString::to_string).collect();
-        row(&format!("{} experts", stack.stack), format!(
-            "{} in layers {}; groups of {} tokens; expert_capacity {} in training, {} in evaluation",
-            plan.model.num_experts,
-            layers.join(", "),
-            grouped(stack.tokens_per_group as u64),
-            stack.expert_capacity,
-            stack.eval_expert_capacity,
-        ))?;
+        row(
+            &format!("{} experts", stack.stack),
+            format!(
+                "{} in layers {}; groups of {} tokens; expert_capacity {} in training, {} in evaluation",
+                plan.model.num_experts,
+                layers.join(", "),
+                grouped(stack.tokens_per_group as u64),
+                stack.expert_capacity,
+                stack.eval_expert_capacity,
+            ),
+        )?;
     }
-    row("global batch", format!(
-        "{} rows, {} tokens, {} micro-batches",
-        grouped(plan.data.batch_rows as u64),
-        grouped(summary.tokens_per_step),
-        summary.micro_batches_per_step,
-    ))?;
+    row(
+        "global batch",
+        format!(
+            "{} rows, {} tokens, {} micro-batches",
+            grouped(plan.data.batch_rows as u64),
+            grouped(summary.tokens_per_step),
+            summary.micro_batches_per_step,
+        ),
+    )?;
     row("steps", grouped(plan.schedule.total_steps))?;
-    row("memory", format!(
-        "{} and activations (parameters {}, gradients {}, optimizer {})",
-        bytes(summary.memory.total_bytes()),
-        bytes(summary.memory.parameter_bytes),
-        bytes(summary.memory.gradient_bytes),
-        bytes(summary.memory.optimizer_bytes),
-    ))?;
+    row(
+        "memory",
+        format!(
+            "{} and activations (parameters {}, gradients {}, optimizer {})",
+            bytes(summary.memory.total_bytes()),
+            bytes(summary.memory.parameter_bytes),
+            bytes(summary.memory.gradient_bytes),
+            bytes(summary.memory.optimizer_bytes),
+        ),
+    )?;
     Ok(Outcome::Done)
 }

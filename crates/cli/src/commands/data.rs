@@ -37,8 +37,10 @@ fn build(cache_dir: &Path, json: bool, verbosity: Verbosity) -> anyhow::Result<O
         }))?;
         return Ok(Outcome::Done);
     }
-    let splits =
-        [("training", &corpus.train, &corpus.summary.train), ("held out", &corpus.validation, &corpus.summary.validation)];
+    let splits = [
+        ("training", &corpus.train, &corpus.summary.train),
+        ("held out", &corpus.validation, &corpus.summary.validation),
+    ];
     for (name, path, split) in splits {
         output::line(format!(
             "{name:<9} {:>6} documents, {:>8} of text  {}",

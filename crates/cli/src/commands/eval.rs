@@ -1,6 +1,7 @@
 //! `switchyard eval`: a model on held-out text.
 
 use anyhow::Context;
+use burn::tensor::Device;
 use switchyard_config::plan::{DataPlan, SourcePlan};
 use switchyard_config::resolve_str;
 use switchyard_data::span_corruption::ChunkLengths;
@@ -13,9 +14,13 @@ use super::progress::Work;
 use crate::Outcome;
 use crate::args::{EvalArguments, Verbosity};
 
-pub(crate) fn run(arguments: &EvalArguments, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+pub(crate) fn run(
+    arguments: &EvalArguments,
+    device: &Device,
+    verbosity: Verbosity,
+) -> anyhow::Result<Outcome> {
     anyhow::ensure!(arguments.batches > 0 && arguments.rows > 0, "--batches and --rows must be at least 1");
-    let loaded = LoadedModel::open(&arguments.model)?;
+    let loaded = LoadedModel::open(&arguments.model, device)?;
     let tokenizer = loaded.tokenizer()?;
     let length = arguments.inputs_length.or(loaded.directory.inputs_length()).unwrap_or(512);
     let plan = data_plan(arguments, &tokenizer, length)?;
@@ -23,7 +28,8 @@ pub(crate) fn run(arguments: &EvalArguments, verbosity: Verbosity) -> anyhow::Re
     let data = DataSet::open(&plan, 0, &|report| work.data(report))?;
     let batches = data.evaluation_batches(arguments.batches).collect::<Result<Vec<HostBatch>, _>>()?;
     work.busy(&format!("evaluating {} batches", batches.len()));
-    let rules = EvaluationRules { first_sentinel: tokenizer.first_sentinel_id() as i32, mismatched_inputs: false };
+    let rules =
+        EvaluationRules { first_sentinel: tokenizer.first_sentinel_id() as i32, mismatched_inputs: false };
     let LoadedModel { model, config, routing, .. } = &loaded;
     let result = evaluate(model, config, routing, &batches, arguments.rows, rules);
     drop(work);
@@ -39,20 +45,27 @@ pub(crate) fn run(arguments: &EvalArguments, verbosity: Verbosity) -> anyhow::Re
     row("their unigram entropy", format!("{:.4} nats", result.word_unigram_entropy))?;
     for (layer, metrics) in &result.moe {
         let value = |name: &str| metrics.get(name).and_then(serde_json::Value::as_f64).unwrap_or(f64::NAN);
-        row(layer, format!(
-            "{:.2} % dropped, {:.0} % of experts used, load cv {:.2}, confidence {:.2}, entropy {:.2} nats",
-            value("fraction_tokens_dropped") * 100.0,
-            value("expert_usage") * 100.0,
-            value("load_cv"),
-            value("router_confidence"),
-            value("router_entropy"),
-        ))?;
+        row(
+            layer,
+            format!(
+                "{:.2} % dropped, {:.0} % of experts used, load cv {:.2}, confidence {:.2}, entropy {:.2} nats",
+                value("fraction_tokens_dropped") * 100.0,
+                value("expert_usage") * 100.0,
+                value("load_cv"),
+                value("router_confidence"),
+                value("router_entropy"),
+            ),
+        )?;
     }
     Ok(Outcome::Done)
 }
 
 /// Held-out text only, cut as pretraining cuts it.
-fn data_plan(arguments: &EvalArguments, tokenizer: &Tokenizer, inputs_length: usize) -> anyhow::Result<DataPlan> {
+fn data_plan(
+    arguments: &EvalArguments,
+    tokenizer: &Tokenizer,
+    inputs_length: usize,
+) -> anyhow::Result<DataPlan> {
     anyhow::ensure!(inputs_length >= 4, "--inputs-length must be at least 4");
     let defaults = resolve_str("name = \"eval\"\nmodel.preset = \"tiny\"\n", &[])
         .context("the built-in defaults are a valid experiment")?;

@@ -1,6 +1,5 @@
 //! Filling the sentinels of texts with a model.
 
-use burn::tensor::Device;
 use serde::Serialize;
 use switchyard_config::ModelConfig;
 use switchyard_config::plan::{RoutingConfig, RoutingSemantics};
@@ -38,7 +37,7 @@ impl Filler<'_> {
         max_new_tokens: usize,
         mut on_output: impl FnMut(&str) -> anyhow::Result<()>,
     ) -> anyhow::Result<Vec<Filled>> {
-        let device = Device::flex();
+        let device = self.model.device();
         let rows = prompts
             .iter()
             .map(|prompt| self.tokenizer.encode_with_eos(prompt))

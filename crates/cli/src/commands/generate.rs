@@ -1,6 +1,7 @@
 //! `switchyard generate`: fills the sentinels of texts.
 
 use anyhow::Context;
+use burn::tensor::Device;
 
 use super::fill::Filler;
 use super::model_directory::LoadedModel;
@@ -11,10 +12,10 @@ use crate::args::GenerateArguments;
 /// Texts of a file that are decoded together; more at once would not be faster.
 const ROWS_AT_ONCE: usize = 32;
 
-pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<Outcome> {
+pub(crate) fn run(arguments: &GenerateArguments, device: &Device) -> anyhow::Result<Outcome> {
     anyhow::ensure!(arguments.max_new_tokens > 0, "--max-new-tokens must be at least 1");
     let prompts = prompts(arguments)?;
-    let loaded = LoadedModel::open(&arguments.model)?;
+    let loaded = LoadedModel::open(&arguments.model, device)?;
     let tokenizer = loaded.tokenizer()?;
     let filler = Filler {
         model: &loaded.model,
@@ -57,7 +58,8 @@ fn prompts(arguments: &GenerateArguments) -> anyhow::Result<Vec<String>> {
     }
     let path = arguments.input.as_deref().context("one of --prompt and --input is needed")?;
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let prompts: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect();
+    let prompts: Vec<String> =
+        text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect();
     anyhow::ensure!(!prompts.is_empty(), "{} holds no text; write one text a line", path.display());
     Ok(prompts)
 }

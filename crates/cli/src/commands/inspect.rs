@@ -20,7 +20,13 @@ pub(crate) fn run(command: &InspectCommand) -> anyhow::Result<Outcome> {
     output::line(format!("{}, step {}", checkpoint.path().display(), output::grouped(manifest.step)))?;
     for entry in &manifest.tensors {
         let files: Vec<&str> = entry.slices.iter().map(|slice| slice.file.as_str()).collect();
-        output::line(format!("{:<52} {:<5} {:?}  {}", entry.name, entry.dtype, entry.shape, files.join(", ")))?;
+        output::line(format!(
+            "{:<52} {:<5} {:?}  {}",
+            entry.name,
+            entry.dtype,
+            entry.shape,
+            files.join(", ")
+        ))?;
     }
     for file in &manifest.files {
         output::line(format!("{:<52} {:>10}  xxh3 {}", file.name, output::bytes(file.size), file.xxh3))?;

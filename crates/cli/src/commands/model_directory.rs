@@ -21,15 +21,10 @@ pub(crate) struct LoadedModel {
 
 impl LoadedModel {
     /// Opens a run, a checkpoint or a Hugging Face directory and loads its parameters.
-    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn open(path: &Path, device: &Device) -> anyhow::Result<Self> {
         let directory = open_model(path)?;
-        let model = load_model(&directory, &Device::flex())?;
-        Ok(Self {
-            model,
-            config: directory.model().clone(),
-            routing: directory.routing().clone(),
-            directory,
-        })
+        let model = load_model(&directory, device)?;
+        Ok(Self { model, config: directory.model().clone(), routing: directory.routing().clone(), directory })
     }
 
     /// The tokenizer beside the model.

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
+use switchyard_data::Tokenizer;
 use switchyard_data::loader::{TrainingText, train_on_texts};
 use switchyard_data::source::{self, ReadOptions};
 use switchyard_data::tokenizer::{TrainOptions, UNK_ID};
-use switchyard_data::Tokenizer;
 
 use super::output;
 use super::progress::Work;
@@ -57,7 +57,10 @@ fn inspect(path: &Path, text: Option<&str>, json: bool) -> anyhow::Result<Outcom
     let last = tokenizer.size() - 1;
     output::line(match tokenizer.num_sentinels() {
         0 => "sentinels  none".to_owned(),
-        n => format!("sentinels  {n}: <extra_id_0> is {last}, counting down to {}", tokenizer.first_sentinel_id()),
+        n => format!(
+            "sentinels  {n}: <extra_id_0> is {last}, counting down to {}",
+            tokenizer.first_sentinel_id()
+        ),
     })?;
     output::line(format!("sha256     {}", tokenizer.sha256()))?;
     if let (Some(ids), Some(pieces)) = (ids, pieces) {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use burn::tensor::Device;
 use switchyard_checkpoint::hf::StoredDtype;
 use switchyard_checkpoint::open_model;
 use switchyard_config::{RunPlan, resolve};
@@ -21,7 +22,11 @@ use crate::{Outcome, logging, signals};
 /// Most tokens that are written for a prompt at the end of a run.
 const PROMPT_TOKENS: usize = 64;
 
-pub(crate) fn run(arguments: &TrainArguments, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+pub(crate) fn run(
+    arguments: &TrainArguments,
+    device: &Device,
+    verbosity: Verbosity,
+) -> anyhow::Result<Outcome> {
     let resolved = resolve(&arguments.config, &arguments.set)?;
     let plan = &resolved.plan;
     let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
@@ -35,17 +40,30 @@ pub(crate) fn run(arguments: &TrainArguments, verbosity: Verbosity) -> anyhow::R
     let stop = signals::stop_flag()?;
     let data = data::open(plan, verbosity.quiet)?;
     let config = format!("# switchyard {}\n{}", env!("CARGO_PKG_VERSION"), resolved.to_toml());
-    let options = TrainOptions { directory, resume, max_steps: arguments.max_steps, stop, config };
+    let options = TrainOptions {
+        device: device.clone(),
+        directory,
+        resume,
+        max_steps: arguments.max_steps,
+        stop,
+        config,
+    };
     let outcome = {
         let mut screen = Screen::new(plan, &data, verbosity.quiet);
         train(plan, &data, &options, &mut screen)?
     };
     let again = format!("switchyard train {} --resume auto", arguments.config.display());
-    finish(plan, &root, &outcome, &again)
+    finish(plan, &root, &outcome, &again, device)
 }
 
 /// What happened, where everything is and what to do next.
-fn finish(plan: &RunPlan, root: &Path, outcome: &TrainOutcome, again: &str) -> anyhow::Result<Outcome> {
+fn finish(
+    plan: &RunPlan,
+    root: &Path,
+    outcome: &TrainOutcome,
+    again: &str,
+    device: &Device,
+) -> anyhow::Result<Outcome> {
     let Some(checkpoint) = &outcome.checkpoint else {
         output::line(format!("stopped at step {} before anything was saved", outcome.step))?;
         return Ok(Outcome::Interrupted);
@@ -59,7 +77,7 @@ fn finish(plan: &RunPlan, root: &Path, outcome: &TrainOutcome, again: &str) -> a
         show_evaluation(record)?;
     }
     if !plan.eval.prompts.is_empty() {
-        show_prompts(checkpoint, &plan.eval.prompts)?;
+        show_prompts(checkpoint, &plan.eval.prompts, device)?;
     }
     let row = |name: &str, path: &Path| output::line(format!("{name:<12} {}", path.display()));
     row("checkpoint", checkpoint)?;
@@ -78,14 +96,17 @@ fn finish(plan: &RunPlan, root: &Path, outcome: &TrainOutcome, again: &str) -> a
 
 fn show_evaluation(record: &EvalRecord) -> anyhow::Result<()> {
     let eval = &record.eval;
-    output::line(format!("held-out text, {} targets that are words, nats a word:", output::grouped(eval.words)))?;
+    output::line(format!(
+        "held-out text, {} targets that are words, nats a word:",
+        output::grouped(eval.words)
+    ))?;
     output::line(format!("  loss of the model                       {:.3}", eval.word_loss))?;
     output::line(format!("  loss given another document's inputs    {:.3}", record.mismatched_word_loss))?;
     output::line(format!("  unigram entropy of these words          {:.3}", eval.word_unigram_entropy))
 }
 
-fn show_prompts(checkpoint: &Path, prompts: &[String]) -> anyhow::Result<()> {
-    let loaded = LoadedModel::open(checkpoint)?;
+fn show_prompts(checkpoint: &Path, prompts: &[String], device: &Device) -> anyhow::Result<()> {
+    let loaded = LoadedModel::open(checkpoint, device)?;
     let tokenizer = loaded.tokenizer()?;
     let filler = Filler {
         model: &loaded.model,

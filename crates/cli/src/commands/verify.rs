@@ -1,6 +1,7 @@
 //! `switchyard verify`: a model's numbers beside recorded ones.
 
 use anyhow::Context;
+use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors};
 use switchyard_train::verify::{Array, Arrays, Tolerances, verify};
 
@@ -9,9 +10,9 @@ use super::output;
 use crate::Outcome;
 use crate::args::VerifyArguments;
 
-pub(crate) fn run(arguments: &VerifyArguments) -> anyhow::Result<Outcome> {
+pub(crate) fn run(arguments: &VerifyArguments, device: &Device) -> anyhow::Result<Outcome> {
     let fixture = read_arrays(&arguments.fixture)?;
-    let loaded = LoadedModel::open(&arguments.model)?;
+    let loaded = LoadedModel::open(&arguments.model, device)?;
     let tolerances = Tolerances { absolute: arguments.tolerance, loss: arguments.loss_tolerance };
     let result = verify(&loaded.model, &loaded.config, &loaded.routing, &fixture, tolerances)
         .with_context(|| format!("cannot use {}", arguments.fixture.display()))?;
@@ -35,13 +36,19 @@ pub(crate) fn run(arguments: &VerifyArguments) -> anyhow::Result<Outcome> {
     } else {
         for c in &result.compared {
             let verdict = if c.passed() { "ok  " } else { "FAIL" };
-            output::line(format!("{verdict} {:<40} {:.3e} (allowed {:.1e})", c.name, c.difference, c.tolerance))?;
+            output::line(format!(
+                "{verdict} {:<40} {:.3e} (allowed {:.1e})",
+                c.name, c.difference, c.tolerance
+            ))?;
         }
         if !result.not_compared.is_empty() {
             output::line(format!("not compared: {}", result.not_compared.join(", ")))?;
         }
-        output::line(format!("{} of {} arrays within tolerance",
-            result.compared.iter().filter(|c| c.passed()).count(), result.compared.len()))?;
+        output::line(format!(
+            "{} of {} arrays within tolerance",
+            result.compared.iter().filter(|c| c.passed()).count(),
+            result.compared.len()
+        ))?;
     }
     Ok(if passed { Outcome::Done } else { Outcome::Failed })
 }

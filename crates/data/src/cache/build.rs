@@ -119,7 +119,8 @@ impl Build<'_> {
         }
         fs::create_dir_all(partial).map_err(CacheError::io("create", partial))?;
         let journal = Journal { fingerprint: self.fingerprint.clone(), ..Journal::default() };
-        let writer = self.writer(partial, 0)?.ok_or_else(|| CacheError::corrupt(partial, "files appear in it"))?;
+        let writer =
+            self.writer(partial, 0)?.ok_or_else(|| CacheError::corrupt(partial, "files appear in it"))?;
         Ok((journal, writer))
     }
 

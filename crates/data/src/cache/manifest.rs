@@ -96,7 +96,8 @@ impl Manifest {
 
 /// Writes a value as JSON, whole or not at all.
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CacheError> {
-    let text = serde_json::to_vec_pretty(value).map_err(|error| CacheError::corrupt(path, error.to_string()))?;
+    let text =
+        serde_json::to_vec_pretty(value).map_err(|error| CacheError::corrupt(path, error.to_string()))?;
     durable::write(path, &text).map_err(CacheError::io("write", path))
 }
 

@@ -115,7 +115,10 @@ impl TokenCache {
             let file = File::open(&path).map_err(CacheError::io("open", &path))?;
             let found = file.metadata().map_err(CacheError::io("read", &path))?.len();
             if found != *bytes {
-                return Err(CacheError::corrupt(path, format!("{found} bytes where the manifest says {bytes}")));
+                return Err(CacheError::corrupt(
+                    path,
+                    format!("{found} bytes where the manifest says {bytes}"),
+                ));
             }
             files.push(file);
         }
@@ -175,7 +178,8 @@ impl TokenCache {
             decode(bytes, token_bytes, now);
             let foreign = |&id: &u32| id < UNK_ID || id as usize >= tokenizer_size;
             if let Some(position) = now.iter().position(foreign) {
-                let message = format!("token {} is {}, which no text gives", at + position as u64, now[position]);
+                let message =
+                    format!("token {} is {}, which no text gives", at + position as u64, now[position]);
                 return Err(CacheError::corrupt(path(), message));
             }
             at += count as u64;

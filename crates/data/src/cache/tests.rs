@@ -45,10 +45,9 @@ fn all_tokens(cache: &TokenCache) -> Vec<u32> {
 
 /// Every file of a cache, by name.
 fn contents(cache: &TokenCache) -> Vec<(String, Vec<u8>)> {
-    let names = cache.manifest().files.iter().map(|file| file.name.clone()).chain(["manifest.json".to_owned()]);
-    names
-        .map(|name| (name.clone(), fs::read(cache.directory().join(name)).expect("readable")))
-        .collect()
+    let names =
+        cache.manifest().files.iter().map(|file| file.name.clone()).chain(["manifest.json".to_owned()]);
+    names.map(|name| (name.clone(), fs::read(cache.directory().join(name)).expect("readable"))).collect()
 }
 
 /// Cuts a list of tokens wherever `beginning` stands.

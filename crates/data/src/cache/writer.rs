@@ -68,7 +68,8 @@ impl TokenWriter {
             let path = self.current_path();
             let file = self.current_file()?;
             for token in now {
-                file.write_all(&token.to_le_bytes()[..token_bytes]).map_err(CacheError::io("write", &path))?;
+                file.write_all(&token.to_le_bytes()[..token_bytes])
+                    .map_err(CacheError::io("write", &path))?;
             }
             self.written += now.len() as u64;
             if self.written.is_multiple_of(self.tokens_per_file) {

@@ -35,6 +35,17 @@ pub enum LoadError {
         name: String,
     },
 
+    /// Files without a word to train a tokenizer on.
+    #[error(
+        "there is no text in {first} ({files} file(s) in all); check data.sources, data.text_column and data.text_document"
+    )]
+    NoText {
+        /// The first file.
+        first: String,
+        /// Files looked into.
+        files: usize,
+    },
+
     /// Training text that is also held out.
     #[error("{file} is in data.sources and in data.eval_sources; held-out text must not be trained on")]
     HeldOutFile {

@@ -154,7 +154,8 @@ fn prefetching_gives_the_same_batches_from_any_start() {
     let directory = tempfile::tempdir().expect("a directory");
     let data = Arc::new(open(&plan(directory.path())));
     for (first_step, ahead) in [(0, 1), (7, 4), (13, 0)] {
-        let mut prefetcher = Prefetcher::start(Arc::clone(&data), first_step * 8, 5, ahead).expect("a thread");
+        let mut prefetcher =
+            Prefetcher::start(Arc::clone(&data), first_step * 8, 5, ahead).expect("a thread");
         for step in first_step..first_step + 5 {
             let prefetched = prefetcher.next_batch().expect("it works").expect("five batches");
             assert_eq!(prefetched.batch, data.batch(step).expect("a batch"));
@@ -170,7 +171,8 @@ fn errors_of_the_thread_reach_the_trainer() {
     let directory = tempfile::tempdir().expect("a directory");
     let data = Arc::new(open(&plan(directory.path())));
     let (_, cache) = data.caches().next().expect("a cache");
-    let file = fs::File::options().write(true).open(cache.directory().join("tokens-00000.bin")).expect("there");
+    let file =
+        fs::File::options().write(true).open(cache.directory().join("tokens-00000.bin")).expect("there");
     file.set_len(0).expect("it can be cut");
     let mut prefetcher = Prefetcher::start(data, 0, 10, 2).expect("a thread");
     let error = prefetcher.next_batch().expect_err("the file is cut");
@@ -191,7 +193,10 @@ fn states_are_accepted_by_the_same_data_only() {
 
     let reseeded = DataSet::open(&plan, SEED + 1, &|_| {}).expect("it opens");
     let mismatch = reseeded.check_state(&saved).expect_err("another seed");
-    assert_eq!((mismatch.what.as_str(), mismatch.saved.as_str(), mismatch.found.as_str()), ("seed", "42", "43"));
+    assert_eq!(
+        (mismatch.what.as_str(), mismatch.saved.as_str(), mismatch.found.as_str()),
+        ("seed", "42", "43")
+    );
 
     let shorter = DataPlan { inputs_length: 32, ..plan.clone() };
     assert_eq!(open(&shorter).check_state(&saved).expect_err("other rows").what, "data.inputs_length");
@@ -227,7 +232,10 @@ fn plans_that_cannot_work_are_refused_before_text_is_read() {
 
     let long = DataPlan { inputs_length: 2048, targets_length: 456, ..good.clone() };
     let error = refused(&long);
-    assert!(matches!(error, LoadError::Tokenizer(TokenizerError::TooFewSentinels { needed: 114, .. })), "{error}");
+    assert!(
+        matches!(error, LoadError::Tokenizer(TokenizerError::TooFewSentinels { needed: 114, .. })),
+        "{error}"
+    );
     let missing = DataPlan { tokenizer: directory.path().join("absent.json"), ..good.clone() };
     assert!(matches!(refused(&missing), LoadError::Tokenizer(TokenizerError::Missing { .. })));
     let short = DataPlan { targets_length: 10, ..good.clone() };

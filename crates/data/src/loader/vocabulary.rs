@@ -10,7 +10,7 @@ use crate::cache::{CacheError, identify};
 use crate::durable;
 use crate::progress::{Progress, ProgressFn};
 use crate::source::{DocumentReader, ReadOptions};
-use crate::tokenizer::{TrainOptions, Tokenizer, WordCounts, train};
+use crate::tokenizer::{Tokenizer, TrainOptions, WordCounts, train};
 
 /// Most text that a tokenizer is trained on, in bytes; more changes the vocabulary little.
 const TRAINING_BYTES: u64 = 1 << 30;
@@ -72,6 +72,11 @@ pub fn train_on_texts(
         for file in &text.files {
             count_words(file, read, (share * TRAINING_BYTES as f64) as u64, &mut words, progress)?;
         }
+    }
+    if words.bytes() == 0 {
+        let mut files = texts.iter().flat_map(|text| &text.files);
+        let first = files.next().map_or_else(String::new, |file| file.display().to_string());
+        return Err(LoadError::NoText { first, files: 1 + files.count() });
     }
     progress(Progress::TrainingTokenizer { vocab_size: options.vocab_size });
     Ok(train(&words, options)?)

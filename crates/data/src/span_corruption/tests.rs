@@ -149,7 +149,8 @@ fn standard_lengths_need_no_widening() {
 fn targets_are_widened_where_masks_hold_more_than_the_formula() {
     for inputs_length in [172, 316, 352, 604, 1180] {
         let formula = ChunkLengths::new(inputs_length, 0.15, 3.0);
-        let objective = SpanCorruption::new(&plan(inputs_length, formula.targets_length), VOCAB_SIZE).expect("fits");
+        let objective =
+            SpanCorruption::new(&plan(inputs_length, formula.targets_length), VOCAB_SIZE).expect("fits");
         assert!(objective.targets_length() > formula.targets_length, "{inputs_length}");
         let counts = objective.counts;
         assert_eq!(objective.targets_length(), counts.noise_tokens + counts.noise_spans + 1);
@@ -166,7 +167,10 @@ fn impossible_sizes_are_refused_with_the_mend() {
     assert!(matches!(SpanCorruption::new(&negative, VOCAB_SIZE), Err(SpanCorruptionError::BadNoise { .. })));
     let nan = DataPlan { noise_density: f64::NAN, ..plan(8, 8) };
     assert!(matches!(SpanCorruption::new(&nan, VOCAB_SIZE), Err(SpanCorruptionError::BadNoise { .. })));
-    assert!(matches!(SpanCorruption::new(&plan(2, 8), VOCAB_SIZE), Err(SpanCorruptionError::InputsTooShort { .. })));
+    assert!(matches!(
+        SpanCorruption::new(&plan(2, 8), VOCAB_SIZE),
+        Err(SpanCorruptionError::InputsTooShort { .. })
+    ));
 }
 
 /// Puts the spans of the targets back where the sentinels stand in the inputs.

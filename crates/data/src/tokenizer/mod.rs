@@ -98,8 +98,10 @@ impl Tokenizer {
 
     /// Reads the content of a `tokenizer.json`; `path` names it in errors.
     fn from_json(json: Vec<u8>, path: PathBuf) -> Result<Self, TokenizerError> {
-        let malformed =
-            |error: tokenizers::Error| TokenizerError::Malformed { path: path.clone(), message: error.to_string() };
+        let malformed = |error: tokenizers::Error| TokenizerError::Malformed {
+            path: path.clone(),
+            message: error.to_string(),
+        };
         let mut inner = tokenizers::Tokenizer::from_bytes(&json).map_err(malformed)?;
         inner.with_truncation(None).map_err(malformed)?;
         inner.with_padding(None);

@@ -28,7 +28,11 @@ fn every_layout_encodes_and_decodes_as_transformers_does() {
             let text = row["text"].as_str().expect("text");
             let found = tokenizer.encode_with_eos(text).expect("it encodes");
             assert_eq!(found, ids(&row["ids"]), "{text:?}");
-            assert_eq!(tokenizer.decode(&found, false).expect("it decodes"), row["decode_noclean"], "{text:?}");
+            assert_eq!(
+                tokenizer.decode(&found, false).expect("it decodes"),
+                row["decode_noclean"],
+                "{text:?}"
+            );
             assert_eq!(tokenizer.decode(&found, true).expect("it decodes"), row["decode_skip"], "{text:?}");
         }
     }
@@ -181,6 +185,9 @@ fn outputs_fill_the_sentinels_of_their_prompt() {
         fill(prompt, "<extra_id_0> name <extra_id_1> new file <extra_id_2> one</s> more"),
         "The name of the new file is one."
     );
-    assert_eq!(fill(prompt, "<extra_id_1> a <extra_id_1> b <extra_id_2>"), "The <extra_id_0> of the a is <extra_id_2>.");
+    assert_eq!(
+        fill(prompt, "<extra_id_1> a <extra_id_1> b <extra_id_2>"),
+        "The <extra_id_0> of the a is <extra_id_2>."
+    );
     assert_eq!(fill("nothing missing", "<extra_id_0> name"), "nothing missing");
 }

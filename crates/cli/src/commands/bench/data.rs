@@ -12,7 +12,12 @@ use crate::commands::{data, output};
 /// Time spent measuring.
 const SECONDS: f64 = 3.0;
 
-pub(crate) fn run(config: &Path, set: &[String], json: bool, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+pub(crate) fn run(
+    config: &Path,
+    set: &[String],
+    json: bool,
+    verbosity: Verbosity,
+) -> anyhow::Result<Outcome> {
     let plan = resolve(config, set)?.plan;
     let data = data::open(&plan, verbosity.quiet)?;
     let started = Instant::now();

@@ -12,13 +12,20 @@ use crate::commands::output;
 /// Runs that are timed for each number of experts.
 const RUNS: usize = 30;
 
-pub(crate) fn run(tokens: usize, d_model: usize, experts: &[usize], json: bool) -> anyhow::Result<Outcome> {
+pub(crate) fn run(
+    tokens: usize,
+    d_model: usize,
+    experts: &[usize],
+    json: bool,
+    device: &Device,
+) -> anyhow::Result<Outcome> {
     anyhow::ensure!(tokens > 0 && d_model > 0, "--tokens and --d-model must be at least 1");
     anyhow::ensure!(experts.iter().all(|&e| e >= 2), "--experts must be at least 2");
+    let device = device.clone().autodiff();
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); experts.len()];
     for run in 0..RUNS + 2 {
         for (times, &experts) in times.iter_mut().zip(experts) {
-            let elapsed_ms = once(tokens, d_model, experts);
+            let elapsed_ms = once(tokens, d_model, experts, &device);
             if run >= 2 {
                 times.push(elapsed_ms);
             }
@@ -42,14 +49,13 @@ pub(crate) fn run(tokens: usize, d_model: usize, experts: &[usize], json: bool) 
 }
 
 /// One forward and backward at capacity factor 1.25, in milliseconds.
-fn once(tokens: usize, d_model: usize, experts: usize) -> f64 {
-    let device = Device::flex().autodiff();
+fn once(tokens: usize, d_model: usize, experts: usize, device: &Device) -> f64 {
     let values = |count: usize, salt: u32| -> Vec<f32> {
         let mut random = switchyard_random::Philox::new(7).stream([salt, 0, 0]);
         (0..count).map(|_| switchyard_random::unit_f32(random.next_u32()) * 2.0 - 1.0).collect()
     };
     let matrix = |rows: usize, cols: usize, salt: u32| {
-        Tensor::<1>::from_data(values(rows * cols, salt).as_slice(), &device).reshape([rows, cols])
+        Tensor::<1>::from_data(values(rows * cols, salt).as_slice(), device).reshape([rows, cols])
     };
     let logits = matrix(tokens, experts, 0).require_grad();
     let x = matrix(tokens, d_model, 1).require_grad();

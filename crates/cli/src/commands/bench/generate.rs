@@ -21,6 +21,7 @@ pub(crate) fn run(
     inputs_length: usize,
     new_tokens: usize,
     json: bool,
+    device: &Device,
 ) -> anyhow::Result<Outcome> {
     anyhow::ensure!(
         batch > 0 && inputs_length > 0 && new_tokens > 0,
@@ -32,8 +33,7 @@ pub(crate) fn run(
     let mut plan = resolve_str(&text, &[])?.plan;
     // No id ends a row: every run writes all its tokens.
     plan.model.eos_token_id = u32::MAX;
-    let device = Device::flex();
-    let model = SwitchTransformer::new(&plan.model, 0, &device);
+    let model = SwitchTransformer::new(&plan.model, 0, device);
     let context = ForwardContext {
         capacity: Capacity::Unlimited,
         ..ForwardContext::evaluation(&plan.model, &plan.routing)
@@ -41,8 +41,8 @@ pub(crate) fn run(
     let ids = synthetic_ids(batch * inputs_length, plan.model.vocab_size, 0);
     let mut times = Vec::new();
     for run in 0..=RUNS {
-        let ids = int_tensor(ids.clone(), [batch * inputs_length], &device);
-        let mask = int_tensor(vec![1; batch * inputs_length], [batch, inputs_length], &device);
+        let ids = int_tensor(ids.clone(), [batch * inputs_length], device);
+        let mask = int_tensor(vec![1; batch * inputs_length], [batch, inputs_length], device);
         let started = Instant::now();
         greedy(&model, ids, mask, new_tokens, &context, |_| true);
         if run > 0 {

@@ -15,7 +15,7 @@ use crate::{Outcome, memory};
 /// Steps before the clock starts: buffers and threads exist after them.
 const WARM_UP: u64 = 3;
 
-pub(crate) fn run(arguments: &BenchStepArguments) -> anyhow::Result<Outcome> {
+pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Result<Outcome> {
     anyhow::ensure!(arguments.steps > 0, "--steps must be at least 1");
     let sparse = if arguments.experts == 0 {
         "num_experts = 0\nexpert_layer_every = 0".to_owned()
@@ -25,20 +25,23 @@ pub(crate) fn run(arguments: &BenchStepArguments) -> anyhow::Result<Outcome> {
     let text = format!(
         "name = \"bench\"\n[model]\npreset = \"{}\"\n{sparse}\n[precision]\nmode = \"{}\"\n\
          [optimizer]\nkind = \"{}\"\nlearning_rate = 1e-4\n[schedule]\nkind = \"constant\"\nwarmup_steps = 0\n\
+         [routing]\ncapacity_factor = {:?}\n\
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
          batch_rows = {rows}\nmicro_batch_rows = {rows}\n",
         arguments.preset,
         arguments.precision,
         arguments.optimizer,
+        arguments.capacity_factor,
         arguments.inputs_length,
         arguments.targets_length,
         rows = arguments.rows,
     );
     let plan = resolve_str(&text, &[])?.plan;
     let vocabulary = plan.model.vocab_size;
-    let mut learner = Learner::new(&plan, &Device::flex().autodiff());
+    let mut learner = Learner::new(&plan, &device.clone().autodiff());
     let mut times = Vec::new();
     let mut loss = f64::NAN;
+    let (mut routed, mut dropped) = (0, 0);
     for step in 0..WARM_UP + arguments.steps {
         let salt = step as u32 * 2;
         let batch = HostBatch {
@@ -50,14 +53,19 @@ pub(crate) fn run(arguments: &BenchStepArguments) -> anyhow::Result<Outcome> {
             first_row: 0,
         };
         let started = Instant::now();
-        loss = learner.step(&plan, &batch, step).loss;
+        let outcome = learner.step(&plan, &batch, step);
+        let elapsed_ms = started.elapsed().as_secs_f64() * 1e3;
+        loss = outcome.loss;
         if step >= WARM_UP {
-            times.push(started.elapsed().as_secs_f64() * 1e3);
+            times.push(elapsed_ms);
+            routed += outcome.moe.iter().map(|(_, layer)| layer.tokens).sum::<u64>();
+            dropped += outcome.moe.iter().map(|(_, layer)| layer.dropped).sum::<u64>();
         }
     }
     let [step_ms, min_ms, max_ms] = spread(times);
     let tokens = arguments.rows * (arguments.inputs_length + arguments.targets_length);
     let tokens_per_second = tokens as f64 / step_ms * 1e3;
+    let fraction_tokens_dropped = dropped as f64 / routed.max(1) as f64;
     let peak = memory::peak_bytes();
     if arguments.json {
         output::json(&serde_json::json!({
@@ -65,12 +73,14 @@ pub(crate) fn run(arguments: &BenchStepArguments) -> anyhow::Result<Outcome> {
             "precision": arguments.precision, "parameters": plan.model.num_parameters(),
             "step_ms": step_ms, "min_ms": min_ms, "max_ms": max_ms,
             "tokens_per_second": tokens_per_second, "peak_memory_bytes": peak, "loss": loss,
+            "fraction_tokens_dropped": fraction_tokens_dropped,
         }))?;
     } else {
         output::line(format!(
-            "{step_ms:.1} ms a step ({min_ms:.1} to {max_ms:.1}), {} tokens/s, peak memory {}",
+            "{step_ms:.1} ms a step ({min_ms:.1} to {max_ms:.1}), {} tokens/s, peak memory {}, {:.1} % dropped",
             output::grouped(tokens_per_second as u64),
             peak.map_or("unknown".to_owned(), output::bytes),
+            fraction_tokens_dropped * 100.0,
         ))?;
     }
     Ok(Outcome::Done)
