@@ -174,6 +174,48 @@ fn a_full_disk_keeps_the_earlier_checkpoint() {
 }
 
 #[test]
+fn a_last_checkpoint_that_cannot_be_written_is_an_error() {
+    let place = Place::with_experiment();
+    let program = env!("CARGO_BIN_EXE_switchyard");
+    let script = format!(
+        "mount -t tmpfs -o size=300k none full && \
+         {program} train run.toml --run-dir full/run --set checkpoint.on_error=\\\"warn\\\" --set checkpoint.every_steps=30"
+    );
+    std::fs::create_dir(place.path("full")).expect("a directory");
+    let output = Command::new("unshare")
+        .args(["--mount", "--map-root-user", "sh", "-c", &script])
+        .current_dir(place.root())
+        .output()
+        .expect("unshare of util-linux");
+    let said = stderr(&output);
+    assert!(said.contains("checkpoint not written"), "{said}");
+    assert!(said.contains("error: cannot write") && said.contains("step-000060"), "{said}");
+    assert_eq!(output.status.code(), Some(1), "{said}");
+}
+
+#[test]
+fn an_export_that_cannot_be_is_refused_before_training() {
+    let place = Place::with_experiment();
+    let set = "--set checkpoint.export=true --set routing.router=top2";
+    for command in ["train", "check"] {
+        place.refused_with(&format!("{command} run.toml {set}"), &["top2", "top1"]);
+    }
+    assert!(!place.path("runs").exists());
+    place.refused_with("check run.toml --set data.targets_length=7", &["targets_length", "8"]);
+}
+
+#[test]
+fn options_are_called_by_their_names() {
+    let place = Place::with_experiment();
+    place.refused_with("tokenizer train --data corpus.json.gz --vocab-size 2 --out t", &["--vocab-size"]);
+    place
+        .refused_with("tokenizer train --data corpus.json.gz --text-column body --out t", &["--text-column"]);
+    place.refused_with("bench step --preset nope", &["nope", "switch-"]);
+    place.refused_with("bench dispatch --tokens 100000000000", &["--tokens"]);
+    place.refused_with("train run.toml --device cuda", &["cuda", "cpu"]);
+}
+
+#[test]
 fn prompts_that_are_empty() {
     let place = Place::with_experiment();
     place.run("train run.toml --max-steps 5");

@@ -1,5 +1,8 @@
 //! Every command: its help, its output and its exit code.
 
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
 use crate::support::{Place, stderr};
 
 const COMMANDS: [&str; 17] = [
@@ -120,6 +123,39 @@ fn a_wrong_model_fails_its_verification() {
         &format!("verify --model {fixtures}/mt5_like --fixture nothing.safetensors"),
         &["nothing.safetensors"],
     );
+}
+
+#[test]
+fn fixtures_that_cannot_be_used_or_hold_nan() {
+    let place = Place::new();
+    let model = format!("{REPOSITORY}/tests/fixtures/parity/mt5_like");
+    let verify = |fixture: &str| format!("verify --model {model} --fixture {fixture}");
+    let bytes = std::fs::read(format!("{model}/expected.safetensors")).expect("a fixture");
+    let whole = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let with = |file: &str, name: &str, shape: Vec<usize>, data: &[u8]| {
+        let mut tensors = whole.tensors();
+        let (_, array) = tensors.iter_mut().find(|(found, _)| found == name).expect("an array");
+        *array = TensorView::new(array.dtype(), shape, data).expect("data of that shape");
+        place.write(file, &safetensors::serialize(tensors, None).expect("safetensors"));
+    };
+    let ids = |ids: &[i64]| ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>();
+
+    with("flat.safetensors", "greedy_ids", vec![2], &ids(&[0, 5]));
+    place.refused_with(&verify("flat.safetensors"), &["flat.safetensors", "`greedy_ids`", "shape [2]"]);
+    with("steps.safetensors", "greedy_ids", vec![2, 1], &ids(&[0, 0]));
+    place.refused_with(&verify("steps.safetensors"), &["`greedy_ids`", "shape [2, 1]"]);
+    with("negative.safetensors", "input_ids", vec![2, 18], &ids(&[-100; 36]));
+    place.refused_with(&verify("negative.safetensors"), &["`input_ids`", "holds -100", "0 to 111"]);
+    with("mask.safetensors", "decoder_attention_mask", vec![2, 1], &ids(&[1, 1]));
+    place.refused_with(&verify("mask.safetensors"), &["`decoder_attention_mask`", "[2, 1]", "[2, 8]"]);
+
+    let nan: Vec<u8> = std::iter::repeat_n(f32::NAN.to_le_bytes(), 2 * 8 * 112).flatten().collect();
+    with("nan.safetensors", "logits", vec![2, 8, 112], &nan);
+    let output = place.command(&verify("nan.safetensors")).output().expect("it starts");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("FAIL logits "), "{text}");
+    assert_eq!(text.matches("FAIL").count(), 1, "{text}");
 }
 
 #[test]

@@ -113,7 +113,7 @@ fn an_existing_run_and_another_experiment_are_refused() {
     text = text.replace("corpus.json.gz", "other.json.gz");
     place.write("other.toml", text.as_bytes());
     place.write_gz("other.json.gz", &crate::support::json_lines(5000..5300));
-    place.refused_with("train other.toml --resume auto", &["data.sources"]);
+    place.refused_with("train other.toml --resume auto", &["SHA-256 of data.tokenizer"]);
     place.write_gz("corpus.json.gz", &crate::support::json_lines(5000..5300));
     let changed = place.refused("train run.toml --resume auto");
     assert!(changed.contains("tokenizer") || changed.contains("fingerprint"), "{changed}");
@@ -140,6 +140,68 @@ fn an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused() {
         "train run.toml --resume auto",
         &["step-000041/model-00000.safetensors is damaged", "checksum"],
     );
-    place.refused_with("train run.toml --resume no-such-checkpoint", &["no-such-checkpoint"]);
-    place.run("train run.toml --resume runs/small/checkpoints/step-000020");
+    place.refused_with(
+        "train run.toml --resume no-such-checkpoint",
+        &["no-such-checkpoint", "neither `auto`"],
+    );
+    // What does not need the damaged file works, and says what is damaged.
+    place.run("export runs/small/checkpoints/step-000020 --out exported");
+    let output = place.command("inspect checkpoint runs/small").output().expect("it starts");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("is damaged"));
+}
+
+#[test]
+fn an_older_checkpoint_starts_another_run() {
+    let place = Place::with_experiment();
+    place.run("train run.toml --max-steps 40");
+    let older = "--resume runs/small/checkpoints/step-000020";
+    place.refused_with(&format!("train run.toml {older}"), &["has gone on to", "step-000040", "--run-dir"]);
+    place.refused_with(
+        &format!("train run.toml {older} --run-dir other --set model.d_ff=32"),
+        &["model.d_ff was 64, is now 32"],
+    );
+    place.run(&format!("train run.toml {older} --run-dir other --set optimizer.learning_rate=1e-3"));
+    let steps = timeless(&place.read("other/metrics.jsonl"));
+    assert_eq!(steps[0]["step"], 21);
+    assert!(steps[0]["learning_rate"].as_f64().is_some_and(|rate| rate < 1e-3));
+    place.run("train run.toml --resume runs/small --run-dir third --max-steps 41");
+    assert_eq!(timeless(&place.read("third/metrics.jsonl"))[0]["step"], 41);
+}
+
+#[test]
+fn a_run_directory_has_one_process_at_a_time() {
+    let place = Place::with_experiment();
+    let mut child = start(&place, LONG);
+    wait_for("a step", || steps_logged(&place, "runs/small") > 0);
+    place.refused_with(&format!("{LONG} --resume auto"), &["runs/small is in use", "--run-dir"]);
+    signal(&child, "-INT");
+    assert_eq!(child.wait().expect("a child").code(), Some(75));
+}
+
+#[test]
+fn the_command_to_continue_is_complete() {
+    let place = Place::with_experiment();
+    let mut command = place.command("train run.toml --run-dir odd --set schedule.total_steps=400");
+    command.args(["--set", "eval.prompts=[\"The <extra_id_0>.\"]"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts");
+    wait_for("a step", || steps_logged(&place, "odd") > 0);
+    signal(&child, "-TERM");
+    let said = String::from_utf8(child.wait_with_output().expect("a child").stdout).expect("UTF-8");
+    let expected = "switchyard train run.toml --set schedule.total_steps=400 --set \
+                    'eval.prompts=[\"The <extra_id_0>.\"]' --run-dir odd --resume auto";
+    assert!(said.contains(expected), "{said}");
+}
+
+#[test]
+fn ctrl_c_before_the_first_step_ends_at_once_and_harms_nothing() {
+    let place = Place::with_experiment();
+    place.write_gz("corpus.json.gz", &crate::support::json_lines(0..60_000));
+    let mut child = start(&place, "train run.toml --max-steps 1");
+    wait_for("the cache", || place.path("cache/tokens").exists());
+    signal(&child, "-INT");
+    let stopped = Instant::now();
+    child.wait().expect("a child");
+    assert!(stopped.elapsed() < Duration::from_secs(2));
+    place.run("train run.toml --max-steps 1");
 }

@@ -30,7 +30,8 @@ pub enum ModelKind {
 #[derive(Debug)]
 pub struct ModelDirectory {
     contents: Contents,
-    inputs_length: Option<usize>,
+    /// The trainer's state, null where there is none.
+    trainer: Value,
 }
 
 #[derive(Debug)]
@@ -57,7 +58,7 @@ pub fn open_model(path: &Path) -> Result<ModelDirectory, CheckpointError> {
         }
     } else if path.join("config.json").exists() {
         let contents = Contents::HuggingFace(HuggingFaceModel::open(path)?);
-        Ok(ModelDirectory { contents, inputs_length: None })
+        Ok(ModelDirectory { contents, trainer: Value::Null })
     } else {
         Err(CheckpointError::NoModel { path: path.to_owned() })
     }
@@ -65,9 +66,9 @@ pub fn open_model(path: &Path) -> Result<ModelDirectory, CheckpointError> {
 
 impl ModelDirectory {
     fn checkpoint(path: &Path) -> Result<Self, CheckpointError> {
-        let checkpoint = Checkpoint::open(path)?;
-        let inputs_length = inputs_length(&checkpoint.trainer()?);
-        Ok(Self { contents: Contents::Checkpoint(checkpoint), inputs_length })
+        let checkpoint = Checkpoint::open_parameters(path)?;
+        let trainer = checkpoint.trainer()?;
+        Ok(Self { contents: Contents::Checkpoint(checkpoint), trainer })
     }
 
     /// Who wrote it.
@@ -115,7 +116,14 @@ impl ModelDirectory {
 
     /// Encoder length that the model was trained with, in tokens; `None` where nothing tells.
     pub fn inputs_length(&self) -> Option<usize> {
-        self.inputs_length
+        let place = |pointer| self.trainer.pointer(pointer).and_then(Value::as_u64);
+        let length = place("/data/inputs_length").or_else(|| place("/plan/data/inputs_length"))?;
+        usize::try_from(length).ok()
+    }
+
+    /// What the trainer kept, which is the trainer's to shape; null for a model without a run.
+    pub fn trainer(&self) -> &Value {
+        &self.trainer
     }
 }
 
@@ -131,11 +139,4 @@ impl TensorSource for ModelDirectory {
             Contents::HuggingFace(model) => model.read(name).map(Cow::Owned),
         }
     }
-}
-
-/// The encoder length in a trainer's state, which is the trainer's to shape.
-fn inputs_length(trainer: &Value) -> Option<usize> {
-    let place = |pointer| trainer.pointer(pointer).and_then(Value::as_u64);
-    let length = place("/data/inputs_length").or_else(|| place("/plan/data/inputs_length"))?;
-    usize::try_from(length).ok()
 }

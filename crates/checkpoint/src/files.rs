@@ -31,7 +31,7 @@ impl PendingDirectory {
             })?
             .to_string_lossy();
         let parent = parent(target);
-        fs::create_dir_all(&parent).map_err(CheckpointError::io("create", &parent))?;
+        create_directories(&parent)?;
         let temporary = parent.join(format!("{TEMPORARY}{name}-{}", std::process::id()));
         remove(&temporary)?;
         fs::create_dir(&temporary).map_err(CheckpointError::io("create", &temporary))?;
@@ -42,22 +42,21 @@ impl PendingDirectory {
         &self.temporary
     }
 
-    /// Syncs and renames; a directory that was there before is replaced.
+    /// Syncs and renames; a directory that was there before is deleted once this one is in its place.
     pub(crate) fn commit(mut self) -> Result<(), CheckpointError> {
         sync_directory(&self.temporary)?;
-        if self.target.exists() {
-            retire(&self.target)?;
-        }
+        let replaced = if self.target.exists() { Some(hide(&self.target)?) } else { None };
         fs::rename(&self.temporary, &self.target).map_err(CheckpointError::io("rename", &self.temporary))?;
         self.done = true;
-        sync_directory(&parent(&self.target))
+        sync_directory(&parent(&self.target))?;
+        replaced.map_or(Ok(()), |old| remove(&old))
     }
 }
 
 impl Drop for PendingDirectory {
     fn drop(&mut self) {
         if !self.done {
-            // The next start clears what cannot be removed now.
+            // The next start of the run clears what cannot be removed now.
             drop(remove(&self.temporary));
         }
     }
@@ -79,11 +78,33 @@ pub(crate) fn parent(path: &Path) -> PathBuf {
 
 /// Takes a directory out of sight, then deletes it: a crash leaves no half of it under its name.
 pub(crate) fn retire(path: &Path) -> Result<(), CheckpointError> {
+    remove(&hide(path)?)
+}
+
+/// Gives a directory a name that nobody looks for.
+fn hide(path: &Path) -> Result<PathBuf, CheckpointError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let hidden = parent(path).join(format!("{TEMPORARY}old-{name}-{}", std::process::id()));
     remove(&hidden)?;
     fs::rename(path, &hidden).map_err(CheckpointError::io("rename", path))?;
-    remove(&hidden)
+    Ok(hidden)
+}
+
+/// Makes a directory with all above it, each one on the disk before anything in it is.
+fn create_directories(path: &Path) -> Result<(), CheckpointError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let above = parent(path);
+    if above != path {
+        create_directories(&above)?;
+    }
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(CheckpointError::io("create", path)(error))
+        }
+        _ => sync_directory(&above),
+    }
 }
 
 /// Removes a directory if it is there.

@@ -22,5 +22,5 @@ pub use directory::{ModelDirectory, ModelKind, open_model};
 pub use error::CheckpointError;
 pub use manifest::{FileEntry, Manifest, Slice, TensorEntry};
 pub use resume::{Checkpoint, complete_checkpoints, latest_complete};
-pub use save::{Snapshot, prune, save};
+pub use save::{Snapshot, clear_leftovers, prune, save};
 pub use tensors::{TensorMap, TensorSink, TensorSource};

@@ -88,7 +88,10 @@ impl Manifest {
     }
 
     /// Reads the manifest of `directory`.
-    pub(crate) fn read(directory: &Path) -> Result<Self, CheckpointError> {
+    ///
+    /// # Errors
+    /// When there is none, or one of another format.
+    pub fn read(directory: &Path) -> Result<Self, CheckpointError> {
         let path = directory.join(Self::NAME);
         let text = std::fs::read_to_string(&path).map_err(CheckpointError::io("read", &path))?;
         let manifest: Self = serde_json::from_str(&text).map_err(|e| {
@@ -111,15 +114,24 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Compares every file with its size and checksum.
-    pub(crate) fn verify(&self, directory: &Path) -> Result<(), CheckpointError> {
-        let checks: Vec<_> = self.files.par_iter().map(|entry| entry.verify(directory)).collect();
+    /// Compares the files whose names `wanted` accepts with their sizes and checksums.
+    pub(crate) fn verify(
+        &self,
+        directory: &Path,
+        wanted: impl Fn(&str) -> bool + Sync,
+    ) -> Result<(), CheckpointError> {
+        let entries = self.files.par_iter().filter(|entry| wanted(&entry.name));
+        let checks: Vec<_> = entries.map(|entry| entry.verify(directory)).collect();
         checks.into_iter().collect()
     }
 }
 
 impl FileEntry {
-    fn verify(&self, directory: &Path) -> Result<(), CheckpointError> {
+    /// Compares the file in `directory` with its size and checksum.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`] tells what differs.
+    pub fn verify(&self, directory: &Path) -> Result<(), CheckpointError> {
         let path = directory.join(&self.name);
         let damaged = |what, expected: String, found: String| {
             Err(CheckpointError::Damaged { path: path.clone(), what, expected, found })

@@ -1,7 +1,7 @@
 //! Finding and reading checkpoints.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -51,7 +51,7 @@ pub fn latest_complete(checkpoints: &Path) -> Result<Option<PathBuf>, Checkpoint
     Ok(complete_checkpoints(checkpoints)?.pop())
 }
 
-/// An opened checkpoint, every file of it checked.
+/// An opened checkpoint, every file of it that is needed checked.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -75,14 +75,31 @@ impl Checkpoint {
     /// Names the file that is missing or differs, or all parameters that are missing, have another
     /// shape or are not of the model.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let manifest = Manifest::read(path)?;
-        manifest.verify(path)?;
+        Self::open_tensors(path, |_| true)
+    }
+
+    /// As [`Self::open`] for using the model: files of the optimizer are neither read nor missed.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_parameters(path: &Path) -> Result<Self, CheckpointError> {
+        Self::open_tensors(path, is_parameter)
+    }
+
+    fn open_tensors(path: &Path, wanted: fn(&str) -> bool) -> Result<Self, CheckpointError> {
+        let mut manifest = Manifest::read(path)?;
+        let files_of = |tensors: &[TensorEntry]| -> BTreeSet<String> {
+            tensors.iter().flat_map(|entry| &entry.slices).map(|slice| slice.file.clone()).collect()
+        };
+        let all = files_of(&manifest.tensors);
+        manifest.tensors.retain(|entry| wanted(&entry.name));
+        let needed = files_of(&manifest.tensors);
+        manifest.verify(path, |name| needed.contains(name) || !all.contains(name))?;
         let model = read_json(&path.join("model.json"))?;
         let mut shards = BTreeMap::new();
-        for slice in manifest.tensors.iter().flat_map(|entry| &entry.slices) {
-            if !shards.contains_key(&slice.file) {
-                shards.insert(slice.file.clone(), ShardReader::open(&path.join(&slice.file))?);
-            }
+        for file in needed {
+            let reader = ShardReader::open(&path.join(&file))?;
+            shards.insert(file, reader);
         }
         let checkpoint = Self { path: path.to_owned(), manifest, model, shards };
         let mut faults = checkpoint.stored_otherwise();
@@ -132,11 +149,6 @@ impl Checkpoint {
         &self.path
     }
 
-    /// What it holds.
-    pub fn manifest(&self) -> &Manifest {
-        &self.manifest
-    }
-
     /// Architecture.
     pub fn model(&self) -> &ModelConfig {
         &self.model.model
@@ -155,24 +167,12 @@ impl Checkpoint {
         read_json(&self.path.join("trainer.json"))
     }
 
-    /// Gives every parameter to `sink`.
-    ///
-    /// # Errors
-    /// When `sink` refuses one.
-    pub fn load_parameters(&self, sink: &mut dyn TensorSink) -> Result<(), CheckpointError> {
-        self.load(sink, is_parameter)
-    }
-
     /// Gives every optimizer tensor to `sink`.
     ///
     /// # Errors
     /// When `sink` refuses one.
     pub fn load_optimizer(&self, sink: &mut dyn TensorSink) -> Result<(), CheckpointError> {
-        self.load(sink, |name| !is_parameter(name))
-    }
-
-    fn load(&self, sink: &mut dyn TensorSink, wanted: fn(&str) -> bool) -> Result<(), CheckpointError> {
-        for entry in self.manifest.tensors.iter().filter(|entry| wanted(&entry.name)) {
+        for entry in self.manifest.tensors.iter().filter(|entry| !is_parameter(&entry.name)) {
             sink.write(&entry.name, self.values(&entry.name)?)?;
         }
         Ok(())

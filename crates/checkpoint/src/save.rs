@@ -83,18 +83,29 @@ fn write_shard(
     Ok(specs.into_iter().map(entry).collect())
 }
 
-/// Removes all but the newest `keep_last` complete checkpoints (0 keeps all), and unfinished leftovers.
+/// Removes what interrupted saves left; only for a process that has the run to itself.
 ///
 /// # Errors
-/// When a directory cannot be listed or removed.
-pub fn prune(checkpoints: &Path, keep_last: usize) -> Result<(), CheckpointError> {
-    let listing = std::fs::read_dir(checkpoints).map_err(CheckpointError::io("list", checkpoints))?;
+/// When the directory cannot be listed or something cannot be removed.
+pub fn clear_leftovers(checkpoints: &Path) -> Result<(), CheckpointError> {
+    let listing = match std::fs::read_dir(checkpoints) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        listing => listing.map_err(CheckpointError::io("list", checkpoints))?,
+    };
     for entry in listing {
         let entry = entry.map_err(CheckpointError::io("list", checkpoints))?;
         if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
             files::remove(&entry.path())?;
         }
     }
+    Ok(())
+}
+
+/// Removes all but the newest `keep_last` complete checkpoints; 0 keeps all.
+///
+/// # Errors
+/// When the directory cannot be listed or a checkpoint cannot be removed.
+pub fn prune(checkpoints: &Path, keep_last: usize) -> Result<(), CheckpointError> {
     if keep_last > 0 {
         let complete = complete_checkpoints(checkpoints)?;
         for old in complete.iter().rev().skip(keep_last) {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use burn::tensor::Device;
+use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Pretrains, evaluates and runs Switch Transformers and T5.
@@ -27,6 +28,16 @@ pub(crate) struct Arguments {
     pub device: Device,
     #[command(flatten)]
     pub verbosity: Verbosity,
+}
+
+/// A size from 1 that memory may hold.
+fn count() -> impl TypedValueParser<Value = usize> {
+    count_from(1)
+}
+
+/// A size from `least` that memory may hold.
+fn count_from(least: u64) -> impl TypedValueParser<Value = usize> {
+    RangedU64ValueParser::<usize>::new().range(least..=1 << 24)
 }
 
 /// The device of a name, if this build has it.
@@ -84,14 +95,14 @@ pub(crate) struct TrainArguments {
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     /// `auto` continues from the newest complete checkpoint or starts; `never` refuses a used
-    /// directory; anything else is a checkpoint to continue from.
+    /// directory; anything else is a checkpoint, or a run with one, to continue from.
     #[arg(long, value_name = "auto|never|DIR", default_value = "never")]
     pub resume: String,
     /// Directory of the run [default: runs/NAME].
     #[arg(long)]
     pub run_dir: Option<PathBuf>,
     /// Stop after this many steps, counted from the start of the run.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_steps: Option<u64>,
 }
 
@@ -109,17 +120,18 @@ pub(crate) struct EvalArguments {
     #[arg(long)]
     pub data: String,
     /// Batches of `--rows` rows.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = count())]
     pub batches: usize,
-    /// Rows of a batch.
-    #[arg(long, default_value_t = 32)]
-    pub rows: usize,
+    /// Rows of a batch, which share the slots of experts [default: the micro-batch of the model's
+    /// training, else 32].
+    #[arg(long, value_parser = count())]
+    pub rows: Option<usize>,
     /// Encoder length [default: that of the model's training, else 512].
-    #[arg(long)]
+    #[arg(long, value_parser = count_from(4))]
     pub inputs_length: Option<usize>,
-    /// Column or JSON key that holds the text.
-    #[arg(long, default_value = "text")]
-    pub text_column: String,
+    /// Column or JSON key that holds the text [default: that of the model's training, else `text`].
+    #[arg(long)]
+    pub text_column: Option<String>,
     /// Directory for tokenised text and the sample corpus.
     #[arg(long, default_value = "cache")]
     pub cache_dir: PathBuf,
@@ -141,11 +153,11 @@ pub(crate) struct GenerateArguments {
     /// Text with <extra_id_0>, <extra_id_1>, … where words are missing.
     #[arg(long, required_unless_present = "input", conflicts_with = "input")]
     pub prompt: Option<String>,
-    /// File with one text a line; all are decoded as one batch.
+    /// File with one text a line; 32 are decoded at a time.
     #[arg(long)]
     pub input: Option<PathBuf>,
     /// Most tokens to write.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = count())]
     pub max_new_tokens: usize,
     /// Print a JSON object for each text.
     #[arg(long)]
@@ -161,7 +173,7 @@ Examples:
 pub(crate) struct ExportArguments {
     /// Run, checkpoint or Hugging Face directory.
     pub model: PathBuf,
-    /// Directory to write; must not exist.
+    /// Directory to write; must not exist, or be empty.
     #[arg(long)]
     pub out: PathBuf,
     /// Number format of all tensors.
@@ -172,7 +184,7 @@ pub(crate) struct ExportArguments {
     pub max_shard_size: Option<String>,
     /// Tokens of a row from which Hugging Face's fixed `expert_capacity` is computed
     /// [default: the inputs length that the model was trained with].
-    #[arg(long)]
+    #[arg(long, value_parser = count())]
     pub inputs_length: Option<usize>,
 }
 
@@ -233,10 +245,10 @@ pub(crate) enum DataCommand {
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
         /// Step, counted from 0.
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..1 << 40))]
         step: u64,
         /// Rows to print.
-        #[arg(long, default_value_t = 4)]
+        #[arg(long, default_value_t = 4, value_parser = count())]
         rows: usize,
     },
 }
@@ -320,13 +332,13 @@ pub(crate) enum BenchCommand {
     #[command(after_help = "Example:\n  switchyard bench dispatch --tokens 2048 --experts 8,128")]
     Dispatch {
         /// Tokens of the layer.
-        #[arg(long, default_value_t = 2048)]
+        #[arg(long, default_value_t = 2048, value_parser = count())]
         tokens: usize,
         /// Width of a token.
-        #[arg(long, default_value_t = 256)]
+        #[arg(long, default_value_t = 256, value_parser = count())]
         d_model: usize,
         /// Numbers of experts.
-        #[arg(long, value_delimiter = ',', default_value = "8,32,128")]
+        #[arg(long, value_delimiter = ',', default_value = "8,32,128", value_parser = count_from(2))]
         experts: Vec<usize>,
         /// Print a JSON object.
         #[arg(long)]
@@ -351,13 +363,13 @@ pub(crate) enum BenchCommand {
         #[arg(long, default_value = "tiny")]
         preset: String,
         /// Rows decoded at once.
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_parser = count())]
         batch: usize,
         /// Tokens of each input.
-        #[arg(long, default_value_t = 128)]
+        #[arg(long, default_value_t = 128, value_parser = count())]
         inputs_length: usize,
         /// Tokens to write.
-        #[arg(long, default_value_t = 64)]
+        #[arg(long, default_value_t = 64, value_parser = count())]
         new_tokens: usize,
         /// Print a JSON object.
         #[arg(long)]
@@ -384,16 +396,16 @@ pub(crate) struct BenchStepArguments {
     #[arg(long, default_value_t = 1.25)]
     pub capacity_factor: f64,
     /// Rows of a batch.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = count())]
     pub rows: usize,
     /// Encoder length.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = count())]
     pub inputs_length: usize,
     /// Decoder length.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = count())]
     pub targets_length: usize,
     /// Steps that are measured, after three that are not.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     pub steps: u64,
     /// Print a JSON object.
     #[arg(long)]

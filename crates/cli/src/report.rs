@@ -38,6 +38,21 @@ fn config_error(error: &ConfigError) -> String {
     renderer().render(&[group])
 }
 
+/// Options of commands without an experiment file, and the keys that they stand for.
+const OPTIONS: [(&str, &str); 5] = [
+    ("data.text_column", "--text-column"),
+    ("data.inputs_length", "--inputs-length"),
+    ("data.train_tokenizer_vocab_size", "--vocab-size"),
+    ("data.eval_sources", "--data"),
+    ("data.sources", "--data"),
+];
+
+/// `error` with the names of options in place of keys.
+pub(crate) fn in_options(error: impl std::fmt::Display) -> anyhow::Error {
+    let text = OPTIONS.iter().fold(error.to_string(), |text, (key, option)| text.replace(key, option));
+    anyhow::Error::msg(text)
+}
+
 /// The error and, below it, each cause that it does not already quote.
 fn chain(error: &anyhow::Error) -> String {
     let mut text = format!("error: {error}");

@@ -192,7 +192,7 @@ same_keys! {
 
 same_keys! {
     DataTable in "data" <=> DataPlan {
-        tokenizer, train_tokenizer_vocab_size, text_column, text_document, objective, noise_density,
+        mixture_temperature, tokenizer, train_tokenizer_vocab_size, text_column, text_document, objective, noise_density,
         mean_noise_span_length, inputs_length, targets_length, batch_rows, micro_batch_rows, on_corrupt,
         cache_dir, prefetch_batches,
     }

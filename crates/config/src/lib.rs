@@ -25,6 +25,8 @@ pub use plan::RunPlan;
 pub use presets::{PresetError, preset, preset_names};
 pub use provenance::{Origin, Place, Provenance, SourceFile};
 pub use reference::reference;
-pub use resolve::{Difference, Resolved, differences, resolve, resolve_str, resume_conflicts};
+pub use resolve::{
+    Difference, Resolved, branch_conflicts, differences, resolve, resolve_str, resume_conflicts,
+};
 pub use schema::RunConfig;
 pub use summary::{MemorySummary, StackSummary, Summary, summarize};

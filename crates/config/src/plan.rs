@@ -84,7 +84,8 @@ impl RoutingConfig {
             return self.expert_capacity.min(tokens);
         }
         let factor = if training { self.capacity_factor } else { self.eval_capacity_factor };
-        let exact = tokens as f64 * factor / num_experts as f64;
+        // More slots than tokens are never used; the bound also keeps the rounding from overflowing.
+        let exact = (tokens as f64 * factor / num_experts as f64).min(tokens as f64);
         let rounded = match self.capacity_rounding {
             CapacityRounding::Ceil => exact.ceil() as usize,
             CapacityRounding::Floor => exact.floor() as usize,
@@ -202,11 +203,11 @@ pub enum TextDocument {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SourcePlan {
-    /// File, directory or glob; `sample` for the documentation corpus of this machine.
+    /// File, directory, glob or list of these; `sample` for the documentation corpus of this machine.
     pub path: String,
     /// Name of the source in logs; of a mixture it also keys the random streams.
     pub name: String,
-    /// Share in the mixture, relative to the other sources.
+    /// Size, relative to the other sources; with `mixture_temperature` it gives the share in the mixture.
     pub weight: f64,
 }
 
@@ -218,6 +219,8 @@ pub struct DataPlan {
     pub sources: Vec<SourcePlan>,
     /// Held-out text for evaluation; empty for none.
     pub eval_sources: Vec<SourcePlan>,
+    /// Sources are mixed in proportion to `weight^(1 / mixture_temperature)`.
+    pub mixture_temperature: f64,
     /// `tokenizer.json` or its directory; when missing and `train_tokenizer_vocab_size` is not 0, one is trained.
     pub tokenizer: PathBuf,
     /// Pieces of a tokenizer trained on the sources, sentinels not counted; 0 to require `tokenizer`.

@@ -11,7 +11,10 @@ use crate::nearest::nearest;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PresetError {
     /// No preset has this name.
-    #[error("unknown preset `{name}`{}", nearest.as_ref().map_or(String::new(), |n| format!("; did you mean `{n}`?")))]
+    #[error(
+        "unknown preset `{name}`; {}",
+        nearest.as_ref().map_or(FAMILIES.to_owned(), |nearest| format!("did you mean `{nearest}`?"))
+    )]
     Unknown {
         /// The name.
         name: String,
@@ -40,6 +43,10 @@ pub enum PresetError {
         part: String,
     },
 }
+
+/// What to say of names that resemble none.
+const FAMILIES: &str = "names are `tiny` and those of the families `t5-`, `t5-v1.1-`, `t5-efficient-`, `mt5-` and \
+     `switch-`, such as `switch-base-8`; docs/config.md lists all";
 
 /// Which of the T5 recipes a model follows.
 #[derive(Clone, Copy)]

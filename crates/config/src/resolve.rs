@@ -96,8 +96,20 @@ pub fn differences(before: &RunPlan, after: &RunPlan) -> Vec<Difference> {
 }
 
 /// Keys that a resumed run may change: they do not touch what is computed in a step.
+///
+/// Of the keys that say where text and tokenizer are found, it is the content that matters: the data
+/// set compares the hashes of both with the checkpoint's, and of a mixture also names and weights. So
+/// data that has moved can be resumed, and data that has changed cannot.
 const FREE_ON_RESUME: &[&str] = &[
+    "name",
     "schedule.total_steps",
+    "data.sources",
+    "data.eval_sources",
+    "data.tokenizer",
+    "data.train_tokenizer_vocab_size",
+    "data.text_column",
+    "data.text_document",
+    "data.on_corrupt",
     "data.cache_dir",
     "data.prefetch_batches",
     "trainer.log_every_steps",
@@ -118,5 +130,20 @@ const FREE_ON_RESUME: &[&str] = &[
 pub fn resume_conflicts(before: &RunPlan, after: &RunPlan) -> Vec<Difference> {
     let mut found = differences(before, after);
     found.retain(|difference| !FREE_ON_RESUME.contains(&difference.key.as_str()));
+    found
+}
+
+/// Whether a new run that starts from another run's checkpoint must keep `key`: the tensors of the
+/// model and the optimizer's state are taken over as they are.
+fn is_fixed_by_a_checkpoint(key: &str) -> bool {
+    key.starts_with("model.") || matches!(key, "optimizer.kind" | "precision.mode")
+}
+
+/// The differences that forbid a new run of `after` to start from a checkpoint of a run of `before`.
+///
+/// Text, schedule, batch and constants may all be other ones; it is another run.
+pub fn branch_conflicts(before: &RunPlan, after: &RunPlan) -> Vec<Difference> {
+    let mut found = differences(before, after);
+    found.retain(|difference| is_fixed_by_a_checkpoint(&difference.key));
     found
 }

@@ -191,10 +191,15 @@ table! {
 table! {
     /// Text, and how it becomes batches. Paths are relative to the working directory.
     pub struct DataTable in "data" {
-        /// Training text; several sources are mixed by their weights.
+        /// Training text; several sources are mixed by their weights and `mixture_temperature`.
         sources: Vec<SourceTable> = Value("[{ path = \"sample\" }]"),
         /// Held-out text for evaluation; none by default, but for the path `sample` its held-out crates.
         eval_sources: Vec<SourceTable> = Derived("`[{ path = \"sample:validation\" }]` for `sample`, else `[]`"),
+        /// Sources are mixed in proportion to `weight^(1 / mixture_temperature)`: at 1 by their weights, above it
+        /// small sources are seen more often. mT5 used 3.33 (its alpha = 0.3) with the number of pages
+        /// of a language as its weight (arXiv:2010.11934, section 3.2). A tokenizer that is trained on the
+        /// sources sees them in the same proportion.
+        mixture_temperature: f64 = Value("1.0"),
         /// A `tokenizer.json`, or the directory that holds one. When it is missing and
         /// `train_tokenizer_vocab_size` is not 0, one is trained on the sources and kept in `cache_dir`.
         tokenizer: PathBuf = Value("\"tokenizer.json\""),
@@ -222,7 +227,7 @@ table! {
         on_corrupt: OnCorrupt = Value("\"fail\""),
         /// Directory for tokenised text.
         cache_dir: PathBuf = Value("\"cache\""),
-        /// Batches made ahead of the trainer.
+        /// Batches made ahead of the trainer, at most 1024.
         prefetch_batches: usize = Value("4"),
     }
 }
@@ -230,12 +235,16 @@ table! {
 table! {
     /// One element of `data.sources` or `data.eval_sources`.
     pub struct SourceTable in "data.sources" {
-        /// File, directory or glob of JSON lines, Parquet or plain text. `sample` is the corpus made of the
-        /// documentation of the crates on this machine, `sample:validation` its held-out part.
+        /// JSON lines, plain text (both bare, gzip or zstd) or Parquet: a file, a directory (with all below it),
+        /// a glob (`*`, `?`, `[a-z]`, `**`), any of these with brace lists (`{en,de}`) and ranges
+        /// (`{00000..00127}`), several separated by commas (`[,]` is a comma within a glob), or `@list.txt` for
+        /// a file that holds one of them a line. `sample` is the corpus made of the documentation of the crates
+        /// on this machine, `sample:validation` its held-out part.
         path: String = Required,
         /// Name in logs; in a mixture it also keys the random streams.
         name: String = Derived("`path`"),
-        /// Share in the mixture, relative to the other sources.
+        /// Share in the mixture, relative to the other sources, or their size when `data.mixture_temperature`
+        /// makes shares of it.
         weight: f64 = Derived("1.0"),
     }
 }

@@ -90,7 +90,9 @@ fn active_elements(spec: &ParameterSpec, plan: &RunPlan) -> u64 {
     match plan.routing.router {
         RouterKind::Top1 => one_expert,
         RouterKind::Top2 => 2 * one_expert,
-        RouterKind::ExpertChoice => (one_expert as f64 * plan.routing.capacity_factor) as u64,
+        RouterKind::ExpertChoice => {
+            ((one_expert as f64 * plan.routing.capacity_factor) as u64).min(spec.num_elements())
+        }
     }
 }
 

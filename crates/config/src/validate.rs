@@ -3,6 +3,8 @@
 //! Every rule looks at the plan alone and names the keys that it weighed; where they came from is
 //! added here once. Rules that need the tokenizer or the text are the data crate's.
 
+mod sizes;
+
 use std::collections::BTreeMap;
 
 use crate::error::{ConfigError, ErrorKind};
@@ -23,9 +25,12 @@ type Rule = fn(&RunPlan) -> Result<(), Conflict>;
 /// In an order in which each rule may rely on those before it.
 const RULES: &[Rule] = &[
     name_is_a_directory_name,
-    counts_are_positive,
+    sizes::counts_are_positive,
+    sizes::counts_are_bounded,
     numbers_are_in_range,
-    model_is_countable,
+    sizes::model_is_countable,
+    sizes::batches_fit_in_memory,
+    sizes::samples_are_countable,
     relative_buckets_cover_the_distance,
     experts_and_sparse_layers_go_together,
     micro_batches_divide_the_batch,
@@ -74,36 +79,6 @@ fn name_is_a_directory_name(plan: &RunPlan) -> Result<(), Conflict> {
         keys: vec!["name"],
         help: "use letters, digits, `-` and `_`".to_owned(),
     })
-}
-
-fn counts_are_positive(plan: &RunPlan) -> Result<(), Conflict> {
-    let (model, data) = (&plan.model, &plan.data);
-    let counts = [
-        ("model.vocab_size", model.vocab_size as u64),
-        ("model.d_model", model.d_model as u64),
-        ("model.d_ff", model.d_ff as u64),
-        ("model.d_kv", model.d_kv as u64),
-        ("model.num_heads", model.num_heads as u64),
-        ("model.num_layers", model.num_layers as u64),
-        ("model.num_decoder_layers", model.num_decoder_layers as u64),
-        ("routing.min_expert_capacity", plan.routing.min_expert_capacity as u64),
-        ("schedule.total_steps", plan.schedule.total_steps),
-        ("data.inputs_length", data.inputs_length as u64),
-        ("data.targets_length", data.targets_length as u64),
-        ("data.batch_rows", data.batch_rows as u64),
-        ("data.micro_batch_rows", data.micro_batch_rows as u64),
-        ("trainer.log_every_steps", plan.trainer.log_every_steps),
-        ("trainer.max_skipped_steps", plan.trainer.max_skipped_steps),
-        ("eval.batches", plan.eval.batches as u64),
-    ];
-    match counts.into_iter().find(|(_, count)| *count == 0) {
-        None => Ok(()),
-        Some((key, _)) => Err(Conflict {
-            message: format!("{key} = 0 must be at least 1"),
-            keys: vec![key],
-            help: format!("set {key} to 1 or more"),
-        }),
-    }
 }
 
 /// Numbers that a key may hold; NaN is in none of them.
@@ -169,6 +144,7 @@ fn numbers_are_in_range(plan: &RunPlan) -> Result<(), Conflict> {
         ("optimizer.decay_exponent", optimizer.decay_exponent, Positive),
         ("optimizer.update_clip", optimizer.update_clip, Positive),
         ("schedule.final_fraction", plan.schedule.final_fraction, Fraction),
+        ("data.mixture_temperature", plan.data.mixture_temperature, Positive),
         ("data.noise_density", plan.data.noise_density, Share),
         ("data.mean_noise_span_length", plan.data.mean_noise_span_length, AtLeastOne),
         ("trainer.dropout_rate", trainer.dropout_rate, Rate),
@@ -183,52 +159,6 @@ fn numbers_are_in_range(plan: &RunPlan) -> Result<(), Conflict> {
             help: format!("set {key} to a number that is {}", range.words()),
         }),
     }
-}
-
-/// Refuses sizes whose products no machine can count, before anything multiplies them.
-fn model_is_countable(plan: &RunPlan) -> Result<(), Conflict> {
-    const MOST: f64 = (1_u64 << 53) as f64;
-    const MOST_LAYERS: usize = 1 << 16;
-    let (model, data) = (&plan.model, &plan.data);
-    if let Some((key, layers)) =
-        [("model.num_layers", model.num_layers), ("model.num_decoder_layers", model.num_decoder_layers)]
-            .into_iter()
-            .find(|(_, layers)| *layers > MOST_LAYERS)
-    {
-        return Err(Conflict {
-            message: format!("{key} = {layers} is more than {MOST_LAYERS}"),
-            keys: vec![key],
-            help: format!("set {key} to {MOST_LAYERS} or less"),
-        });
-    }
-    let (d, f) = (model.d_model as f64, model.d_ff as f64);
-    let attention = 8.0 * d * model.num_heads as f64 * model.d_kv as f64;
-    let experts = (3.0 * f + 1.0) * d * model.num_experts.max(1) as f64;
-    let layers = (model.num_layers + model.num_decoder_layers) as f64;
-    let parameters = layers * (attention + experts) + 2.0 * d * model.vocab_size as f64;
-    if parameters > MOST {
-        return Err(Conflict {
-            message: format!("the model would have about {parameters:.1e} parameters"),
-            keys: vec![
-                "model.d_model",
-                "model.d_ff",
-                "model.num_heads",
-                "model.d_kv",
-                "model.num_experts",
-                "model.vocab_size",
-            ],
-            help: "check the sizes for a slipped digit".to_owned(),
-        });
-    }
-    let tokens = data.batch_rows as f64 * (data.inputs_length as f64 + data.targets_length as f64);
-    if tokens > MOST {
-        return Err(Conflict {
-            message: format!("a batch would have about {tokens:.1e} tokens"),
-            keys: vec!["data.batch_rows", "data.inputs_length", "data.targets_length"],
-            help: "check the sizes for a slipped digit".to_owned(),
-        });
-    }
-    Ok(())
 }
 
 fn relative_buckets_cover_the_distance(plan: &RunPlan) -> Result<(), Conflict> {

@@ -121,6 +121,7 @@ fn plan(directory: &Path) -> DataPlan {
     DataPlan {
         sources: vec![SourcePlan { path: "sample".to_owned(), name: "sample".to_owned(), weight: 1.0 }],
         eval_sources: Vec::new(),
+        mixture_temperature: 1.0,
         tokenizer: directory.join("tokenizer"),
         train_tokenizer_vocab_size: 0,
         text_column: "text".to_owned(),

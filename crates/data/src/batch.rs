@@ -33,6 +33,16 @@ impl HostBatch {
         self.target_ids.iter().filter(|&&id| id != 0).count()
     }
 
+    /// This batch with rows of padding behind it, up to a multiple of `rows`; 0 adds none.
+    pub fn padded(mut self, rows: usize) -> Self {
+        if rows > 0 {
+            self.rows = self.rows.next_multiple_of(rows);
+            self.input_ids.resize(self.rows * self.inputs_length, 0);
+            self.target_ids.resize(self.rows * self.targets_length, 0);
+        }
+        self
+    }
+
     /// Rows `[start, start + rows)` of this batch.
     pub fn slice(&self, start: usize, rows: usize) -> Self {
         let cut = |ids: &[i32], length: usize| ids[start * length..(start + rows) * length].to_vec();
@@ -51,6 +61,23 @@ impl HostBatch {
 mod tests {
     use super::*;
     use crate::test_vectors::{i32_list, section};
+
+    #[test]
+    fn padding_fills_whole_groups() {
+        let batch = HostBatch {
+            rows: 3,
+            inputs_length: 2,
+            targets_length: 1,
+            input_ids: vec![5; 6],
+            target_ids: vec![6; 3],
+            first_row: 0,
+        };
+        assert_eq!(batch.clone().padded(0), batch);
+        let padded = batch.clone().padded(4);
+        assert_eq!((padded.rows, padded.num_targets()), (4, 3));
+        assert_eq!((&padded.input_ids[6..], &padded.target_ids[3..]), (&[0, 0][..], &[0][..]));
+        assert_eq!(padded.slice(0, 3), batch);
+    }
 
     #[test]
     fn decoder_inputs_equal_the_vectors() {

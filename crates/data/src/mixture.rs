@@ -4,27 +4,16 @@
 
 use crate::permutation::{Permutation, StreamTag};
 
-/// How sizes of sources become rates.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct RateOptions {
-    /// Factor on every size.
-    pub scale: f64,
-    /// Largest rate, applied after the factor.
-    pub maximum: Option<f64>,
-    /// Rates are raised to `1 / temperature`; above 1 small sources are seen more often.
-    pub temperature: f64,
-}
-
-/// Rates of sources from their sizes.
+/// Rates of sources from their weights, the largest 1.
+///
+/// Above a temperature of 1 rates are closer together than weights, so small sources are seen more often.
 ///
 /// # Source
-/// T5, section 3.5.2 (arXiv:1910.10683): examples-proportional and temperature-scaled mixing.
-pub fn rates(sizes: &[f64], options: &RateOptions) -> Vec<f64> {
-    let rate = |size: &f64| {
-        let capped = (size * options.scale).min(options.maximum.unwrap_or(f64::INFINITY));
-        if options.temperature == 1.0 { capped } else { capped.powf(1.0 / options.temperature) }
-    };
-    sizes.iter().map(rate).collect()
+/// T5, section 3.5.2 (arXiv:1910.10683): temperature-scaled mixing.
+pub fn rates(weights: &[f64], temperature: f64) -> Vec<f64> {
+    // Powers of numbers up to 1 cannot overflow, whatever the temperature.
+    let largest = weights.iter().copied().fold(0.0, f64::max);
+    weights.iter().map(|weight| (weight / largest).powf(1.0 / temperature)).collect()
 }
 
 /// An endless, exactly proportional interleaving of sources.
@@ -43,7 +32,7 @@ impl Mixture {
     /// Slots of a block unless a test wants fewer.
     pub const SLOTS: u64 = 1 << 20;
 
-    /// Mixes sources in proportion to `rates` (positive), at least one slot each.
+    /// Mixes sources in proportion to `rates` (one of them positive), at least one slot each.
     pub fn new(rates: &[f64], slots: u64, seed: u64) -> Self {
         let quotas = quotas(rates, slots);
         let starts = quotas
@@ -102,20 +91,30 @@ mod tests {
 
     #[test]
     fn rates_equal_the_vectors() {
-        for case in section("mixture").as_array().expect("a list") {
-            let options = RateOptions {
-                scale: case["scale"].as_f64().expect("a number"),
-                maximum: case["maximum"].as_f64(),
-                temperature: case["temperature"].as_f64().expect("a number"),
-            };
-            let found = rates(&f64_list(&case["sizes"]), &options);
+        let number = |case: &Value, key: &str| case[key].as_f64();
+        // The scale and the largest rate of seqio's mixtures have no counterpart here.
+        let plain = |case: &&Value| number(case, "scale") == Some(1.0) && case["maximum"].is_null();
+        let vectors = section("mixture");
+        let cases: Vec<&Value> = vectors.as_array().expect("a list").iter().filter(plain).collect();
+        assert!(cases.len() >= 3);
+        for case in cases {
+            let found = rates(&f64_list(&case["sizes"]), number(case, "temperature").expect("a number"));
             let total: f64 = found.iter().sum();
-            for (i, rate) in found.iter().enumerate() {
-                let expected = f64_list(&case["rates"])[i];
-                assert!((rate - expected).abs() <= 1e-12 * expected, "{rate} {expected}");
-                let expected = f64_list(&case["probabilities"])[i];
-                assert!((rate / total - expected).abs() <= 1e-12 * expected);
+            for (rate, expected) in found.iter().zip(f64_list(&case["probabilities"])) {
+                assert!((rate / total - expected).abs() <= 1e-12 * expected, "{rate} {expected}");
             }
+        }
+    }
+
+    #[test]
+    fn rates_are_numbers_at_any_temperature() {
+        let weights = [f64::MAX, 3.0, f64::MIN_POSITIVE];
+        assert_eq!(rates(&[4.0, 1.0, 2.0], 1.0), [1.0, 0.25, 0.5]);
+        for temperature in [f64::MIN_POSITIVE, 1e-3, 1.0, 3.33, 1e300] {
+            let found = rates(&weights, temperature);
+            assert!(found[0] == 1.0 && found.iter().all(|rate| (0.0..=1.0).contains(rate)), "{found:?}");
+            let mixture = Mixture::new(&found, 64, 1);
+            assert_eq!(mixture.quotas.iter().sum::<u64>(), 64);
         }
     }
 

@@ -3,6 +3,11 @@
 /// One report; sent a few times a second at most by tokenising, before and after by the rest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress<'a> {
+    /// Another process builds what this one needs; nothing is reported until it is done.
+    Waiting {
+        /// What it builds.
+        what: &'a str,
+    },
     /// Text read to train a tokenizer.
     CountingWords {
         /// Bytes of text so far.

@@ -6,7 +6,7 @@
 use switchyard_config::plan::DataPlan;
 use switchyard_random::Stream;
 
-use crate::tokenizer::{EOS_ID, PAD_ID};
+use crate::tokenizer::{EOS_ID, PAD_ID, TrainOptions};
 
 /// Sizes that span corruption cannot work with.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -26,6 +26,13 @@ pub enum SpanCorruptionError {
     /// Rows with no room for text.
     #[error("data.inputs_length = {inputs_length} leaves no room for text; use at least {MIN_INPUTS_LENGTH}")]
     InputsTooShort {
+        /// `data.inputs_length`.
+        inputs_length: usize,
+    },
+
+    /// Rows whose noise cannot be counted.
+    #[error("data.inputs_length = {inputs_length} is more than {MAX_TOKENS_LENGTH}; use shorter rows")]
+    InputsTooLong {
         /// `data.inputs_length`.
         inputs_length: usize,
     },
@@ -62,7 +69,25 @@ pub enum SpanCorruptionError {
         /// Other tokens of a chunk.
         nonnoise: usize,
     },
+
+    /// More spans than the tokenizer that will be trained has sentinels.
+    #[error(
+        "a row of data.inputs_length = {inputs_length} needs {spans} sentinels and a tokenizer trained for \
+         data.train_tokenizer_vocab_size has {sentinels}; shorten data.inputs_length, raise \
+         data.mean_noise_span_length, or point data.tokenizer at a tokenizer with more"
+    )]
+    TooFewSentinels {
+        /// `data.inputs_length`.
+        inputs_length: usize,
+        /// Spans of a chunk.
+        spans: usize,
+        /// Sentinels of a trained tokenizer.
+        sentinels: usize,
+    },
 }
+
+/// Longest chunk considered: float32, in which noise is counted, holds every whole number up to here.
+const MAX_TOKENS_LENGTH: usize = 1 << 24;
 
 /// Least `data.inputs_length`: a token, a sentinel, a token and EOS.
 pub const MIN_INPUTS_LENGTH: usize = 4;
@@ -115,11 +140,19 @@ impl ChunkLengths {
         let corrupted = |tokens: usize| {
             let noise = (tokens as f64 * noise_density).round_ties_even() as usize;
             let spans = (noise as f64 / mean_noise_span_length).round_ties_even() as usize;
-            (tokens - noise + spans + 1, noise + spans + 1)
+            (tokens.saturating_sub(noise) + spans + 1, noise + spans + 1)
         };
-        let mut tokens_length = inputs_length - 1;
-        while corrupted(tokens_length + 1).0 <= inputs_length {
-            tokens_length += 1;
+        // Inputs never shrink as tokens are added, so the last length that fits is found by halving:
+        // for densities near 1 it lies far from the first.
+        let mut tokens_length = inputs_length.saturating_sub(1);
+        let mut most = tokens_length.max(MAX_TOKENS_LENGTH);
+        while tokens_length < most {
+            let middle = most - (most - tokens_length) / 2;
+            if corrupted(middle).0 <= inputs_length {
+                tokens_length = middle;
+            } else {
+                most = middle - 1;
+            }
         }
         let (inputs, mut targets_length) = corrupted(tokens_length);
         if noise_density == 0.5 && targets_length > inputs {
@@ -149,6 +182,23 @@ pub struct Scratch {
 }
 
 impl SpanCorruption {
+    /// Checks that the lengths of a plan fit each other, which takes no tokenizer and no text.
+    ///
+    /// Where a tokenizer would be trained, its sentinels have to suffice too.
+    ///
+    /// # Errors
+    /// Those of [`Self::new`], and [`SpanCorruptionError::TooFewSentinels`].
+    pub fn check(plan: &DataPlan) -> Result<(), SpanCorruptionError> {
+        let spans = Self::decide(plan, 0)?.num_spans();
+        let sentinels = TrainOptions::new(plan.train_tokenizer_vocab_size).num_sentinels;
+        let trains = plan.train_tokenizer_vocab_size > 0 && !plan.tokenizer.exists();
+        if trains && spans > sentinels {
+            let inputs_length = plan.inputs_length;
+            return Err(SpanCorruptionError::TooFewSentinels { inputs_length, spans, sentinels });
+        }
+        Ok(())
+    }
+
     /// Decides the lengths of a plan; sentinels count down from `vocab_size`, the tokenizer's.
     ///
     /// Masks count in float32 and the helper in float64; for a few lengths the mask then has one
@@ -157,6 +207,18 @@ impl SpanCorruption {
     /// # Errors
     /// Noise settings out of range, targets too short for the inputs, or more spans than fit.
     pub fn new(plan: &DataPlan, vocab_size: usize) -> Result<Self, SpanCorruptionError> {
+        let objective = Self::decide(plan, vocab_size)?;
+        if objective.targets_length > plan.targets_length {
+            tracing::info!(
+                configured = plan.targets_length,
+                widened = objective.targets_length,
+                "targets are widened: masks of this inputs_length hold one noise token more than its length formula"
+            );
+        }
+        Ok(objective)
+    }
+
+    fn decide(plan: &DataPlan, vocab_size: usize) -> Result<Self, SpanCorruptionError> {
         let (density, mean) = (plan.noise_density, plan.mean_noise_span_length);
         let inputs_length = plan.inputs_length;
         if !(density > 0.0 && density < 1.0 && mean >= 1.0) {
@@ -165,6 +227,9 @@ impl SpanCorruption {
         }
         if inputs_length < MIN_INPUTS_LENGTH {
             return Err(SpanCorruptionError::InputsTooShort { inputs_length });
+        }
+        if inputs_length > MAX_TOKENS_LENGTH {
+            return Err(SpanCorruptionError::InputsTooLong { inputs_length });
         }
 
         let ChunkLengths { mut tokens_length, targets_length } =
@@ -188,13 +253,6 @@ impl SpanCorruption {
                 mean_noise_span_length: mean,
                 needed: true_targets.max(targets_length),
             });
-        }
-        if plan.targets_length < true_targets {
-            tracing::info!(
-                configured = plan.targets_length,
-                widened = true_targets,
-                "targets are widened: masks of this inputs_length hold one noise token more than its length formula"
-            );
         }
         let targets_length = plan.targets_length.max(true_targets);
         Ok(Self { counts, tokens_length, inputs_length, targets_length, vocab_size })

@@ -11,7 +11,8 @@ fn main() {
     let tokens = Tensor::<2>::random([8, 4], Distribution::Normal(0.0, 1.0), &device);
     let router = Tensor::<2>::random([4, 3], Distribution::Normal(0.0, 1.0), &device);
     let logits = tokens.clone().matmul(router);
-    let options = RouteOptions { groups: 1, expert_capacity: 3, token_mask: None, force_balanced: false };
+    let options =
+        RouteOptions { groups: 1, expert_capacity: Some(3), token_mask: None, force_balanced: false };
     let routing = route_top1(logits, options);
 
     let gates = with_values(routing.gates.clone(), <[f32]>::to_vec);

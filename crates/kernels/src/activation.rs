@@ -5,7 +5,7 @@ use crate::math::{exp, tanh};
 /// Pointwise function of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// `max(x, 0)`.
+    /// `max(x, 0)`, but NaN where `x` is.
     Relu,
     /// `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
     GeluTanh,
@@ -23,7 +23,14 @@ impl Activation {
     #[inline(always)]
     pub(crate) fn value(self, x: f32) -> f32 {
         match self {
-            Self::Relu => x.max(0.0),
+            // Not `max`, which would turn a NaN into 0 and hide it.
+            Self::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
             Self::GeluTanh => 0.5 * x * (1.0 + tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))),
             Self::Gelu => x * normal_cdf(x),
             Self::Silu => x / (1.0 + exp(-x)),
@@ -81,6 +88,13 @@ mod tests {
                 let difference = (activation.value(x + h) - activation.value(x - h)) / (2.0 * h);
                 assert!((difference - activation.derivative(x)).abs() < 1e-3, "{activation:?} at {x}");
             }
+        }
+    }
+
+    #[test]
+    fn no_activation_hides_a_nan() {
+        for activation in [Activation::Relu, Activation::GeluTanh, Activation::Gelu, Activation::Silu] {
+            assert!(activation.value(f32::NAN).is_nan(), "{activation:?}");
         }
     }
 

@@ -28,6 +28,9 @@ pub struct Attention {
     pub queries: usize,
     /// Keys of a row.
     pub keys: usize,
+    /// Rows of `k` and `v` that a batch row has room for, of which the first `keys` are keys: as many
+    /// unless they are cached.
+    pub key_room: usize,
     /// A query sees no key after its own position.
     pub causal: bool,
     /// Position of the first query; above 0 when decoding with cached keys.
@@ -38,6 +41,8 @@ pub struct Attention {
     pub noise: NoiseKey,
     /// Number of the first batch row within the global batch.
     pub first_row: u32,
+    /// Number of the first head, where heads are split over devices.
+    pub first_head: usize,
 }
 
 /// Documents packed into one row: a query sees the keys of its own segment.
@@ -54,9 +59,9 @@ pub struct Segments {
 pub struct AttentionInputs {
     /// Queries, `[batch * queries, num_heads * d_kv]`.
     pub q: Tensor<2>,
-    /// Keys, `[batch * keys, num_heads * d_kv]`.
+    /// Keys, `[batch * key_room, num_heads * d_kv]`.
     pub k: Tensor<2>,
-    /// Values, `[batch * keys, num_heads * d_kv]`.
+    /// Values, `[batch * key_room, num_heads * d_kv]`.
     pub v: Tensor<2>,
     /// Bias of relative position `key - query = i - (queries - 1) - query_offset` at column `i`.
     /// `[num_heads, queries + keys - 1]`
@@ -116,10 +121,11 @@ impl Saved {
     fn row(&self, b: usize, rules: &Attention) -> Row<'_> {
         let [_, width] = self.q.layout().shape().dims();
         let (s, t) = (rules.queries * width, rules.keys * width);
+        let room = rules.key_room * width;
         Row {
             q: &host::values(&self.q)[b * s..][..s],
-            k: &host::values(&self.k)[b * t..][..t],
-            v: &host::values(&self.v)[b * t..][..t],
+            k: &host::values(&self.k)[b * room..][..t],
+            v: &host::values(&self.v)[b * room..][..t],
             width,
         }
     }
@@ -180,7 +186,8 @@ impl Core {
     fn noise_words(&self, b: usize, head: usize) -> Vec<u32> {
         let (s, t) = (self.rules.queries, self.rules.keys);
         let mut words = vec![0; s * t];
-        self.rules.noise.fill(self.rules.first_row + b as u32, head * s * t, &mut words);
+        let head = self.rules.first_head + head;
+        self.rules.noise.fill(self.rules.first_row + b as u32, 0, head * s * t, &mut words);
         words
     }
 
@@ -209,7 +216,10 @@ impl Core {
         };
         let [tokens, width] = saved.q.layout().shape().dims();
         let d_kv = self.head_width(&saved);
-        let mut out = vec![0.0; tokens * width];
+        let [key_rows, _] = saved.k.layout().shape().dims();
+        assert!(t <= rules.key_room && key_rows == rules.batch * rules.key_room, "keys lie in their room");
+        assert!(d_kv * h == width && tokens == rules.batch * s, "heads and batch rows cover the queries");
+        let mut out = host::uninit(tokens * width);
         let mut rows = vec![(0.0, 0.0); rules.batch * h * s];
         out.par_chunks_mut(s * width).zip(rows.par_chunks_mut(h * s)).enumerate().for_each_init(
             || vec![0.0; s * t],
@@ -236,10 +246,11 @@ impl Core {
         let rules = &self.rules;
         let (s, t, h) = (rules.queries, rules.keys, rules.num_heads);
         let [tokens, width] = saved.q.layout().shape().dims();
+        assert!(rules.key_room == t, "cached keys carry no gradient");
         let key_tokens = rules.batch * t;
-        let mut gq = vec![0.0; tokens * width];
-        let mut gk = vec![0.0; key_tokens * width];
-        let mut gv = vec![0.0; key_tokens * width];
+        let mut gq = host::uninit(tokens * width);
+        let mut gk = host::uninit(key_tokens * width);
+        let mut gv = host::uninit(key_tokens * width);
         let bias_width = h * (s + t - 1);
         let biases: Vec<Vec<f32>> = gq
             .par_chunks_mut(s * width)

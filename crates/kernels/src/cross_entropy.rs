@@ -3,6 +3,9 @@
 //! The loss is a sum, so its gradients can be formed while the logits of a chunk are at hand; the
 //! backward pass only scales them.
 
+use std::borrow::Cow;
+use std::sync::{Mutex, PoisonError};
+
 use burn::tensor::{Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -42,8 +45,6 @@ pub struct CrossEntropyOutput {
     pub token_loss: Tensor<1>,
     /// 1 where the target is the likeliest id, else 0. `[tokens]`
     pub token_correct: Tensor<1>,
-    /// `logsumexp(logits)^2` of each position. `[tokens]`
-    pub token_z: Tensor<1>,
 }
 
 /// Cross-entropy of `targets`, `[tokens]`, under the head's logits of `hidden`, `[tokens, d_model]`.
@@ -65,12 +66,11 @@ pub fn cross_entropy(
         targets: host::integers(&targets),
         weights: host::with_values(weights, <[f32]>::to_vec),
     };
-    let [loss_sum, loss, correct, z] = apply(operation, [Operand::from(hidden), Operand::from(head)]);
+    let [loss_sum, loss, correct] = apply(operation, [Operand::from(hidden), Operand::from(head)]);
     CrossEntropyOutput {
         loss_sum: loss_sum.into_tensor(),
         token_loss: loss.into_tensor::<1>().inner(),
         token_correct: correct.into_tensor::<1>().inner(),
-        token_z: z.into_tensor::<1>().inner(),
     }
 }
 
@@ -82,9 +82,11 @@ struct Fused {
 }
 
 /// Gradients of the loss sum, if a backward pass may follow.
+///
+/// That pass takes them out, so that it can scale the head's, as large as the head, in place.
 #[derive(Debug)]
 struct Saved {
-    gradients: Option<(FlexTensor, FlexTensor)>,
+    gradients: Mutex<Option<[FlexTensor; 2]>>,
 }
 
 /// Logits held at once; a chunk of rows has about this many.
@@ -98,25 +100,28 @@ struct Position {
     log_z: f32,
 }
 
-impl Operation<2, 4> for Fused {
+impl Operation<2, 3> for Fused {
     type Saved = Saved;
 
-    fn forward(&self, [hidden, head]: &[FlexTensor; 2], tracked: bool) -> ([FlexTensor; 4], Saved) {
+    fn forward(&self, [hidden, head]: &[FlexTensor; 2], tracked: bool) -> ([FlexTensor; 3], Saved) {
         let (hidden, head) = (host::contiguous(hidden), host::contiguous(head));
         let [tokens, d] = hidden.layout().shape().dims();
         let [rows, cols] = head.layout().shape().dims();
         let by_model = self.rules.layout == HeadLayout::ModelByVocabulary;
         let vocabulary = if by_model { cols } else { rows };
         let scale = self.rules.scale as f32;
-        let scaled: Vec<f32> = host::values(&hidden).iter().map(|v| v * scale).collect();
+        let scaled = scaled(host::values(&hidden), scale);
         let head_view = View::new(host::values(&head), rows, cols);
         let head_view = if by_model { head_view } else { head_view.t() };
 
         let mut positions = vec![Position::default(); tokens];
-        let mut g_hidden = vec![0.0; if tracked { tokens * d } else { 0 }];
-        let mut g_head = vec![0.0; if tracked { rows * cols } else { 0 }];
+        let mut g_hidden = host::uninit(if tracked { tokens * d } else { 0 });
+        let mut g_head = host::uninit(if tracked { rows * cols } else { 0 });
+        if tokens == 0 {
+            g_head.fill(0.0);
+        }
         let chunk = (CHUNK_LOGITS / vocabulary).clamp(1, tokens.max(1));
-        let mut logits = vec![0.0; chunk * vocabulary];
+        let mut logits = host::uninit(chunk * vocabulary);
         for start in (0..tokens).step_by(chunk) {
             let n = chunk.min(tokens - start);
             let logits = &mut logits[..n * vocabulary];
@@ -147,10 +152,10 @@ impl Operation<2, 4> for Fused {
             }
         }
         let gradients = tracked.then(|| {
-            g_hidden.iter_mut().for_each(|g| *g *= scale);
-            (host::tensor(g_hidden, [tokens, d]), host::tensor(g_head, [rows, cols]))
+            scale_in_place(&mut g_hidden, scale);
+            [host::tensor(g_hidden, [tokens, d]), host::tensor(g_head, [rows, cols])]
         });
-        (self.outputs(&positions), Saved { gradients })
+        (self.outputs(&positions), Saved { gradients: Mutex::new(gradients) })
     }
 
     fn backward(
@@ -160,18 +165,20 @@ impl Operation<2, 4> for Fused {
         gradient: &FlexTensor,
         _: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
-        match &saved.gradients {
-            Some((hidden, head)) if output == 0 => {
-                let factor = host::values(gradient)[0];
-                [Some(scaled(hidden, factor)), Some(scaled(head, factor))]
-            }
-            _ => [None, None],
+        if output != 0 {
+            return [None, None];
         }
+        let factor = host::values(gradient)[0];
+        let gradients = saved.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
+        gradients.expect("a graph that is tracked is walked once").map(|mut gradient| {
+            scale_in_place(gradient.storage_mut::<f32>(), factor);
+            Some(gradient)
+        })
     }
 }
 
 impl Fused {
-    fn outputs(&self, positions: &[Position]) -> [FlexTensor; 4] {
+    fn outputs(&self, positions: &[Position]) -> [FlexTensor; 3] {
         let n = positions.len();
         let z = self.rules.z_coefficient;
         let total: f64 = positions
@@ -181,23 +188,30 @@ impl Fused {
             .map(|(p, &weight)| f64::from(weight) * (f64::from(p.loss) + z * f64::from(p.log_z).powi(2)))
             .sum();
         let column = |pick: fn(&Position) -> f32| host::tensor(positions.iter().map(pick).collect(), [n]);
-        [
-            host::tensor(vec![total as f32], [1]),
-            column(|p| p.loss),
-            column(|p| p.correct),
-            column(|p| p.log_z * p.log_z),
-        ]
+        [host::tensor(vec![total as f32], [1]), column(|p| p.loss), column(|p| p.correct)]
     }
 }
 
-fn scaled(tensor: &FlexTensor, factor: f32) -> FlexTensor {
-    if factor == 1.0 {
-        return tensor.clone();
+/// Values that one task scales.
+const TASK_VALUES: usize = 1 << 16;
+
+fn scale_in_place(values: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        values.par_chunks_mut(TASK_VALUES).for_each(|task| task.iter_mut().for_each(|v| *v *= factor));
     }
-    let [rows, cols] = tensor.layout().shape().dims();
-    let mut out = host::values(tensor).to_vec();
-    out.par_chunks_mut(1 << 16).for_each(|chunk| chunk.iter_mut().for_each(|v| *v *= factor));
-    host::tensor(out, [rows, cols])
+}
+
+fn scaled(values: &[f32], factor: f32) -> Cow<'_, [f32]> {
+    if factor == 1.0 {
+        return Cow::Borrowed(values);
+    }
+    let mut out = host::uninit(values.len());
+    out.par_chunks_mut(TASK_VALUES).zip(values.par_chunks(TASK_VALUES)).for_each(|(out, values)| {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = value * factor;
+        }
+    });
+    Cow::Owned(out)
 }
 
 /// Loss of one position; leaves softmax probabilities in `logits`.
@@ -266,7 +280,6 @@ mod tests {
         assert!((value(fused.loss_sum.clone()) - total).abs() < 2e-6 * total.abs().max(1.0));
         let largest = |a: Tensor<1>, b: Tensor<1>| (a - b.inner()).abs().max().into_scalar::<f32>();
         assert!(largest(fused.token_loss, losses) < 1e-5);
-        assert!(largest(fused.token_z, z) < 1e-4);
         let correct = logits.argmax(1).squeeze_dim::<1>(1).equal(ids).int();
         let correct: Vec<f32> = correct.into_data().iter::<f32>().collect();
         assert_eq!(host::with_values(fused.token_correct, <[f32]>::to_vec), correct);

@@ -65,15 +65,16 @@ impl Indices {
 
     /// Row `token_of_slot[s]` of `rows`, times `gates[s]` if given, for every slot `s`.
     fn scatter(&self, rows: &[f32], width: usize, gates: Option<&[f32]>) -> FlexTensor {
-        let mut out = vec![0.0; self.experts * self.slots * width];
+        let mut out = host::uninit(self.experts * self.slots * width);
         out.par_chunks_mut(width).enumerate().with_min_len(64).for_each(|(slot, out)| {
-            let token = self.token_of_slot[slot];
-            if token >= 0 {
-                let row = &rows[token as usize * width..][..width];
-                match gates {
-                    Some(gates) => add_scaled(out, row, gates[slot]),
-                    None => out.copy_from_slice(row),
-                }
+            let Ok(token) = usize::try_from(self.token_of_slot[slot]) else {
+                out.fill(0.0);
+                return;
+            };
+            let row = &rows[token * width..][..width];
+            match gates {
+                Some(gates) => copy_scaled(out, row, gates[slot]),
+                None => out.copy_from_slice(row),
             }
         });
         host::tensor(out, [self.experts, self.slots, width])
@@ -81,8 +82,9 @@ impl Indices {
 
     /// Sum over each token's slots of its row in `slots`, times `gates[s]` if given.
     fn gather(&self, slots: &[f32], width: usize, gates: Option<&[f32]>) -> FlexTensor {
-        let mut out = vec![0.0; self.tokens() * width];
+        let mut out = host::uninit(self.tokens() * width);
         out.par_chunks_mut(width).enumerate().with_min_len(64).for_each(|(token, out)| {
+            out.fill(0.0);
             for &slot in self.slots_of(token) {
                 let gate = gates.map_or(1.0, |gates| gates[slot as usize]);
                 add_scaled(out, &slots[slot as usize * width..][..width], gate);
@@ -96,6 +98,13 @@ impl Indices {
 fn add_scaled(out: &mut [f32], row: &[f32], factor: f32) {
     for (out, value) in out.iter_mut().zip(row) {
         *out += factor * value;
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn copy_scaled(out: &mut [f32], row: &[f32], factor: f32) {
+    for (out, value) in out.iter_mut().zip(row) {
+        *out = factor * value;
     }
 }
 

@@ -1,9 +1,8 @@
 //! Rows of a table by their number: token embedding and relative position bias.
 
-use std::sync::Arc;
-
 use burn::tensor::{Int, Tensor};
 use burn_flex::FlexTensor;
+use rayon::prelude::*;
 
 use crate::host;
 use crate::operation::{Operand, Operation, apply};
@@ -12,14 +11,31 @@ use crate::operation::{Operand, Operation, apply};
 ///
 /// The gradient of a row that occurs several times is the sum over its occurrences.
 pub fn embedding(table: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
-    let ids = Arc::new(host::integers(&ids));
+    lookup(table, host::integers(&ids))
+}
+
+/// [`embedding`] where `table` holds the rows from `first_row` on of a table split over devices: the
+/// ids that live on another device give 0, so that the sum over devices is the whole embedding.
+pub fn embedding_shard(table: Tensor<2>, ids: Tensor<1, Int>, first_row: usize) -> Tensor<2> {
+    let [rows, _] = table.dims();
+    let here = |id: i32| {
+        let row = id - first_row as i32;
+        if (0..rows as i32).contains(&row) { row } else { ELSEWHERE }
+    };
+    lookup(table, host::integers(&ids).into_iter().map(here).collect())
+}
+
+fn lookup(table: Tensor<2>, ids: Vec<i32>) -> Tensor<2> {
     let [out] = apply(Embedding { ids }, [Operand::from(table)]);
     out.into_tensor()
 }
 
+/// Stands for a row that this table does not have.
+const ELSEWHERE: i32 = -1;
+
 #[derive(Debug)]
 struct Embedding {
-    ids: Arc<Vec<i32>>,
+    ids: Vec<i32>,
 }
 
 impl Operation<1, 1> for Embedding {
@@ -30,10 +46,11 @@ impl Operation<1, 1> for Embedding {
         let table = host::contiguous(table);
         let [rows, width] = table.layout().shape().dims();
         let values = host::values(&table);
-        let mut out = Vec::with_capacity(self.ids.len() * width);
-        for &id in self.ids.iter() {
-            out.extend_from_slice(&values[id as usize * width..][..width]);
-        }
+        let mut out = host::uninit(self.ids.len() * width);
+        out.par_chunks_mut(width.max(1)).zip(&self.ids).with_min_len(64).for_each(|(out, &id)| match id {
+            ELSEWHERE => out.fill(0.0),
+            id => out.copy_from_slice(&values[id as usize * width..][..width]),
+        });
         ([host::tensor(out, [self.ids.len(), width])], [rows, width])
     }
 
@@ -45,7 +62,8 @@ impl Operation<1, 1> for Embedding {
         _: [bool; 1],
     ) -> [Option<FlexTensor>; 1] {
         let mut table = vec![0.0; rows * width];
-        for (&id, row) in self.ids.iter().zip(host::values(gradient).chunks_exact(width)) {
+        let rows_of_ids = self.ids.iter().zip(host::values(gradient).chunks_exact(width.max(1)));
+        for (&id, row) in rows_of_ids.filter(|&(&id, _)| id != ELSEWHERE) {
             for (sum, value) in table[id as usize * width..][..width].iter_mut().zip(row) {
                 *sum += value;
             }
@@ -69,5 +87,22 @@ mod tests {
         let gradients = (out.clone() * out).sum().backward();
         let gradient = table.grad(&gradients).expect("table is a leaf").into_data();
         assert_eq!(gradient.try_to_vec::<f32>().unwrap(), [2.0, 4.0, 0.0, 0.0, 20.0, 24.0]);
+    }
+
+    #[test]
+    fn the_parts_of_a_split_table_add_up() {
+        let device = Device::flex().autodiff();
+        let table = Tensor::<2>::from_data([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device).require_grad();
+        let ids = host::int_tensor(vec![2, 0, 2, 1], [4], &device);
+        let part = |rows: std::ops::Range<usize>| {
+            embedding_shard(table.clone().slice([rows.clone(), 0..2]), ids.clone(), rows.start)
+        };
+        let (split, whole) = (part(0..1) + part(1..3), embedding(table.clone(), ids.clone()));
+        assert_eq!(split.to_data(), whole.to_data());
+        let gradient = |out: Tensor<2>| {
+            let gradients = out.square().sum().backward();
+            table.grad(&gradients).expect("table is a leaf").into_data()
+        };
+        assert_eq!(gradient(split), gradient(whole));
     }
 }

@@ -1,8 +1,27 @@
 //! Tensors of the CPU device as plain slices.
 
+use std::mem::{ManuallyDrop, MaybeUninit};
+
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
+
+/// Room for `len` values, of which the caller writes every one before it reads any.
+///
+/// Zeros would cost a pass over memory on one thread. In this crate's tests the values are NaN, so
+/// that one which nobody wrote shows.
+pub(crate) fn uninit(len: usize) -> Vec<f32> {
+    if cfg!(test) {
+        return vec![f32::NAN; len];
+    }
+    let mut values = Vec::<MaybeUninit<f32>>::with_capacity(len);
+    // SAFETY: the capacity is `len`, and these elements need not be initialized.
+    unsafe { values.set_len(len) };
+    let mut values = ManuallyDrop::new(values);
+    // SAFETY: `MaybeUninit<f32>` has the layout of `f32`, the allocation changes owner once, and every
+    // caller fills the whole slice, by products and maps that only write, before a value is read.
+    unsafe { Vec::from_raw_parts(values.as_mut_ptr().cast::<f32>(), len, values.capacity()) }
+}
 
 /// A fresh tensor from its values.
 pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
@@ -20,7 +39,7 @@ pub(crate) fn values(tensor: &FlexTensor) -> &[f32] {
 }
 
 /// The integers of a tensor made by [`int_tensor`].
-pub(crate) fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Vec<i32> {
+pub fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Vec<i32> {
     let primitive = tensor
         .clone()
         .inner()

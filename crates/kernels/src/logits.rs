@@ -28,7 +28,7 @@ pub fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> Tensor<
 
 fn few_rows(hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
     let ([rows, width], [vocabulary, _]) = (hidden.dims(), head.dims());
-    let mut by_vocabulary = vec![0.0; rows * vocabulary];
+    let mut by_vocabulary = host::uninit(rows * vocabulary);
     host::with_values(hidden, |hidden| {
         host::with_values(head, |head| {
             by_vocabulary

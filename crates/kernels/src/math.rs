@@ -3,9 +3,9 @@
 //! Callers are compiled for several instruction sets and choose at run time; what stands here is
 //! inlined into them. Sums run over sixteen lanes, in an order that never changes.
 
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
-/// `e^x`, exact to about 2 units in the last place; 0 below -87.
+/// `e^x`, exact to about 2 units in the last place; 0 below -87, `e^88` above 88 (never infinite).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.

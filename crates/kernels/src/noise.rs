@@ -21,12 +21,15 @@ pub struct NoiseKey {
 
 impl NoiseKey {
     /// The random words of elements `[start, start + out.len())` of a batch row.
-    pub(crate) fn fill(self, row: u32, start: usize, out: &mut [u32]) {
+    ///
+    /// Each `plane` has words of its own: the same row may pass a place several times, as at the
+    /// experts of a layer.
+    pub(crate) fn fill(self, row: u32, plane: u32, start: usize, out: &mut [u32]) {
         let philox = Philox::new(self.seed).derive(u64::from(self.step) << 32 | u64::from(self.site));
         let mut filled = 0;
         while filled < out.len() {
             let element = start + filled;
-            let words = philox.block([(element / 4) as u32, ((element / 4) as u64 >> 32) as u32, row, 0]);
+            let words = philox.block([(element / 4) as u32, ((element / 4) as u64 >> 32) as u32, row, plane]);
             for &word in &words[element % 4..] {
                 if filled == out.len() {
                     break;
@@ -35,6 +38,32 @@ impl NoiseKey {
                 filled += 1;
             }
         }
+    }
+}
+
+/// Columns of a tensor that is split over devices: those that one of them holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    /// Number of the first.
+    pub first: usize,
+    /// Columns of the whole tensor.
+    pub total: usize,
+}
+
+/// Where a token stands in the global batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenPlace {
+    /// Number of its batch row.
+    pub row: u32,
+    /// Position within the row.
+    pub token: u32,
+}
+
+impl TokenPlace {
+    /// The random words of a token's columns, which are all of the tensor's when `columns` is absent.
+    pub(crate) fn fill(self, key: NoiseKey, plane: u32, columns: Option<Columns>, out: &mut [u32]) {
+        let Columns { first, total } = columns.unwrap_or(Columns { first: 0, total: out.len() });
+        key.fill(self.row, plane, self.token as usize * total + first, out);
     }
 }
 
@@ -47,13 +76,21 @@ pub struct TokenNoise {
     pub first_row: u32,
     /// Tokens in a batch row.
     pub row_tokens: usize,
+    /// Columns at hand of a tensor split over devices, so that all draw parts of one mask; absent when
+    /// the tensor is whole.
+    pub columns: Option<Columns>,
 }
 
 impl TokenNoise {
+    /// Where token number `token` stands.
+    pub fn place(self, token: usize) -> TokenPlace {
+        let row = self.first_row + (token / self.row_tokens) as u32;
+        TokenPlace { row, token: (token % self.row_tokens) as u32 }
+    }
+
     /// The random words of one token.
     pub(crate) fn fill(self, token: usize, out: &mut [u32]) {
-        let row = self.first_row + (token / self.row_tokens) as u32;
-        self.key.fill(row, token % self.row_tokens * out.len(), out);
+        self.place(token).fill(self.key, 0, self.columns, out);
     }
 }
 
@@ -116,13 +153,14 @@ impl Scale {
     fn run(&self, x: &FlexTensor) -> FlexTensor {
         let x = host::contiguous(x);
         let [tokens, width] = x.layout().shape().dims();
-        let mut out = host::values(&x).to_vec();
+        let values = host::values(&x);
+        let mut out = host::uninit(tokens * width);
         out.par_chunks_mut(width.max(1)).enumerate().with_min_len(16).for_each_init(
             || vec![0; width],
-            |words, (token, row)| {
+            |words, (token, out)| {
                 self.noise.fill(token, words);
-                for (value, &word) in row.iter_mut().zip(words.iter()) {
-                    *value *= self.factor.of(word);
+                for ((out, value), &word) in out.iter_mut().zip(&values[token * width..]).zip(words.iter()) {
+                    *out = value * self.factor.of(word);
                 }
             },
         );
@@ -149,7 +187,20 @@ mod tests {
     use super::*;
 
     fn noise(first_row: u32) -> TokenNoise {
-        TokenNoise { key: NoiseKey { seed: 1, step: 2, site: 3 }, first_row, row_tokens: 5 }
+        let key = NoiseKey { seed: 1, step: 2, site: 3 };
+        TokenNoise { key, first_row, row_tokens: 5, columns: None }
+    }
+
+    #[test]
+    fn devices_that_split_a_tensor_draw_parts_of_its_mask() {
+        let device = Device::flex();
+        let whole = dropout(Tensor::ones([10, 9], &device), 0.5, noise(0));
+        for (first, width) in [(0, 4), (4, 5)] {
+            let columns = Some(Columns { first, total: 9 });
+            let part = dropout(Tensor::ones([10, width], &device), 0.5, TokenNoise { columns, ..noise(0) });
+            let expected = whole.clone().slice([0..10, first..first + width]);
+            assert_eq!(part.into_data(), expected.into_data());
+        }
     }
 
     #[test]
@@ -186,24 +237,26 @@ mod tests {
     }
 
     #[test]
-    fn places_steps_and_rows_draw_numbers_of_their_own() {
+    fn places_steps_rows_and_planes_draw_numbers_of_their_own() {
         let base = NoiseKey { seed: 1, step: 2, site: 3 };
-        let draw = |key: NoiseKey, row| {
+        let plane = |key: NoiseKey, row, plane| {
             let mut words = vec![0; 64];
-            key.fill(row, 0, &mut words);
+            key.fill(row, plane, 0, &mut words);
             words
         };
+        let draw = |key, row| plane(key, row, 0);
         let others = [
             draw(NoiseKey { seed: 2, ..base }, 0),
             draw(NoiseKey { step: 3, ..base }, 0),
             draw(NoiseKey { site: 4, ..base }, 0),
             draw(base, 1),
+            plane(base, 0, 1),
         ];
         for other in others {
             assert!(draw(base, 0).iter().zip(&other).all(|(a, b)| a != b));
         }
         let mut tail = vec![0; 50];
-        base.fill(0, 14, &mut tail);
+        base.fill(0, 0, 14, &mut tail);
         assert_eq!(tail, draw(base, 0)[14..]);
     }
 

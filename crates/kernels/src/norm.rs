@@ -39,8 +39,8 @@ impl Operation<2, 1> for RmsNorm {
     fn forward(&self, [x, weight]: &[FlexTensor; 2], _: bool) -> ([FlexTensor; 1], Saved) {
         let (x, weight) = (host::contiguous(x), host::contiguous(weight));
         let [rows, width] = x.layout().shape().dims();
-        let mut out = vec![0.0; rows * width];
-        let mut inverse_rms = vec![0.0; rows];
+        let mut out = host::uninit(rows * width);
+        let mut inverse_rms = host::uninit(rows);
         let (xs, ws) = (host::values(&x), host::values(&weight));
         out.par_chunks_mut(width * TASK_ROWS)
             .zip(xs.par_chunks(width * TASK_ROWS))
@@ -57,7 +57,7 @@ impl Operation<2, 1> for RmsNorm {
         _: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
         let [rows, width] = saved.x.layout().shape().dims();
-        let mut gx = vec![0.0; rows * width];
+        let mut gx = host::uninit(rows * width);
         let (xs, ws, gs) = (host::values(&saved.x), host::values(&saved.weight), host::values(gradient));
         let partial: Vec<Vec<f32>> = gx
             .par_chunks_mut(width * TASK_ROWS)

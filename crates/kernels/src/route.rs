@@ -3,6 +3,8 @@
 //! The plan is built by counting, once over the tokens of a group: no `[tokens, experts, capacity]`
 //! tensor exists. Everything here is float32.
 
+use std::ops::Range;
+
 use burn::tensor::{Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -18,11 +20,13 @@ use crate::plan::DispatchPlan;
 pub struct RouteOptions {
     /// Routing groups; the tokens are cut into this many equal runs.
     pub groups: usize,
-    /// Slots of an expert in each group.
-    pub expert_capacity: usize,
+    /// Slots of an expert in each group. `None` drops nothing and makes as many slots as the fullest
+    /// expert needs: a size that depends on the tokens, so not for experts behind an all-to-all.
+    pub expert_capacity: Option<usize>,
     /// 1 for tokens that are routed and counted, 0 for padding; all when absent. `[tokens]`
     pub token_mask: Option<Tensor<1, Int>>,
-    /// Ignore the logits' order and assign tokens round robin (for benchmarks).
+    /// Ignore the logits' order and assign tokens round robin (for benchmarks). Padding keeps its turn,
+    /// so loads differ where there is any. Expert choice, balanced by itself, ignores this.
     pub force_balanced: bool,
 }
 
@@ -83,6 +87,9 @@ pub fn route_expert_choice(logits: Tensor<2>, options: RouteOptions) -> Routing 
     scores.finish(logits, assignment, GateRule::Probability)
 }
 
+/// Tokens that one task adds up.
+const BLOCK_TOKENS: usize = 256;
+
 /// How probabilities become gates.
 #[derive(Debug)]
 enum GateRule {
@@ -141,8 +148,13 @@ impl Scores {
         self.tokens() / self.options.groups
     }
 
-    fn slots_per_expert(&self) -> usize {
-        self.options.groups * self.options.expert_capacity
+    /// Slots that hold every choice of the expert that is chosen most; one at least.
+    fn largest_load(&self, choices: &[&[i32]]) -> usize {
+        let mut loads = vec![0; self.experts];
+        for expert in choices.iter().copied().flatten().filter_map(|&expert| usize::try_from(expert).ok()) {
+            loads[expert] += 1;
+        }
+        loads.into_iter().fold(1, usize::max)
     }
 
     fn row(&self, token: usize) -> &[f32] {
@@ -161,7 +173,10 @@ impl Scores {
 
     /// Tokens of every slot when each list of choices is served in turn, in token order.
     fn assign(&self, choices: &[&[i32]]) -> Vec<i32> {
-        let (capacity, slots) = (self.options.expert_capacity, self.slots_per_expert());
+        let (capacity, slots) = match self.options.expert_capacity {
+            Some(capacity) => (capacity, self.options.groups * capacity),
+            None => (usize::MAX, self.largest_load(choices)),
+        };
         let mut token_of_slot = vec![-1; self.experts * slots];
         let mut used = vec![0; self.experts];
         let mut in_group = vec![0; self.experts];
@@ -184,7 +199,10 @@ impl Scores {
 
     /// Tokens of every slot when each expert picks its likeliest, lowest token first on ties.
     fn assign_by_expert(&self) -> Vec<i32> {
-        let (capacity, slots) = (self.options.expert_capacity, self.slots_per_expert());
+        let (capacity, slots) = match self.options.expert_capacity {
+            Some(capacity) => (capacity, self.options.groups * capacity),
+            None => (usize::MAX, self.mask.iter().filter(|&&counted| counted).count().max(1)),
+        };
         let mut token_of_slot = vec![-1; self.experts * slots];
         token_of_slot.par_chunks_mut(slots.max(1)).enumerate().for_each(|(expert, slots)| {
             let mut used = 0;
@@ -210,7 +228,8 @@ impl Scores {
 
     fn finish(self, logits: Tensor<2>, token_of_slot: Vec<i32>, rule: GateRule) -> Routing {
         let device = logits.device().inner();
-        let (groups, experts, slots) = (self.options.groups, self.experts, self.slots_per_expert());
+        let (groups, experts) = (self.options.groups, self.experts);
+        let slots = token_of_slot.len() / experts;
         let mut fraction = vec![0.0; groups * experts];
         let mut counted = vec![0_usize; groups];
         for (token, &best) in self.best.iter().enumerate() {
@@ -259,7 +278,7 @@ impl std::fmt::Debug for Gate {
 impl Gate {
     /// Token and expert of every slot in use.
     fn assigned(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
-        let slots = self.scores.slots_per_expert();
+        let slots = self.token_of_slot.len() / self.scores.experts;
         self.token_of_slot
             .iter()
             .enumerate()
@@ -274,6 +293,40 @@ impl Gate {
                 row[self.scores.best[token] as usize] + row[second[token] as usize]
             }
         }
+    }
+
+    /// Means over each group's counted tokens: probabilities, `[groups, num_experts]`, and `log_z^2`.
+    ///
+    /// Summed by blocks of fixed size, so that the result does not depend on the number of threads.
+    fn group_means(&self) -> (Vec<f32>, Vec<f32>) {
+        let (scores, experts) = (&self.scores, self.scores.experts);
+        let (groups, tokens) = (scores.options.groups, scores.group_tokens());
+        let blocks: Vec<(usize, Range<usize>)> = (0..groups)
+            .flat_map(|group| {
+                let end = (group + 1) * tokens;
+                let starts = (group * tokens..end).step_by(BLOCK_TOKENS);
+                starts.map(move |start| (group, start..end.min(start + BLOCK_TOKENS)))
+            })
+            .collect();
+        let sums: Vec<(Vec<f32>, f32)> = blocks
+            .par_iter()
+            .map(|(_, tokens)| {
+                let (mut sums, mut z) = (vec![0.0; experts], 0.0);
+                for token in tokens.clone().filter(|&token| scores.mask[token]) {
+                    sums.iter_mut().zip(scores.row(token)).for_each(|(sum, p)| *sum += p);
+                    z += scores.log_z[token].powi(2);
+                }
+                (sums, z)
+            })
+            .collect();
+        let (mut mean, mut z) = (vec![0.0; groups * experts], vec![0.0; groups]);
+        for (&(group, _), (sums, z_sum)) in blocks.iter().zip(&sums) {
+            let share = 1.0 / self.counted[group].max(1) as f32;
+            let mean = &mut mean[group * experts..][..experts];
+            mean.iter_mut().zip(sums).for_each(|(mean, sum)| *mean += sum * share);
+            z[group] += z_sum * share;
+        }
+        (mean, z)
     }
 
     /// Gradient of the probabilities from that of the gates, `[tokens, num_experts]`.
@@ -308,18 +361,8 @@ impl Operation<1, 3> for Gate {
         for (slot, token, expert) in self.assigned() {
             gates[slot] = scores.row(token)[expert] / self.divisor(token);
         }
-        let groups = scores.options.groups;
-        let mut mean = vec![0.0; groups * experts];
-        let mut z = vec![0.0; groups];
-        for token in (0..scores.tokens()).filter(|&token| scores.mask[token]) {
-            let group = token / scores.group_tokens();
-            let share = 1.0 / self.counted[group] as f32;
-            for (mean, p) in mean[group * experts..][..experts].iter_mut().zip(scores.row(token)) {
-                *mean += p * share;
-            }
-            z[group] += scores.log_z[token].powi(2) * share;
-        }
-        let slots = gates.len();
+        let (groups, slots) = (scores.options.groups, gates.len());
+        let (mean, z) = self.group_means();
         ([host::tensor(gates, [slots]), host::tensor(mean, [groups, experts]), host::tensor(z, [groups])], ())
     }
 

@@ -14,7 +14,7 @@ pub enum Capacity {
     Training,
     /// `eval_capacity_factor`.
     Evaluation,
-    /// A slot for every token: nothing is dropped, as when decoding token by token.
+    /// As many slots as the fullest expert needs: nothing is dropped, as when decoding token by token.
     Unlimited,
 }
 
@@ -69,9 +69,9 @@ impl<'a> ForwardContext<'a> {
         NoiseKey { seed: self.seed, step: self.step, site: stack << 24 | (layer as u32) << 8 | site as u32 }
     }
 
-    /// Random numbers of a `[tokens, width]` tensor at one place.
+    /// Random numbers of a `[tokens, width]` tensor at one place, whole on this device.
     pub fn noise(&self, stack: StackKind, layer: usize, site: Site, row_tokens: usize) -> TokenNoise {
-        TokenNoise { key: self.key(stack, layer, site), first_row: self.first_row, row_tokens }
+        TokenNoise { key: self.key(stack, layer, site), first_row: self.first_row, row_tokens, columns: None }
     }
 }
 

@@ -1,25 +1,33 @@
 //! The seam between routing and experts: how tokens reach the device of their expert.
 
 use burn::tensor::Tensor;
-use switchyard_kernels::{DispatchPlan, combine, dispatch};
+use switchyard_kernels::{DispatchPlan, ExpertRows, TokenNoise, combine, dispatch};
 
 /// Moves tokens into expert slots and expert outputs back.
 pub trait TokenDispatcher: Send + Sync {
-    /// Experts that live on this device.
-    fn num_local_experts(&self, num_experts: usize) -> usize;
-
     /// Brings every token to its expert.
     ///
     /// # Shapes
-    /// `tokens_nd`: `[n, d]`. Returns `[l, slots, d]`; unused slots are 0.
-    fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan) -> Tensor<3>;
+    /// `tokens_nd`: `[n, d]`. `noise` places the tokens in the global batch; it is there when the
+    /// experts drop activations, and the places must then travel with the tokens.
+    fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan, noise: Option<TokenNoise>) -> Dispatched;
 
     /// Brings expert outputs back, weighted by the gates.
     ///
     /// # Shapes
-    /// `outputs_lcd`: `[l, slots, d]`; `gates`: one a slot of the plan. Returns `[n, d]`; a dropped
-    /// token gets exactly 0.
+    /// `outputs_lcd`: `[l, c, d]` as dispatched; `gates`: one a slot of the plan. Returns `[n, d]`; a
+    /// dropped token gets exactly 0.
     fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2>;
+}
+
+/// Tokens at the experts of this device.
+#[derive(Debug)]
+pub struct Dispatched {
+    /// `[l, c, d]`, where `l` experts live on this device and `c` counts the slots of all senders;
+    /// unused slots are 0.
+    pub slots_lcd: Tensor<3>,
+    /// Which of the slots hold a token: not what the plan says, which is the sender's.
+    pub rows: ExpertRows,
 }
 
 /// All experts on this device: no communication.
@@ -27,12 +35,8 @@ pub trait TokenDispatcher: Send + Sync {
 pub struct LocalDispatcher;
 
 impl TokenDispatcher for LocalDispatcher {
-    fn num_local_experts(&self, num_experts: usize) -> usize {
-        num_experts
-    }
-
-    fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan) -> Tensor<3> {
-        dispatch(tokens_nd, plan)
+    fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan, noise: Option<TokenNoise>) -> Dispatched {
+        Dispatched { slots_lcd: dispatch(tokens_nd, plan), rows: ExpertRows::local(plan, noise) }
     }
 
     fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2> {

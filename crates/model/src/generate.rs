@@ -5,7 +5,7 @@ use switchyard_kernels::{int_tensor, with_values};
 
 use crate::context::ForwardContext;
 use crate::model::SwitchTransformer;
-use crate::t5::BlockCache;
+use crate::t5::DecoderCache;
 
 /// One decoding step, all rows.
 #[derive(Debug, Clone, Copy)]
@@ -36,13 +36,13 @@ pub fn greedy(
     let [rows, _] = input_mask.dims();
     let (pad, eos) = (context.model.pad_token_id as i32, context.model.eos_token_id as i32);
     let encoder = model.encode(input_ids, input_mask, context);
-    let mut caches = vec![BlockCache::default(); context.model.num_decoder_layers];
+    let mut cache = DecoderCache::new(context.model.num_decoder_layers);
     let mut last = vec![pad; rows];
     let mut written = vec![Vec::new(); rows];
     let mut ended = vec![false; rows];
     for position in 0..max_new_tokens {
         let ids = int_tensor(last.clone(), [rows], &device);
-        let logits = model.decode_step(ids, position, &encoder, &mut caches, context);
+        let logits = model.decode_step(ids, position, &encoder, &mut cache, context);
         let vocabulary = logits.dims()[1];
         let wanted = with_values(logits, |logits| {
             for (row, logits) in logits.chunks_exact(vocabulary).enumerate() {

@@ -4,13 +4,14 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use switchyard_config::{ModelConfig, StackKind};
 use switchyard_kernels::{
-    CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, int_tensor, logits,
+    CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, embedding_shard, int_tensor,
+    logits,
 };
 
 use crate::context::ForwardContext;
 use crate::init::ParameterFactory;
 use crate::moe::{RouterLosses, RouterOutput, router_losses};
-use crate::t5::{BlockCache, BlockInputs, Stack};
+use crate::t5::{BlockInputs, DecoderCache, Stack};
 
 /// T5, T5 v1.1, mT5 or Switch Transformer: the config decides.
 #[derive(Module, Debug)]
@@ -100,8 +101,12 @@ impl SwitchTransformer {
     }
 
     /// Embeddings of `ids`, `[n]`: `[n, d_model]`.
-    pub fn embed(&self, ids: Tensor<1, Int>) -> Tensor<2> {
-        embedding(self.shared.embedding.val(), ids)
+    pub fn embed(&self, ids: Tensor<1, Int>, context: &ForwardContext<'_>) -> Tensor<2> {
+        let (table, whole) = (self.shared.embedding.val(), 0..context.model.vocab_size);
+        let here = context.tensor_parallel.vocabulary(whole.end);
+        let embedded_nd =
+            if here == whole { embedding(table, ids) } else { embedding_shard(table, ids, here.start) };
+        context.tensor_parallel.reduce_out(embedded_nd)
     }
 
     /// What the encoder's blocks read. `input_mask` is `[rows, inputs_length]`.
@@ -149,8 +154,17 @@ impl SwitchTransformer {
         input_mask: Tensor<2, Int>,
         context: &ForwardContext<'_>,
     ) -> EncoderOutput {
+        self.encode_embedded(self.embed(input_ids, context), input_mask, context)
+    }
+
+    fn encode_embedded(
+        &self,
+        embedded_nd: Tensor<2>,
+        input_mask: Tensor<2, Int>,
+        context: &ForwardContext<'_>,
+    ) -> EncoderOutput {
         let inputs = self.encoder_inputs(&input_mask, context);
-        let (hidden_nd, routers) = self.encoder.forward(self.embed(input_ids), &inputs, None, context);
+        let (hidden_nd, routers) = self.encoder.forward(embedded_nd, &inputs, None, context);
         EncoderOutput { hidden_nd, rows: inputs.batch, mask: input_mask, routers }
     }
 
@@ -159,11 +173,16 @@ impl SwitchTransformer {
     /// # Shapes
     /// See [`Seq2SeqBatch`]; `z_loss` is the coefficient of the output softmax's z term.
     pub fn loss(&self, batch: &Seq2SeqBatch, z_loss: f64, context: &ForwardContext<'_>) -> LossOutput {
-        let mut encoder = self.encode(batch.input_ids.clone(), batch.input_mask.clone(), context);
+        // Both stacks at once: the gradient of the table, as large as the table, is then built once.
+        let (inputs, targets) = (batch.input_ids.dims()[0], batch.decoder_input_ids.dims()[0]);
+        let ids = Tensor::cat(vec![batch.input_ids.clone(), batch.decoder_input_ids.clone()], 0);
+        let embedded_nd = self.embed(ids, context);
+        let (encoded_nd, decoded_nd) =
+            (embedded_nd.clone().slice(0..inputs), embedded_nd.slice(inputs..inputs + targets));
+        let mut encoder = self.encode_embedded(encoded_nd, batch.input_mask.clone(), context);
         let encoder_routers = std::mem::take(&mut encoder.routers);
         let inputs = self.decoder_inputs(batch, &encoder, context);
-        let embedded_nd = self.embed(batch.decoder_input_ids.clone());
-        let (hidden_nd, decoder_routers) = self.decoder.forward(embedded_nd, &inputs, None, context);
+        let (hidden_nd, decoder_routers) = self.decoder.forward(decoded_nd, &inputs, None, context);
         let cross_entropy = self.cross_entropy(hidden_nd, batch, z_loss, context);
         let stacks = [(&encoder_routers, StackKind::Encoder), (&decoder_routers, StackKind::Decoder)];
         let router_losses = stacks
@@ -200,27 +219,29 @@ impl SwitchTransformer {
     /// One decoding step: logits of the token after `ids`, which stand at `position` in every row.
     ///
     /// # Shapes
-    /// `ids`: `[rows]`; returns `[rows, vocab_size]`. `caches` holds one entry a decoder layer.
+    /// `ids`: `[rows]`; returns `[rows, vocab_size]`.
     pub fn decode_step(
         &self,
         ids: Tensor<1, Int>,
         position: usize,
         encoder: &EncoderOutput,
-        caches: &mut [BlockCache],
+        cache: &mut DecoderCache,
         context: &ForwardContext<'_>,
     ) -> Tensor<2> {
+        let bias = |position| self.decoder.bias(StackKind::Decoder, 1, position, context.model);
         let inputs = BlockInputs {
             stack: StackKind::Decoder,
             batch: encoder.rows,
             row_tokens: 1,
             position,
-            relative_bias: self.decoder.bias(StackKind::Decoder, 1, position, context.model),
+            relative_bias: cache.bias(position, bias),
             self_mask: None,
             token_mask: None,
             encoder: Some(encoder.hidden_nd.clone()),
             encoder_mask: Some(encoder.mask.clone()),
         };
-        let (hidden_nd, _) = self.decoder.forward(self.embed(ids), &inputs, Some(caches), context);
+        let (hidden_nd, _) =
+            self.decoder.forward(self.embed(ids, context), &inputs, Some(&mut cache.blocks), context);
         self.logits(hidden_nd, context)
     }
 

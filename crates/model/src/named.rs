@@ -34,19 +34,6 @@ pub enum ParameterError {
 }
 
 impl SwitchTransformer {
-    /// Calls `visit` with the name, shape and values of every parameter.
-    pub fn for_each_parameter(&self, visit: impl FnMut(&str, &[usize], &[f32])) {
-        struct Reader<F>(F);
-        impl<F: FnMut(&str, &[usize], &[f32])> OnParameter for Reader<F> {
-            fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
-                let tensor = param.val();
-                let shape = tensor.dims();
-                with_values(tensor, |values| (self.0)(name, &shape, values));
-            }
-        }
-        Module::visit(self, &mut Named::new(Reader(visit)));
-    }
-
     /// Values of one parameter.
     ///
     /// # Errors
@@ -99,6 +86,37 @@ impl SwitchTransformer {
             Replace { values: None, outcome, .. } => outcome,
             Replace { .. } => Err(ParameterError::Unknown { name: name.to_owned() }),
         }
+    }
+
+    /// This model with the values that `read` gives for each parameter; none is drawn.
+    ///
+    /// `read` is called with the name and the number of values, and must return as many.
+    ///
+    /// # Errors
+    /// The first error of `read`.
+    pub fn with_parameters<E>(self, read: impl FnMut(&str, usize) -> Result<Vec<f32>, E>) -> Result<Self, E> {
+        struct Load<F, E> {
+            read: F,
+            failure: Option<E>,
+        }
+        impl<E, F: FnMut(&str, usize) -> Result<Vec<f32>, E>> MapParameter for Load<F, E> {
+            fn map<const D: usize>(&mut self, name: &str, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                if self.failure.is_some() {
+                    return param;
+                }
+                let (shape, device) = (param.lazy_shape(), param.lazy_device());
+                match (self.read)(name, shape.num_elements()) {
+                    Ok(values) => initialized(param, values, shape, &device),
+                    Err(error) => {
+                        self.failure = Some(error);
+                        param
+                    }
+                }
+            }
+        }
+        let mut load = NamedMap::new(Load { read, failure: None });
+        let model = Module::map(self, &mut load);
+        load.on.failure.map_or(Ok(model), Err)
     }
 
     /// Takes the gradients out of `gradients` and calls `take` with the name and values of each.

@@ -3,17 +3,28 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
+use switchyard_kernels::Columns;
 
 /// Borders of attention, feed-forward layers, experts, embedding and cross-entropy.
+///
+/// The devices of one group hold equal parts of heads, of `d_ff` and of the vocabulary, in order.
+/// They compute the same routing, and draw parts of the same noise.
 pub trait TensorParallel: Send + Sync {
     /// Before column-split matrices: identity forward, a sum over devices backward. `[n, d]`
     fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2>;
 
-    /// After row-split matrices: a sum over devices forward, identity backward. `[n, d]`
+    /// [`copy_in`](Self::copy_in) of the gates, which meet expert outputs that are still to be summed
+    /// over devices. One a slot.
+    fn copy_in_gates(&self, gates: Tensor<1>) -> Tensor<1>;
+
+    /// After row-split matrices and the embedding: a sum over devices forward, identity backward. `[n, d]`
     fn reduce_out(&self, x_nd: Tensor<2>) -> Tensor<2>;
 
     /// Vocabulary rows that live on this device.
     fn vocabulary(&self, vocab_size: usize) -> Range<usize>;
+
+    /// Which columns, or heads, of a split tensor the `local` ones of this device are.
+    fn columns(&self, local: usize) -> Columns;
 }
 
 /// Every matrix whole on this device.
@@ -25,11 +36,19 @@ impl TensorParallel for WholeTensors {
         x_nd
     }
 
+    fn copy_in_gates(&self, gates: Tensor<1>) -> Tensor<1> {
+        gates
+    }
+
     fn reduce_out(&self, x_nd: Tensor<2>) -> Tensor<2> {
         x_nd
     }
 
     fn vocabulary(&self, vocab_size: usize) -> Range<usize> {
         0..vocab_size
+    }
+
+    fn columns(&self, local: usize) -> Columns {
+        Columns { first: 0, total: local }
     }
 }

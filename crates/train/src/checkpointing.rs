@@ -3,12 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use switchyard_checkpoint::{Checkpoint, CheckpointError, Snapshot, latest_complete, prune, save};
-use switchyard_config::{RunPlan, resume_conflicts};
+use switchyard_checkpoint::{
+    Checkpoint, CheckpointError, Manifest, Snapshot, clear_leftovers, complete_checkpoints, latest_complete,
+    prune, save,
+};
+use switchyard_config::{RunPlan, branch_conflicts, resume_conflicts};
 use switchyard_data::{DataSet, DataState};
 
 use crate::error::TrainError;
-use crate::parameters::{ParameterSink, ParameterSource};
+use crate::parameters::ParameterSource;
 use crate::run_directory::Resume;
 use crate::step::Learner;
 use crate::train_loop::{Progress, TrainOptions};
@@ -34,8 +37,9 @@ impl<'a> Checkpoints<'a> {
         Self { plan, data, options, directory: options.directory.checkpoints() }
     }
 
-    /// The checkpoint to continue from; `None` for a fresh start.
+    /// The checkpoint to continue from; `None` for a fresh start. What interrupted saves left is cleared.
     pub(crate) fn to_resume(&self) -> Result<Option<PathBuf>, TrainError> {
+        clear_leftovers(&self.directory)?;
         match &self.options.resume {
             Resume::Never => Ok(None),
             Resume::Auto => Ok(latest_complete(&self.directory)?),
@@ -43,23 +47,40 @@ impl<'a> Checkpoints<'a> {
         }
     }
 
-    /// Puts the checkpoint at `path` into `learner` and returns its counters.
-    pub(crate) fn load(&self, path: &Path, learner: &mut Learner) -> Result<Progress, TrainError> {
+    /// Puts the checkpoint at `path` into `learner`; returns the run's counters and the samples consumed.
+    pub(crate) fn load(&self, path: &Path, learner: &mut Learner) -> Result<(Progress, u64), TrainError> {
         let checkpoint = Checkpoint::open(path)?;
         let TrainerState { progress, data, plan } = trainer_state(&checkpoint)?;
+        self.refuse_newer_ones(path, progress.step)?;
         self.refuse_other_run(path, &plan)?;
         self.data
             .check_state(&data)
             .map_err(|difference| TrainError::OtherData { checkpoint: path.to_owned(), difference })?;
-        checkpoint.load_parameters(&mut ParameterSink(learner.model_mut()))?;
-        let mut loader = learner.optimizer_mut().loader();
+        learner.load_parameters(&checkpoint)?;
+        let updates = progress.step - progress.skipped_steps;
+        let mut loader = learner.optimizer_mut().loader(updates);
         checkpoint.load_optimizer(&mut loader)?;
         loader.finish()?;
-        Ok(progress)
+        Ok((progress, data.samples_consumed))
     }
 
+    /// Steps that this directory has been through already must not be mixed with others.
+    fn refuse_newer_ones(&self, path: &Path, step: u64) -> Result<(), TrainError> {
+        let newest = complete_checkpoints(&self.directory)?.pop();
+        match newest {
+            Some(newest) if Manifest::read(&newest)?.step > step => {
+                Err(TrainError::NewerCheckpoint { checkpoint: path.to_owned(), newest })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The same run may change what no step computes; a new one that starts here, all but the model.
     fn refuse_other_run(&self, path: &Path, saved: &RunPlan) -> Result<(), TrainError> {
-        let conflicts = resume_conflicts(saved, self.plan);
+        let within = self.directory.canonicalize().ok();
+        let own = path.canonicalize().is_ok_and(|path| path.parent() == within.as_deref());
+        let conflicts =
+            if own { resume_conflicts(saved, self.plan) } else { branch_conflicts(saved, self.plan) };
         if conflicts.is_empty() {
             return Ok(());
         }
@@ -74,8 +95,12 @@ impl<'a> Checkpoints<'a> {
     }
 
     /// Writes a checkpoint, then removes the ones that are no longer kept.
-    pub(crate) fn save(&self, learner: &Learner, progress: &Progress) -> Result<PathBuf, TrainError> {
-        let samples = progress.step * self.plan.data.batch_rows as u64;
+    pub(crate) fn save(
+        &self,
+        learner: &Learner,
+        progress: &Progress,
+        samples: u64,
+    ) -> Result<PathBuf, TrainError> {
         let state = TrainerState {
             progress: progress.clone(),
             data: self.data.state(samples),
@@ -91,7 +116,9 @@ impl<'a> Checkpoints<'a> {
             files: &self.tokenizer_files(),
         };
         let path = save(&self.directory, &snapshot)?;
-        prune(&self.directory, self.plan.checkpoint.keep_last)?;
+        if let Err(error) = prune(&self.directory, self.plan.checkpoint.keep_last) {
+            tracing::warn!(%error, "an old checkpoint stays");
+        }
         Ok(path)
     }
 }

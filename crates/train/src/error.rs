@@ -28,18 +28,20 @@ pub enum TrainError {
     Optimizer(#[from] StateError),
     /// Too many steps in a row were not finite.
     #[error(
-        "loss or gradient was not finite for {steps} steps in a row, first at `{place}`; lower \
-         optimizer.learning_rate, or lengthen schedule.warmup_steps"
+        "loss or gradient was not finite for {steps} steps in a row, at last in `{place}`; go on from the newest \
+         checkpoint in another directory (--resume CHECKPOINT --run-dir DIR) with a lower \
+         optimizer.learning_rate or a longer schedule.warmup_steps"
     )]
     NotFinite {
         /// Steps in a row.
         steps: u64,
-        /// First parameter with a bad gradient, or `loss`.
+        /// A parameter, a block such as `encoder.block.3`, or `loss`.
         place: String,
     },
     /// The run that a checkpoint belongs to computed something else.
     #[error(
-        "cannot resume from {}, its run had other settings:{differences}\nrestore these keys, or start a new run with `--run-dir`",
+        "cannot resume from {}, its run had other settings:{differences}\nrestore these keys, or start a new run from there, which may \
+         change all but the model, the data and the kind of optimizer: --resume CHECKPOINT --run-dir DIR",
         checkpoint.display()
     )]
     OtherRun {
@@ -47,6 +49,19 @@ pub enum TrainError {
         checkpoint: std::path::PathBuf,
         /// Keys with both values.
         differences: String,
+    },
+    /// The run has gone on from there already.
+    #[error(
+        "cannot continue from {}: this run has gone on to {}; continue that with `--resume auto`, or start \
+         another run from here with `--run-dir`",
+        checkpoint.display(),
+        newest.display()
+    )]
+    NewerCheckpoint {
+        /// The checkpoint asked for.
+        checkpoint: std::path::PathBuf,
+        /// The newest one of the run.
+        newest: std::path::PathBuf,
     },
     /// The text of the run has changed since the checkpoint.
     #[error("cannot resume from {}: {difference}", checkpoint.display())]

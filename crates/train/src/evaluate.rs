@@ -1,5 +1,6 @@
 //! Evaluation on held-out batches: loss and accuracy, also over real words only.
 
+use burn::module::Module;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use switchyard_config::ModelConfig;
@@ -67,12 +68,15 @@ pub fn evaluate<'a>(
     rules: EvaluationRules,
 ) -> Evaluation {
     let context = ForwardContext::evaluation(config, routing);
-    let device = model.device().inner();
+    // Without this every pass would be recorded for a backward pass that never comes.
+    let model = &model.valid();
+    let device = model.device();
     let mut sums = Sums::default();
     for batch in batches {
         let shifted = if rules.mismatched_inputs { rotate_inputs(batch) } else { batch.clone() };
         for start in (0..shifted.rows).step_by(micro_batch_rows) {
             let micro = shifted.slice(start, micro_batch_rows.min(shifted.rows - start));
+            let micro = micro.padded(routing.group_rows);
             let tensors = device_batch(&micro, config.pad_token_id as i32, &device);
             let output = model.loss(&tensors, 0.0, &context);
             let loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);

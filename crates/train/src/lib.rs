@@ -4,6 +4,7 @@
 //! held-out text. Prints nothing: an [`Observer`] sees what happens.
 
 mod checkpointing;
+mod diagnose;
 mod error;
 pub mod evaluate;
 mod gradients;
@@ -18,7 +19,7 @@ pub mod verify;
 
 pub use error::TrainError;
 pub use gradients::GradientSums;
-pub use metrics::{EvalRecord, MetricsError, MetricsFile, StepRecord};
+pub use metrics::{EvalRecord, LastRecords, MetricsError, MetricsFile, StepRecord};
 pub use optimizer::{Optimizer, StateError, StateLoader};
 pub use parameters::load_model;
 pub use run_directory::{Resume, RunDirectory, RunDirectoryError};

@@ -112,20 +112,21 @@ pub struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Opens `path` for the steps after `step`, dropping lines of later steps and torn lines.
+    /// Opens `path` for the steps after `step`, dropping lines of later steps and torn lines; tells what
+    /// the last lines left are of.
     ///
     /// # Errors
     /// When the file cannot be read, cut or opened.
-    pub fn open_after(path: &Path, step: u64) -> Result<Self, MetricsError> {
+    pub fn open_after(path: &Path, step: u64) -> Result<(Self, LastRecords), MetricsError> {
         let error = |action| move |source| MetricsError { action, path: path.to_owned(), source };
         let kept = match File::open(path) {
-            Ok(file) => kept_bytes(BufReader::new(file), step).map_err(error("read"))?,
-            Err(missing) if missing.kind() == std::io::ErrorKind::NotFound => 0,
+            Ok(file) => kept_lines(BufReader::new(file), step).map_err(error("read"))?,
+            Err(missing) if missing.kind() == std::io::ErrorKind::NotFound => Kept::default(),
             Err(other) => return Err(error("open")(other)),
         };
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(error("open"))?;
-        file.set_len(kept).map_err(error("cut"))?;
-        Ok(Self { path: path.to_owned(), file })
+        file.set_len(kept.bytes).map_err(error("cut"))?;
+        Ok((Self { path: path.to_owned(), file }, kept.last))
     }
 
     /// Writes one record as a line.
@@ -149,18 +150,35 @@ impl MetricsFile {
     }
 }
 
-/// Bytes of the leading lines that are whole and not after `step`.
-fn kept_bytes(mut reader: impl BufRead, step: u64) -> std::io::Result<u64> {
-    let mut kept = 0;
+/// Steps of the last lines of a file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LastRecords {
+    /// Of any line.
+    pub step: Option<u64>,
+    /// Of an evaluation.
+    pub evaluation: Option<u64>,
+}
+
+/// The leading lines that are whole and not after a step.
+#[derive(Default)]
+struct Kept {
+    bytes: u64,
+    last: LastRecords,
+}
+
+fn kept_lines(mut reader: impl BufRead, step: u64) -> std::io::Result<Kept> {
+    let mut kept = Kept::default();
     let mut line = Vec::new();
     loop {
         line.clear();
         let read = reader.read_until(b'\n', &mut line)?;
-        let whole = line.ends_with(b"\n");
-        let at = serde_json::from_slice::<Value>(&line).ok().and_then(|v| v.get("step")?.as_u64());
-        match at {
-            Some(at) if whole && at <= step => kept += read as u64,
-            _ => return Ok(kept),
+        let record = serde_json::from_slice::<Value>(&line).ok().filter(|_| line.ends_with(b"\n"));
+        let at = record.as_ref().and_then(|record| record.get("step")?.as_u64());
+        let Some(at) = at.filter(|&at| at <= step) else { return Ok(kept) };
+        kept.bytes += read as u64;
+        kept.last.step = Some(at);
+        if record.is_some_and(|record| record.get("eval").is_some()) {
+            kept.last.evaluation = Some(at);
         }
     }
 }
@@ -173,11 +191,12 @@ mod tests {
     fn resuming_drops_later_and_torn_lines() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        std::fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"ste").unwrap();
-        let mut file = MetricsFile::open_after(&path, 2).unwrap();
+        std::fs::write(&path, "{\"step\":1}\n{\"step\":2,\"eval\":{}}\n{\"step\":3}\n{\"ste").unwrap();
+        let (mut file, last) = MetricsFile::open_after(&path, 2).unwrap();
+        assert_eq!(last, LastRecords { step: Some(2), evaluation: Some(2) });
         file.write(&serde_json::json!({"step": 3, "again": true})).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(text, "{\"step\":1}\n{\"step\":2}\n{\"step\":3,\"again\":true}\n");
+        assert_eq!(text, "{\"step\":1}\n{\"step\":2,\"eval\":{}}\n{\"step\":3,\"again\":true}\n");
         MetricsFile::open_after(&path, 0).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
     }

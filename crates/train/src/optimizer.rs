@@ -18,6 +18,8 @@ pub struct Optimizer {
     plan: OptimizerPlan,
     specs: BTreeMap<String, ParameterSpec>,
     states: BTreeMap<String, State>,
+    /// Updates done; steps that were skipped do not count.
+    updates: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -42,12 +44,12 @@ impl Optimizer {
         let specs: BTreeMap<_, _> =
             parameters(model).into_iter().map(|spec| (spec.name.clone(), spec)).collect();
         let states = specs.iter().map(|(name, spec)| (name.clone(), State::new(plan.kind, spec))).collect();
-        Self { plan: plan.clone(), specs, states }
+        Self { plan: plan.clone(), specs, states, updates: 0 }
     }
 
     /// Updates every parameter that has a gradient.
     ///
-    /// `gradient_scale` multiplies all gradients (clipping); `update` counts updates from 1.
+    /// `gradient_scale` multiplies all gradients (clipping).
     #[must_use]
     pub fn step(
         &mut self,
@@ -55,8 +57,9 @@ impl Optimizer {
         gradients: &GradientSums,
         learning_rate: f64,
         gradient_scale: f64,
-        update: u64,
     ) -> SwitchTransformer {
+        self.updates += 1;
+        let update = self.updates;
         model.update_parameters(|name, shape, values| {
             let (Some(gradient), Some(state)) = (gradients.get(name), self.states.get_mut(name)) else {
                 return;
@@ -94,8 +97,9 @@ impl Optimizer {
         })
     }
 
-    /// Replaces all state, tensor by tensor.
-    pub fn loader(&mut self) -> StateLoader<'_> {
+    /// Replaces all state, tensor by tensor, by that after `updates` updates.
+    pub fn loader(&mut self, updates: u64) -> StateLoader<'_> {
+        self.updates = updates;
         let missing = self.specs().into_iter().map(|(name, _)| name).collect();
         StateLoader { optimizer: self, missing }
     }

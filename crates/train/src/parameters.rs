@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use burn::tensor::Device;
-use switchyard_checkpoint::{CheckpointError, ModelDirectory, TensorSink, TensorSource};
+use switchyard_checkpoint::{CheckpointError, ModelDirectory, TensorSource};
 use switchyard_config::ModelConfig;
 use switchyard_config::parameters::parameters;
 use switchyard_model::SwitchTransformer;
@@ -13,12 +13,22 @@ use switchyard_model::SwitchTransformer;
 /// # Errors
 /// When a file cannot be read.
 pub fn load_model(directory: &ModelDirectory, device: &Device) -> Result<SwitchTransformer, CheckpointError> {
-    let mut model = SwitchTransformer::new(directory.model(), 0, device);
-    let mut sink = ParameterSink(&mut model);
-    for (name, _) in directory.specs() {
-        sink.write(&name, directory.read(&name)?.into_owned())?;
-    }
-    Ok(model)
+    filled(SwitchTransformer::new(directory.model(), 0, device), directory)
+}
+
+/// `model` with the values of `source`.
+pub(crate) fn filled(
+    model: SwitchTransformer,
+    source: &dyn TensorSource,
+) -> Result<SwitchTransformer, CheckpointError> {
+    model.with_parameters(|name, len| {
+        let values = source.read(name)?.into_owned();
+        if values.len() == len {
+            return Ok(values);
+        }
+        let reason = format!("it has {} values, the model needs {len}", values.len());
+        Err(CheckpointError::Refused { name: name.to_owned(), reason })
+    })
 }
 
 /// The parameters of a model, to be written.
@@ -35,18 +45,5 @@ impl TensorSource for ParameterSource<'_> {
     fn read(&self, name: &str) -> Result<Cow<'_, [f32]>, CheckpointError> {
         let values = self.model.parameter(name);
         values.map(Cow::Owned).map_err(|_| CheckpointError::NoTensor { name: name.to_owned() })
-    }
-}
-
-/// The parameters of a model, to be replaced.
-pub(crate) struct ParameterSink<'a>(pub &'a mut SwitchTransformer);
-
-impl TensorSink for ParameterSink<'_> {
-    fn write(&mut self, name: &str, values: Vec<f32>) -> Result<(), CheckpointError> {
-        let refused = |error: switchyard_model::ParameterError| CheckpointError::Refused {
-            name: name.to_owned(),
-            reason: error.to_string(),
-        };
-        self.0.set_parameter(name, values).map_err(refused)
     }
 }

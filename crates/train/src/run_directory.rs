@@ -1,6 +1,10 @@
 //! The directory of a run: where its files are and who may start in it.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+
+/// File that the process of a run holds locked.
+const LOCK: &str = "lock";
 
 /// How to treat what an earlier run left.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +29,12 @@ pub enum RunDirectoryError {
         /// The directory.
         path: PathBuf,
     },
+    /// Another process trains in it.
+    #[error("run directory {} is in use by another process; stop that one, or choose another with `--run-dir`", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
     /// It cannot be made or written.
     #[error("cannot use run directory {}: {source}; choose a writable one with `--run-dir`", path.display())]
     Unwritable {
@@ -35,10 +45,12 @@ pub enum RunDirectoryError {
     },
 }
 
-/// Paths inside a run directory.
-#[derive(Debug, Clone)]
+/// Paths inside a run directory, which no other process uses meanwhile.
+#[derive(Debug)]
 pub struct RunDirectory {
     root: PathBuf,
+    /// Locked while the run lives.
+    _lock: File,
 }
 
 impl RunDirectory {
@@ -50,10 +62,17 @@ impl RunDirectory {
         if *resume == Resume::Never && holds_a_run(root) {
             return Err(RunDirectoryError::Exists { path: root.to_owned() });
         }
-        let directory = Self { root: root.to_owned() };
+        let unwritable = |source| RunDirectoryError::Unwritable { path: root.to_owned(), source };
+        std::fs::create_dir_all(root).map_err(unwritable)?;
+        let lock = File::create(root.join(LOCK)).map_err(unwritable)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(RunDirectoryError::InUse { path: root.to_owned() }),
+            Err(TryLockError::Error(source)) => return Err(unwritable(source)),
+        }
+        let directory = Self { root: root.to_owned(), _lock: lock };
         for path in [directory.checkpoints(), directory.logs()] {
-            std::fs::create_dir_all(&path)
-                .map_err(|source| RunDirectoryError::Unwritable { path: root.to_owned(), source })?;
+            std::fs::create_dir_all(&path).map_err(unwritable)?;
         }
         Ok(directory)
     }
@@ -102,7 +121,7 @@ impl RunDirectory {
 fn holds_a_run(root: &Path) -> bool {
     let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
     entries(root).any(|entry| match entry.file_name().to_str() {
-        Some("logs") => false,
+        Some("logs" | LOCK) => false,
         Some("checkpoints") => entries(&entry.path()).next().is_some(),
         _ => true,
     })
@@ -117,8 +136,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("run");
         let run = RunDirectory::open(&root, &Resume::Never).unwrap();
-        RunDirectory::open(&root, &Resume::Never).expect("nothing has happened in it");
+        let second = RunDirectory::open(&root, &Resume::Auto).unwrap_err();
+        assert!(matches!(second, RunDirectoryError::InUse { .. }), "{second}");
+        drop(run);
+        let run = RunDirectory::open(&root, &Resume::Never).expect("nothing has happened in it");
         std::fs::write(run.config(), "").unwrap();
+        drop(run);
         let refused = RunDirectory::open(&root, &Resume::Never).unwrap_err();
         assert!(refused.to_string().contains("--resume auto"));
         RunDirectory::open(&root, &Resume::Auto).unwrap();

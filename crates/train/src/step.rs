@@ -1,6 +1,7 @@
 //! One update: forward and backward over the micro-batches, clipping, optimizer.
 
 use burn::tensor::{Device, Tensor};
+use switchyard_checkpoint::{CheckpointError, TensorSource};
 use switchyard_config::RunPlan;
 use switchyard_config::plan::RoutingSemantics;
 use switchyard_data::HostBatch;
@@ -10,8 +11,10 @@ use switchyard_model::{
     Capacity, ForwardContext, LocalDispatcher, LossOutput, Seq2SeqBatch, SwitchTransformer, WholeTensors,
 };
 
+use crate::diagnose::first_non_finite;
 use crate::gradients::GradientSums;
 use crate::optimizer::Optimizer;
+use crate::parameters::filled;
 use crate::schedule;
 
 /// What one step did.
@@ -36,7 +39,7 @@ pub struct StepOutcome {
 /// Where a step stopped being finite.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NonFinite {
-    /// First parameter with a bad gradient, or `loss`.
+    /// A parameter, a block such as `encoder.block.3`, or `loss`.
     pub place: String,
 }
 
@@ -82,7 +85,17 @@ impl Learner {
         self.model.as_ref().expect("only `step` moves the model, and puts it back")
     }
 
-    /// The model, for loading.
+    /// Replaces every parameter by that of `source`.
+    ///
+    /// # Errors
+    /// When `source` cannot be read; what is left has no model.
+    pub(crate) fn load_parameters(&mut self, source: &dyn TensorSource) -> Result<(), CheckpointError> {
+        let model = self.model.take().expect("every method that takes the model puts it back");
+        self.model = Some(filled(model, source)?);
+        Ok(())
+    }
+
+    /// The model, for changing single parameters.
     pub fn model_mut(&mut self) -> &mut SwitchTransformer {
         self.model.as_mut().expect("only `step` moves the model, and puts it back")
     }
@@ -99,8 +112,9 @@ impl Learner {
 
     /// Learns from `batch`, the data of `step`, counted from 0.
     ///
-    /// The result does not depend on how the batch splits into micro-batches, beyond the order of
-    /// floating-point sums.
+    /// Beyond the order of floating-point sums the result does not depend on how the batch splits into
+    /// micro-batches, if `routing.group_rows` is set or the model is dense: by default a micro-batch is
+    /// a routing group, and experts have room by the group.
     pub fn step(&mut self, plan: &RunPlan, batch: &HostBatch, step: u64) -> StepOutcome {
         let denominators = Denominators::of(batch, plan);
         let mut sums = GradientSums::default();
@@ -113,20 +127,19 @@ impl Learner {
             tokens: count_tokens(batch),
             moe: Vec::new(),
         };
-        for start in (0..batch.rows).step_by(plan.data.micro_batch_rows) {
-            let rows = plan.data.micro_batch_rows.min(batch.rows - start);
-            self.accumulate(plan, &batch.slice(start, rows), step, denominators, &mut sums, &mut report);
+        for micro in micro_batches(plan, batch) {
+            self.accumulate(plan, &micro, step, denominators, &mut sums, &mut report);
         }
         report.grad_norm = sums.global_norm();
         if !report.total_loss.is_finite() || !report.grad_norm.is_finite() {
-            let place = sums.first_non_finite().unwrap_or("loss").to_owned();
+            let place = first_non_finite(self.model(), plan, batch, step, report.total_loss, &sums);
             report.skipped = Some(NonFinite { place });
             return report;
         }
         let clip = plan.optimizer.clip_norm;
         let scale = if clip > 0.0 { (clip / report.grad_norm.max(f64::MIN_POSITIVE)).min(1.0) } else { 1.0 };
         let model = self.model.take().expect("only `step` moves the model, and puts it back");
-        self.model = Some(self.optimizer.step(model, &sums, report.learning_rate, scale, step + 1));
+        self.model = Some(self.optimizer.step(model, &sums, report.learning_rate, scale));
         report
     }
 
@@ -140,19 +153,7 @@ impl Learner {
         sums: &mut GradientSums,
         report: &mut StepOutcome,
     ) {
-        let context = ForwardContext {
-            model: &plan.model,
-            routing: &plan.routing,
-            capacity: Capacity::Training,
-            dropout_rate: plan.trainer.dropout_rate,
-            expert_dropout: plan.trainer.expert_dropout,
-            router_jitter_noise: plan.routing.router_jitter_noise,
-            seed: plan.seed,
-            step: step as u32,
-            first_row: micro.first_row,
-            dispatcher: &LocalDispatcher,
-            tensor_parallel: &WholeTensors,
-        };
+        let context = training_context(plan, step, micro.first_row);
         let batch = device_batch(micro, plan.model.pad_token_id as i32, &self.device.clone().inner());
         let output = self.model().loss(&batch, plan.trainer.z_loss, &context);
         let loss = total_loss(plan, &output, denominators);
@@ -167,13 +168,42 @@ impl Learner {
     }
 }
 
+/// The parts of a batch that are computed at once.
+pub(crate) fn micro_batches(plan: &RunPlan, batch: &HostBatch) -> impl Iterator<Item = HostBatch> {
+    let at_once = plan.data.micro_batch_rows;
+    let starts = (0..batch.rows).step_by(at_once);
+    starts.map(move |start| batch.slice(start, at_once.min(batch.rows - start)))
+}
+
+/// Noise, capacity and routing of one micro-batch in training.
+pub(crate) fn training_context(plan: &RunPlan, step: u64, first_row: u32) -> ForwardContext<'_> {
+    ForwardContext {
+        model: &plan.model,
+        routing: &plan.routing,
+        capacity: Capacity::Training,
+        dropout_rate: plan.trainer.dropout_rate,
+        expert_dropout: plan.trainer.expert_dropout,
+        router_jitter_noise: plan.routing.router_jitter_noise,
+        seed: plan.seed,
+        step: step as u32,
+        first_row,
+        dispatcher: &LocalDispatcher,
+        tensor_parallel: &WholeTensors,
+    }
+}
+
 /// `sum CE / N_targets + sum over groups and layers of the router losses / N_groups`.
 fn total_loss(plan: &RunPlan, output: &LossOutput, denominators: Denominators) -> Tensor<1> {
     let mut loss = output.cross_entropy.loss_sum.clone() / denominators.targets;
     for router in &output.router_losses {
-        let balance = plan.routing.load_balancing_loss_coef / denominators.groups;
-        let z = plan.routing.router_z_loss_coef / denominators.groups;
-        loss = loss + router.load_balancing.clone() * balance + router.z.clone() * z;
+        let terms = [
+            (&router.load_balancing, plan.routing.load_balancing_loss_coef),
+            (&router.z, plan.routing.router_z_loss_coef),
+        ];
+        // A term that does not count would still cost a backward pass through every router.
+        for (term, coefficient) in terms.into_iter().filter(|&(_, coefficient)| coefficient != 0.0) {
+            loss = loss + term.clone() * (coefficient / denominators.groups);
+        }
     }
     loss
 }

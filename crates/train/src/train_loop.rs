@@ -94,26 +94,23 @@ pub fn train(
         let started = Instant::now();
         let Some(Prefetched { batch, waited }) = batches.next_batch()? else { break };
         let outcome = run.learner.step(plan, &batch, run.progress.step);
-        let record = run.count(&outcome, started, waited.as_secs_f64())?;
+        let record = run.count(&outcome, &batch, started, waited.as_secs_f64())?;
         interrupted = options.stop.load(Ordering::Relaxed);
-        let at_end = record.step == end;
-        if at_end || record.step.is_multiple_of(plan.trainer.log_every_steps) {
+        if run.is_due(plan.trainer.log_every_steps) {
             run.metrics.write(&record)?;
         }
         observer.step(&record, end);
-        if at_end || due(record.step, plan.eval.every_steps) {
-            run.evaluate(observer)?;
+        // Whoever asked to stop may not wait long: what is due besides is made up for on resume.
+        if interrupted || record.step == end || run.is_due(plan.checkpoint.every_steps) {
+            let must_succeed = interrupted || record.step == end;
+            run.save(must_succeed, observer)?;
         }
-        if at_end || interrupted || due(record.step, plan.checkpoint.every_steps) {
-            run.save(observer)?;
+        if !interrupted && run.is_due(plan.eval.every_steps) {
+            run.evaluate(observer)?;
         }
     }
     let interrupted = run.progress.step < end;
     Ok(run.outcome(interrupted))
-}
-
-fn due(step: u64, every: u64) -> bool {
-    every > 0 && step.is_multiple_of(every)
 }
 
 /// A run under way.
@@ -121,6 +118,8 @@ struct Run<'a> {
     plan: &'a RunPlan,
     learner: Learner,
     progress: Progress,
+    /// Rows of text learned from.
+    samples: u64,
     metrics: MetricsFile,
     checkpoints: Checkpoints<'a>,
     held_out: Vec<HostBatch>,
@@ -142,43 +141,59 @@ impl<'a> Run<'a> {
         }
         let checkpoints = Checkpoints::new(plan, data, options);
         let mut learner = Learner::new(plan, &options.device.clone().autodiff());
-        let mut progress = Progress::default();
+        let (mut progress, mut samples) = (Progress::default(), 0);
         let mut saved = None;
         if let Some(path) = checkpoints.to_resume()? {
-            progress = checkpoints.load(&path, &mut learner)?;
+            (progress, samples) = checkpoints.load(&path, &mut learner)?;
             observer.resumed(progress.step, &path);
             saved = Some(path);
         }
+        let (metrics, last) = MetricsFile::open_after(&options.directory.metrics(), progress.step)?;
         options.directory.write_config(&options.config)?;
         data.tokenizer().save(&options.directory.tokenizer()).map_err(LoadError::from)?;
-        Ok(Self {
+        let mut run = Self {
             plan,
             learner,
-            metrics: MetricsFile::open_after(&options.directory.metrics(), progress.step)?,
+            metrics,
             progress,
+            samples,
             checkpoints,
             held_out: data.evaluation_batches(plan.eval.batches).collect::<Result<_, _>>()?,
             first_sentinel: data.tokenizer().first_sentinel_id() as i32,
             saved,
             evaluation: None,
-        })
+        };
+        // An interrupted run saves first: the evaluation that was due is made up for.
+        let evaluated = last.step.is_none() || last.evaluation == Some(run.progress.step);
+        if !evaluated && run.is_due(plan.eval.every_steps) {
+            run.evaluate(observer)?;
+        }
+        Ok(run)
+    }
+
+    /// Whether something that happens every so many steps, 0 for never, and at the end of the schedule
+    /// happens now.
+    fn is_due(&self, every: u64) -> bool {
+        let step = self.progress.step;
+        step == self.plan.schedule.total_steps || (every > 0 && step.is_multiple_of(every))
     }
 
     /// Makes the batches from here to step `end` in the background.
     fn prefetch(&self, data: &Arc<DataSet>, end: u64) -> Result<Prefetcher, TrainError> {
-        let first_sample = self.progress.step * self.plan.data.batch_rows as u64;
         let steps = end.saturating_sub(self.progress.step);
         let ahead = self.plan.data.prefetch_batches;
-        Ok(Prefetcher::start(Arc::clone(data), first_sample, steps, ahead)?)
+        Ok(Prefetcher::start(Arc::clone(data), self.samples, steps, ahead)?)
     }
 
     /// Moves the counters past a step and makes its record.
     fn count(
         &mut self,
         outcome: &StepOutcome,
+        batch: &HostBatch,
         started: Instant,
         waited_s: f64,
     ) -> Result<StepRecord, TrainError> {
+        self.samples += batch.rows as u64;
         let progress = &mut self.progress;
         progress.step += 1;
         progress.tokens += outcome.tokens;
@@ -223,15 +238,16 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn save(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+    fn save(&mut self, must_succeed: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
         self.metrics.sync()?;
-        match self.checkpoints.save(&self.learner, &self.progress) {
+        let warns = self.plan.checkpoint.on_error == OnCheckpointError::Warn && !must_succeed;
+        match self.checkpoints.save(&self.learner, &self.progress, self.samples) {
             Ok(path) => {
                 observer.saved(&path);
                 self.saved = Some(path);
                 Ok(())
             }
-            Err(error) if self.plan.checkpoint.on_error == OnCheckpointError::Warn => {
+            Err(error) if warns => {
                 tracing::warn!(step = self.progress.step, %error, "checkpoint not written");
                 Ok(())
             }

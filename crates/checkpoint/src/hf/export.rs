@@ -49,6 +49,14 @@ pub struct ExportSummary {
     pub expert_capacity: Option<usize>,
 }
 
+/// Whether transformers can compute what `model` computes.
+///
+/// # Errors
+/// [`CheckpointError::NotRepresentable`] names the first part that it cannot, and the mend.
+pub fn representable(model: &ModelConfig, routing: &RoutingConfig) -> Result<(), CheckpointError> {
+    config::representable(model, routing).map(|_| ())
+}
+
 /// Writes the parameters of `source` as a Hugging Face directory at `out`, whole or not at all.
 ///
 /// # Errors

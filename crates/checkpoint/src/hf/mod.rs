@@ -15,7 +15,7 @@ mod transpose;
 mod tests;
 
 pub use crate::dtype::StoredDtype;
-pub use export::{ExportOptions, ExportSummary, export};
+pub use export::{ExportOptions, ExportSummary, export, representable};
 pub(crate) use import::HuggingFaceModel;
 
 /// Version of transformers whose layout is written.

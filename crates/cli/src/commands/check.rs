@@ -1,6 +1,8 @@
 //! `switchyard check`: what an experiment file means, without starting it.
 
+use switchyard_checkpoint::hf;
 use switchyard_config::{resolve, summarize};
+use switchyard_data::span_corruption::SpanCorruption;
 
 use super::output::{self, bytes, grouped};
 use crate::Outcome;
@@ -8,6 +10,10 @@ use crate::args::CheckArguments;
 
 pub(crate) fn run(arguments: &CheckArguments) -> anyhow::Result<Outcome> {
     let plan = resolve(&arguments.config, &arguments.set)?.plan;
+    SpanCorruption::check(&plan.data)?;
+    if plan.checkpoint.export {
+        hf::representable(&plan.model, &plan.routing)?;
+    }
     let summary = summarize(&plan);
     if arguments.json {
         output::json(&serde_json::json!({"plan": plan, "summary": summary}))?;

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use burn::tensor::Device;
+use serde::Deserialize;
 use switchyard_config::plan::{DataPlan, SourcePlan};
 use switchyard_config::resolve_str;
 use switchyard_data::span_corruption::ChunkLengths;
@@ -13,25 +14,24 @@ use super::output;
 use super::progress::Work;
 use crate::Outcome;
 use crate::args::{EvalArguments, Verbosity};
+use crate::report::in_options;
 
 pub(crate) fn run(
     arguments: &EvalArguments,
     device: &Device,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
-    anyhow::ensure!(arguments.batches > 0 && arguments.rows > 0, "--batches and --rows must be at least 1");
     let loaded = LoadedModel::open(&arguments.model, device)?;
     let tokenizer = loaded.tokenizer()?;
-    let length = arguments.inputs_length.or(loaded.directory.inputs_length()).unwrap_or(512);
-    let plan = data_plan(arguments, &tokenizer, length)?;
+    let plan = data_plan(arguments, &loaded, &tokenizer)?;
     let work = Work::new(verbosity.quiet);
-    let data = DataSet::open(&plan, 0, &|report| work.data(report))?;
+    let data = DataSet::open(&plan, 0, &|report| work.data(report)).map_err(in_options)?;
     let batches = data.evaluation_batches(arguments.batches).collect::<Result<Vec<HostBatch>, _>>()?;
     work.busy(&format!("evaluating {} batches", batches.len()));
     let rules =
         EvaluationRules { first_sentinel: tokenizer.first_sentinel_id() as i32, mismatched_inputs: false };
     let LoadedModel { model, config, routing, .. } = &loaded;
-    let result = evaluate(model, config, routing, &batches, arguments.rows, rules);
+    let result = evaluate(model, config, routing, &batches, plan.micro_batch_rows, rules);
     drop(work);
     if arguments.json {
         output::json(&result)?;
@@ -60,24 +60,32 @@ pub(crate) fn run(
     Ok(Outcome::Done)
 }
 
-/// Held-out text only, cut as pretraining cuts it.
+/// Held-out text only, cut as the model's training cut it; of a model without a run, as T5's.
 fn data_plan(
     arguments: &EvalArguments,
+    loaded: &LoadedModel,
     tokenizer: &Tokenizer,
-    inputs_length: usize,
 ) -> anyhow::Result<DataPlan> {
-    anyhow::ensure!(inputs_length >= 4, "--inputs-length must be at least 4");
-    let defaults = resolve_str("name = \"eval\"\nmodel.preset = \"tiny\"\n", &[])
-        .context("the built-in defaults are a valid experiment")?;
-    let mut plan = defaults.plan.data;
-    let lengths = ChunkLengths::new(inputs_length, plan.noise_density, plan.mean_noise_span_length);
+    let trained = loaded.directory.trainer().pointer("/plan/data");
+    let mut plan = match trained {
+        Some(plan) => DataPlan::deserialize(plan).with_context(|| {
+            format!("{}: trainer.json is of another version", loaded.directory.path().display())
+        })?,
+        None => resolve_str("name = \"eval\"\nmodel.preset = \"tiny\"\n", &[])?.plan.data,
+    };
+    if let Some(inputs_length) = arguments.inputs_length {
+        let lengths = ChunkLengths::new(inputs_length, plan.noise_density, plan.mean_noise_span_length);
+        (plan.inputs_length, plan.targets_length) = (inputs_length, lengths.targets_length);
+    }
+    if let Some(text_column) = &arguments.text_column {
+        plan.text_column.clone_from(text_column);
+    }
+    let rows = arguments.rows.unwrap_or(if trained.is_some() { plan.micro_batch_rows } else { 32 });
     plan.sources = Vec::new();
     plan.eval_sources =
         vec![SourcePlan { path: arguments.data.clone(), name: arguments.data.clone(), weight: 1.0 }];
     plan.tokenizer = tokenizer.path().to_owned();
-    plan.text_column.clone_from(&arguments.text_column);
     plan.cache_dir.clone_from(&arguments.cache_dir);
-    (plan.inputs_length, plan.targets_length) = (inputs_length, lengths.targets_length);
-    (plan.batch_rows, plan.micro_batch_rows) = (arguments.rows, arguments.rows);
+    (plan.batch_rows, plan.micro_batch_rows) = (rows, rows);
     Ok(plan)
 }

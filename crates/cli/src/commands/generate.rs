@@ -13,7 +13,6 @@ use crate::args::GenerateArguments;
 const ROWS_AT_ONCE: usize = 32;
 
 pub(crate) fn run(arguments: &GenerateArguments, device: &Device) -> anyhow::Result<Outcome> {
-    anyhow::ensure!(arguments.max_new_tokens > 0, "--max-new-tokens must be at least 1");
     let prompts = prompts(arguments)?;
     let loaded = LoadedModel::open(&arguments.model, device)?;
     let tokenizer = loaded.tokenizer()?;

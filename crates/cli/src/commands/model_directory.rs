@@ -1,15 +1,23 @@
 //! A model from disk, ready to run, with its tokenizer.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use burn::tensor::Device;
-use switchyard_checkpoint::{ModelDirectory, open_model};
+use switchyard_checkpoint::{ModelDirectory, latest_complete, open_model};
 use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingConfig;
 use switchyard_data::Tokenizer;
 use switchyard_model::SwitchTransformer;
 use switchyard_train::load_model;
+
+/// The checkpoint at `path`, or the newest one of the run there; `None` for anything else.
+pub(crate) fn checkpoint_of(path: &Path) -> anyhow::Result<Option<PathBuf>> {
+    if path.join("manifest.json").exists() {
+        return Ok(Some(path.to_owned()));
+    }
+    Ok(latest_complete(&path.join("checkpoints"))?)
+}
 
 /// What `--model` names.
 pub(crate) struct LoadedModel {

@@ -81,6 +81,10 @@ impl Work {
     pub(crate) fn data(&self, report: switchyard_data::Progress<'_>) {
         use switchyard_data::Progress;
         match report {
+            Progress::Waiting { what } => {
+                // It comes once, and `busy` may hold a line back.
+                self.note(&format!("waiting for another process that builds {what}"));
+            }
             Progress::CountingWords { bytes: read } => {
                 self.busy(&format!("tokenizer: counting words, {} of text", bytes(read)));
             }

@@ -11,6 +11,7 @@ use super::output;
 use super::progress::Work;
 use crate::Outcome;
 use crate::args::{TokenizerCommand, Verbosity};
+use crate::report::in_options;
 
 pub(crate) fn run(command: &TokenizerCommand, verbosity: Verbosity) -> anyhow::Result<Outcome> {
     match command {
@@ -20,12 +21,13 @@ pub(crate) fn run(command: &TokenizerCommand, verbosity: Verbosity) -> anyhow::R
                 "{} exists already; choose another directory",
                 out.join("tokenizer.json").display()
             );
-            let text = TrainingText { files: source::resolve(data, cache_dir)?, weight: 1.0 };
+            let text =
+                TrainingText { files: source::resolve(data, cache_dir).map_err(in_options)?, weight: 1.0 };
             let read = ReadOptions::of_column(text_column);
             let tokenizer = {
                 let work = Work::new(verbosity.quiet);
                 let options = TrainOptions::new(*vocab_size);
-                train_on_texts(&[text], &read, &options, &|report| work.data(report))?
+                train_on_texts(&[text], &read, &options, &|report| work.data(report)).map_err(in_options)?
             };
             tokenizer.save(out)?;
             output::line(format!(

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use burn::tensor::Device;
-use switchyard_checkpoint::hf::StoredDtype;
+use switchyard_checkpoint::hf::{self, StoredDtype};
 use switchyard_checkpoint::open_model;
 use switchyard_config::{RunPlan, resolve};
 use switchyard_data::DataSet;
@@ -13,7 +13,7 @@ use switchyard_train::{
 };
 
 use super::fill::Filler;
-use super::model_directory::LoadedModel;
+use super::model_directory::{LoadedModel, checkpoint_of};
 use super::progress::Work;
 use super::{data, export, output};
 use crate::args::{TrainArguments, Verbosity};
@@ -30,15 +30,15 @@ pub(crate) fn run(
     let resolved = resolve(&arguments.config, &arguments.set)?;
     let plan = &resolved.plan;
     let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
-    let resume = match arguments.resume.as_str() {
-        "never" => Resume::Never,
-        "auto" => Resume::Auto,
-        checkpoint => Resume::From(PathBuf::from(checkpoint)),
-    };
+    let resume = resume(&arguments.resume)?;
+    if plan.checkpoint.export {
+        hf::representable(&plan.model, &plan.routing).context("checkpoint.export = true cannot be done")?;
+    }
     let directory = RunDirectory::open(&root, &resume)?;
     logging::start(verbosity, Some(&directory.logs().join("rank-0.log")))?;
-    let stop = signals::stop_flag()?;
     let data = data::open(plan, verbosity.quiet)?;
+    // Until here Ctrl-C ends the program at once: what was prepared is kept and nothing was learned.
+    let stop = signals::stop_flag()?;
     let config = format!("# switchyard {}\n{}", env!("CARGO_PKG_VERSION"), resolved.to_toml());
     let options = TrainOptions {
         device: device.clone(),
@@ -52,8 +52,33 @@ pub(crate) fn run(
         let mut screen = Screen::new(plan, &data, verbosity.quiet);
         train(plan, &data, &options, &mut screen)?
     };
-    let again = format!("switchyard train {} --resume auto", arguments.config.display());
-    finish(plan, &root, &outcome, &again, device)
+    finish(plan, &root, &outcome, &continuation(arguments), device)
+}
+
+/// What `--resume` asks for: of a run that is named, its newest checkpoint.
+fn resume(argument: &str) -> anyhow::Result<Resume> {
+    let path = Path::new(argument);
+    match argument {
+        "never" => Ok(Resume::Never),
+        "auto" => Ok(Resume::Auto),
+        _ => checkpoint_of(path)?.map(Resume::From).with_context(|| {
+            format!("--resume {argument} is neither `auto` nor `never` nor a checkpoint or run with one")
+        }),
+    }
+}
+
+/// The command that continues this run.
+fn continuation(arguments: &TrainArguments) -> String {
+    let mut words = vec![arguments.config.display().to_string()];
+    words.extend(arguments.set.iter().flat_map(|set| ["--set".to_owned(), set.clone()]));
+    if let Some(run_dir) = &arguments.run_dir {
+        words.extend(["--run-dir".to_owned(), run_dir.display().to_string()]);
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
+    let quoted = words.iter().map(|word| {
+        if word.chars().all(plain) { word.clone() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+    });
+    format!("switchyard train {} --resume auto", quoted.collect::<Vec<_>>().join(" "))
 }
 
 /// What happened, where everything is and what to do next.
@@ -65,7 +90,7 @@ fn finish(
     device: &Device,
 ) -> anyhow::Result<Outcome> {
     let Some(checkpoint) = &outcome.checkpoint else {
-        output::line(format!("stopped at step {} before anything was saved", outcome.step))?;
+        output::line(format!("stopped before anything was learned; start again with: {again}"))?;
         return Ok(Outcome::Interrupted);
     };
     if outcome.interrupted {
@@ -120,13 +145,18 @@ fn show_prompts(checkpoint: &Path, prompts: &[String], device: &Device) -> anyho
     Ok(())
 }
 
-/// Replaces `RUN/export` by the model of `checkpoint`.
+/// Replaces `RUN/export` by the model of `checkpoint`, once that is written.
 fn write_export(checkpoint: &Path, root: &Path) -> anyhow::Result<PathBuf> {
-    let out = root.join("export");
-    if out.exists() {
-        std::fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
-    }
-    export::write(&open_model(checkpoint)?, &out, StoredDtype::F32, None, None)?;
+    let (out, new) = (root.join("export"), root.join("export.new"));
+    let remove = |path: &Path| match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    remove(&new).with_context(|| format!("cannot replace {}", new.display()))?;
+    export::write(&open_model(checkpoint)?, &new, StoredDtype::F32, None, None)?;
+    remove(&out)
+        .and_then(|()| std::fs::rename(&new, &out))
+        .with_context(|| format!("cannot replace {}", out.display()))?;
     Ok(out)
 }
 

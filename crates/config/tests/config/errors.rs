@@ -166,7 +166,8 @@ fn every_rule_refuses() {
         (&["data.mean_noise_span_length=0.5"], "must be finite and at least 1"),
         (&["model.d_model=9000000000000000000"], "the model would have about"),
         (&["model.num_layers=1000000000000"], "is more than 65536"),
-        (&["data.batch_rows=6400000000000000000"], "a batch would have about"),
+        (&["data.mixture_temperature=0"], "data.mixture_temperature = 0 must be finite and greater than 0"),
+        (&["data.mixture_temperature=inf"], "data.mixture_temperature = inf must be finite"),
         (&["model.relative_attention_num_buckets=7"], "must be even and at least 4"),
         (&["model.relative_attention_max_distance=16"], "must be more than half"),
         (&["model.num_experts=1"], "leaves the router nothing to choose"),
@@ -189,6 +190,53 @@ fn every_rule_refuses() {
         assert!(text.lines().next().unwrap().contains(expected), "{sets:?} gave {text}");
         assert!(text.contains("= help: "), "{sets:?} has no mend: {text}");
     }
+}
+
+#[test]
+fn absurd_sizes_are_refused_with_the_bound() {
+    const HUGE: u64 = 6_400_000_000_000_000_000;
+    for (key, most) in [
+        ("data.prefetch_batches", 1024),
+        ("data.batch_rows", 1 << 20),
+        ("data.micro_batch_rows", 1 << 20),
+        ("data.inputs_length", 1 << 20),
+        ("data.targets_length", 1 << 20),
+        ("model.num_decoder_layers", 1 << 16),
+        ("model.relative_attention_num_buckets", 1 << 16),
+        ("model.relative_attention_max_distance", 1 << 20),
+    ] {
+        for count in [most + 1, HUGE] {
+            let text = refusal_of_sets(&[&format!("{key}={count}")]);
+            assert!(text.starts_with(&format!("{key} = {count} is more than {most}\n")), "{text}");
+            assert!(text.ends_with(&format!("= help: set {key} to {most} or less")), "{text}");
+        }
+    }
+    let accepted = ["data.prefetch_batches=1024", "data.batch_rows=1048576", "data.micro_batch_rows=1048576"];
+    let short = ["data.inputs_length=2", "data.targets_length=1"].map(str::to_owned);
+    let sets: Vec<String> = accepted.map(str::to_owned).into_iter().chain(short).collect();
+    resolve_str(START, &sets).unwrap();
+}
+
+#[test]
+fn batches_have_to_fit_in_memory() {
+    let text = refusal_of_sets(&["data.inputs_length=1048576", "data.batch_rows=65536"]);
+    assert!(text.starts_with("6 batches of 68726947840 tokens would be in memory, "), "{text}");
+    assert!(text.ends_with("= help: use fewer rows or shorter ones"), "{text}");
+    let text = refusal_of_sets(&["data.prefetch_batches=1024", "data.batch_rows=8192"]);
+    assert!(text.ends_with("= help: set data.prefetch_batches to 835 or less"), "{text}");
+    resolve_str(START, &["data.prefetch_batches=835".to_owned(), "data.batch_rows=8192".to_owned()]).unwrap();
+}
+
+#[test]
+fn samples_of_a_run_have_to_be_countable() {
+    let steps = format!("schedule.total_steps={}", u64::MAX / 2048 + 1);
+    let text = refusal_of_sets(&[&steps]);
+    assert!(text.contains("of data.batch_rows = 2048 are more than 2^64 samples"), "{text}");
+    assert!(
+        text.contains(&format!("= help: set schedule.total_steps to {} or less", u64::MAX / 2048)),
+        "{text}"
+    );
+    resolve_str(START, &[format!("schedule.total_steps={}", u64::MAX / 2048)]).unwrap();
 }
 
 #[test]

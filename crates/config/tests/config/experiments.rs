@@ -43,3 +43,14 @@ fn switch_differs_from_its_dense_baseline_in_the_model_alone() {
     );
     assert_eq!(summarize(&sparse).total_parameters, 619_339_008);
 }
+
+/// The shares of the four languages in the appendix of the mT5 paper, relative to each other.
+#[test]
+fn mt5_mixes_languages_as_published() {
+    let data = resolve(&folder().join("mt5-base-mc4.toml"), &[]).unwrap().plan.data;
+    let share = |index: usize| data.sources[index].weight.powf(1.0 / data.mixture_temperature);
+    for (index, published) in [(1, 3.71), (2, 3.05), (3, 0.5)] {
+        let found = 5.67 * share(index) / share(0);
+        assert!((found / published - 1.0).abs() < 0.03, "{}: {found}", data.sources[index].name);
+    }
+}

@@ -87,7 +87,16 @@ fn efficient_names_are_parsed_in_any_combination() {
 fn faulty_names_are_refused_with_the_part() {
     let message = |name| preset(name).unwrap_err().to_string();
     assert_eq!(message("switch-bsae-8"), "unknown preset `switch-bsae-8`; did you mean `switch-base-8`?");
-    assert_eq!(message("llama"), "unknown preset `llama`");
+    let unlike = message("llama");
+    assert!(
+        unlike.starts_with("unknown preset `llama`; names are `tiny` and those of the families "),
+        "{unlike}"
+    );
+    let families: Vec<&str> = unlike.split('`').filter(|word| word.ends_with('-')).collect();
+    for name in preset_names() {
+        let known = name == "tiny" || families.iter().any(|family| name.starts_with(family));
+        assert!(known, "{name} is of no family in: {unlike}");
+    }
     for name in ["t5-efficient-tiny-sh", "t5-efficient-base-nl4-skv"] {
         assert!(matches!(preset(name), Err(PresetError::NoDefinition { .. })), "{name}");
     }

@@ -1,7 +1,7 @@
 //! A resolved run, written and read back, is the same run.
 
 use proptest::prelude::*;
-use switchyard_config::{differences, resolve_str, resume_conflicts};
+use switchyard_config::{RunPlan, branch_conflicts, differences, resolve_str, resume_conflicts};
 
 fn text() -> impl Strategy<Value = String> {
     prop_oneof!["[a-z0-9/_.*-]{1,20}", "\\PC{1,12}", "[\"'\\\\\\n\\t#= a-z]{1,12}"]
@@ -31,6 +31,7 @@ fn setting() -> impl Strategy<Value = String> {
         (text(), 0.001..1e6).prop_map(|(path, weight)| {
             format!("data.sources=[{{path={}, weight={weight}}}]", toml_text(&path))
         }),
+        number(1e-3..1e3).prop_map(key("data.mixture_temperature")),
         number(1e-300..1e300).prop_map(key("optimizer.learning_rate")),
         number(0.0..1.0).prop_map(key("trainer.dropout_rate")),
         number(1e-12..1e-3).prop_map(key("model.layer_norm_epsilon")),
@@ -76,12 +77,62 @@ fn origins_are_written_beside_the_values() {
     }
 }
 
+fn resolved(sets: &[&str]) -> RunPlan {
+    let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+    resolve_str("name = \"x\"\nmodel.preset = \"tiny\"\n", &sets).unwrap().plan
+}
+
+#[test]
+fn data_that_moved_and_a_new_name_can_be_resumed() {
+    let before = resolved(&[]);
+    let moved = resolved(&[
+        "name=y",
+        "data.sources=[{path=\"elsewhere/*.json\", weight=2}]",
+        "data.eval_sources=[]",
+        "data.tokenizer=elsewhere/tokenizer.json",
+        "data.train_tokenizer_vocab_size=500",
+        "data.text_column=content",
+        "data.text_document=file",
+        "data.on_corrupt=skip",
+        "data.cache_dir=elsewhere",
+    ]);
+    assert_eq!(differences(&before, &moved).len(), 9);
+    assert_eq!(resume_conflicts(&before, &moved), []);
+    for set in ["data.mixture_temperature=2", "data.inputs_length=256", "seed=2", "trainer.z_loss=0"] {
+        let conflicts = resume_conflicts(&before, &resolved(&[set]));
+        assert_eq!(conflicts.len(), 1, "{set}");
+        assert!(set.starts_with(&conflicts[0].key), "{conflicts:?}");
+    }
+}
+
+#[test]
+fn a_branch_keeps_the_model_the_optimizer_and_the_format() {
+    let before = resolved(&[]);
+    let free = resolved(&[
+        "name=y",
+        "seed=2",
+        "data.inputs_length=256",
+        "data.mixture_temperature=2",
+        "optimizer.learning_rate=0.5",
+        "schedule.kind=constant",
+        "routing.capacity_factor=2",
+        "trainer.dropout_rate=0.1",
+    ]);
+    assert_eq!(branch_conflicts(&before, &free), []);
+    for (set, key) in [
+        ("model.d_ff=512", "model.d_ff"),
+        ("model.layer_norm_epsilon=1e-5", "model.layer_norm_epsilon"),
+        ("model.init_scale=1", "model.init_scale"),
+        ("optimizer.kind=adamw", "optimizer.kind"),
+    ] {
+        let keys: Vec<String> =
+            branch_conflicts(&before, &resolved(&[set])).into_iter().map(|found| found.key).collect();
+        assert_eq!(keys, [key]);
+    }
+}
+
 #[test]
 fn differences_name_keys_and_values() {
-    let resolved = |sets: &[&str]| {
-        let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
-        resolve_str("name = \"x\"\nmodel.preset = \"tiny\"\n", &sets).unwrap().plan
-    };
     let (before, after) = (resolved(&[]), resolved(&["checkpoint.keep_last=9", "optimizer.kind=adamw"]));
     let found: Vec<_> = differences(&before, &after)
         .into_iter()

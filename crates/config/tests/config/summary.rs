@@ -34,6 +34,18 @@ fn capacity_follows_the_groups() {
     assert!(summary("t5-small", &[]).stacks.is_empty());
 }
 
+/// Factors that no machine can serve must not overflow what is shown of them.
+#[test]
+fn capacity_ends_at_the_tokens_of_a_group() {
+    for rounding in ["ceil", "floor", "multiple_of_8"] {
+        let rounding = format!("routing.capacity_rounding={rounding}");
+        let found = summary("switch-base-8", &["routing.capacity_factor=1e300", &rounding]);
+        assert_eq!(found.stacks[0].expert_capacity, 64 * 512);
+    }
+    let choice = summary("switch-base-8", &["routing.router=expert_choice", "routing.capacity_factor=1e300"]);
+    assert_eq!(choice.active_parameters, choice.total_parameters);
+}
+
 #[test]
 fn tokens_and_memory_of_a_step() {
     let found = summary("t5-small", &["optimizer.kind=adamw"]);

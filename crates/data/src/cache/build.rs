@@ -4,7 +4,7 @@
 //! on threads or interruptions: an interrupted build goes on at its last whole segment.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::mem;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::manifest::{Layout, Manifest, SourceFile, VERSION, write_json};
 use super::writer::TokenWriter;
 use super::{CacheError, CacheSource};
-use crate::durable;
+use crate::durable::Claim;
 use crate::error::DataError;
 use crate::permutation::{Permutation, StreamTag};
 use crate::progress::{Progress, ProgressFn};
@@ -87,26 +87,25 @@ struct Segment {
 impl Build<'_> {
     /// Builds the cache at `target` unless another process has done so meanwhile.
     pub(super) fn run(&self, target: &Path, progress: ProgressFn<'_>) -> Result<(), CacheError> {
-        let lock_path = durable::with_suffix(target, ".lock");
-        let lock = File::create(&lock_path).map_err(CacheError::io("create", &lock_path))?;
-        lock.lock().map_err(CacheError::io("lock", &lock_path))?;
-        if target.exists() {
+        let what = format!("the tokens of {}", self.source.name);
+        let waiting = || progress(Progress::Waiting { what: &what });
+        let Some(claim) = Claim::take(target, Path::exists, waiting)? else {
             return Ok(());
-        }
-        let partial = durable::with_suffix(target, ".partial");
-        let (mut journal, mut writer) = self.resume(&partial)?;
+        };
+        let (mut journal, mut writer) = self.resume(&claim)?;
 
         let (sender, receiver) = sync_channel(BATCHES_AHEAD);
         let start = journal.cursor;
         thread::scope(|scope| {
             scope.spawn(move || self.read(start, &sender));
-            self.encode(receiver, &mut journal, &mut writer, &partial, progress)
+            self.encode(receiver, &mut journal, &mut writer, claim.partial(), progress)
         })?;
-        self.finish(journal, writer, &partial, target)
+        self.finish(journal, writer, claim)
     }
 
-    /// The journal and writer of an interrupted build in `partial`, or fresh ones.
-    fn resume(&self, partial: &Path) -> Result<(Journal, TokenWriter), CacheError> {
+    /// The journal and writer of an interrupted build, or fresh ones.
+    fn resume(&self, claim: &Claim) -> Result<(Journal, TokenWriter), CacheError> {
+        let partial = claim.partial();
         let saved = fs::read(partial.join(JOURNAL)).ok();
         let saved = saved.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok());
         if let Some(journal) = saved.filter(|journal| journal.fingerprint == self.fingerprint)
@@ -114,10 +113,7 @@ impl Build<'_> {
         {
             return Ok((journal, writer));
         }
-        if partial.exists() {
-            fs::remove_dir_all(partial).map_err(CacheError::io("remove", partial))?;
-        }
-        fs::create_dir_all(partial).map_err(CacheError::io("create", partial))?;
+        claim.clear()?;
         let journal = Journal { fingerprint: self.fingerprint.clone(), ..Journal::default() };
         let writer =
             self.writer(partial, 0)?.ok_or_else(|| CacheError::corrupt(partial, "files appear in it"))?;
@@ -248,16 +244,10 @@ impl Build<'_> {
     }
 
     /// Writes the manifest and gives the cache its name.
-    fn finish(
-        &self,
-        journal: Journal,
-        writer: TokenWriter,
-        partial: &Path,
-        target: &Path,
-    ) -> Result<(), CacheError> {
+    fn finish(&self, journal: Journal, writer: TokenWriter, claim: Claim) -> Result<(), CacheError> {
         let Journal { tokens, documents, counts, skipped, .. } = journal;
         if tokens == 0 {
-            fs::remove_dir_all(partial).map_err(CacheError::io("remove", partial))?;
+            claim.abandon()?;
             let files = self.source.files;
             return Err(CacheError::Empty {
                 name: self.source.name.to_owned(),
@@ -288,12 +278,12 @@ impl Build<'_> {
             sources: self.files.clone(),
             files: writer.finish()?,
         };
-        let journal: PathBuf = partial.join(JOURNAL);
+        let journal: PathBuf = claim.partial().join(JOURNAL);
         if journal.exists() {
             fs::remove_file(&journal).map_err(CacheError::io("remove", &journal))?;
         }
-        manifest.write(partial)?;
-        durable::rename(partial, target).map_err(CacheError::io("rename", partial))
+        manifest.write(claim.partial())?;
+        Ok(claim.finish()?)
     }
 }
 

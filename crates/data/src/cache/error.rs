@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::durable::Refusal;
 use crate::error::DataError;
 use crate::tokenizer::TokenizerError;
 
@@ -54,6 +55,13 @@ pub enum CacheError {
         /// What is wrong with it.
         message: String,
     },
+}
+
+impl From<Refusal> for CacheError {
+    fn from(refusal: Refusal) -> Self {
+        let Refusal { action, path, source } = refusal;
+        Self::Io { action, path, source }
+    }
 }
 
 impl CacheError {

@@ -16,7 +16,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -82,10 +82,8 @@ impl TokenCache {
     ) -> Result<Self, CacheError> {
         let files = identify(source.files)?;
         let fingerprint = fingerprint(&files, source.options, tokenizer, &layout);
-        let parent = cache_dir.join("tokens");
-        let target = parent.join(&fingerprint[..DIRECTORY_NAME_LENGTH]);
+        let target = cache_dir.join("tokens").join(&fingerprint[..DIRECTORY_NAME_LENGTH]);
         if !target.exists() {
-            fs::create_dir_all(&parent).map_err(CacheError::io("create", &parent))?;
             let build = Build { source, tokenizer, layout, files, fingerprint };
             build.run(&target, progress)?;
         }

@@ -1,8 +1,10 @@
 use std::cell::RefCell;
+use std::fs;
 
 use switchyard_config::plan::{OnCorrupt, TextDocument};
 
 use super::*;
+use crate::durable;
 use crate::progress::Progress;
 use crate::test_vectors::fixture;
 
@@ -112,6 +114,29 @@ fn a_second_run_opens_what_the_first_built() {
 
     fs::write(&files[0], "another text altogether\n").expect("writable");
     assert_ne!(all_tokens(&open()), first);
+}
+
+#[test]
+fn builds_of_one_cache_wait_for_each_other_and_say_so() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let files = text_files(directory.path(), 1, 30);
+    let cache_dir = directory.path().join("cache");
+    let whole = build(&cache_dir, &files, SMALL).expect("it builds");
+    let (target, spare) = (whole.directory().to_path_buf(), directory.path().join("spare"));
+    fs::rename(&target, &spare).expect("writable");
+    let lock = File::create(durable::with_suffix(&target, ".lock")).expect("writable");
+    lock.lock().expect("nobody holds it");
+    let lock = RefCell::new(Some(lock));
+    let reports = RefCell::new(Vec::new());
+    let report = |progress: Progress<'_>| {
+        reports.borrow_mut().push(format!("{progress:?}"));
+        fs::rename(&spare, &target).expect("writable");
+        lock.borrow_mut().take();
+    };
+    let options = options();
+    let source = CacheSource { name: "test", files: &files, options: &options };
+    TokenCache::open_or_build_with(&cache_dir, &source, &tokenizer(), SMALL, &report).expect("it opens");
+    assert_eq!(*reports.borrow(), ["Waiting { what: \"the tokens of test\" }"], "nothing was built");
 }
 
 /// A build that fails behind several segments, then goes on once the text is repaired.

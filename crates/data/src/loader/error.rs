@@ -67,6 +67,19 @@ pub enum LoadError {
         needed: usize,
     },
 
+    /// A step whose samples cannot be numbered.
+    #[error(
+        "step {step} lies beyond the last one whose samples can be counted, {last}, with data.batch_rows = {batch_rows}"
+    )]
+    StepTooLarge {
+        /// The step, from 0.
+        step: u64,
+        /// `data.batch_rows`.
+        batch_rows: usize,
+        /// Last step that can be had.
+        last: u64,
+    },
+
     /// The thread that prepares batches could not be started or has ended without a word.
     #[error("the thread that prepares batches {message}")]
     Thread {

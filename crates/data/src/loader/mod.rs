@@ -26,7 +26,7 @@ pub use vocabulary::{TrainingText, train_on_texts};
 
 use crate::batch::HostBatch;
 use crate::cache::{CacheSource, TokenCache};
-use crate::mixture::Mixture;
+use crate::mixture::{Mixture, rates};
 use crate::permutation::{Permutation, StreamTag};
 use crate::progress::ProgressFn;
 use crate::source::{self, ReadOptions};
@@ -100,17 +100,18 @@ impl DataSet {
     /// # Errors
     /// [`LoadError`] names the file or key and the mend.
     pub fn open(plan: &DataPlan, seed: u64, progress: ProgressFn<'_>) -> Result<Self, LoadError> {
+        // Before a tokenizer is trained, which may take minutes.
+        SpanCorruption::check(plan)?;
         let train_files = resolve(plan, &plan.sources)?;
         let evaluation_files = resolve(plan, &plan.eval_sources)?;
         refuse_held_out(&train_files, &evaluation_files)?;
         refuse_equal_names(&plan.sources)?;
 
-        let texts: Vec<TrainingText> = plan
-            .sources
-            .iter()
-            .zip(&train_files)
-            .map(|(source, files)| TrainingText { files: files.clone(), weight: source.weight })
-            .collect();
+        let weights: Vec<f64> = plan.sources.iter().map(|source| source.weight).collect();
+        let rates = rates(&weights, plan.mixture_temperature);
+        let texts = train_files.iter().zip(&rates);
+        let texts: Vec<TrainingText> =
+            texts.map(|(files, &weight)| TrainingText { files: files.clone(), weight }).collect();
         let tokenizer = vocabulary::load_or_train(plan, &texts, progress)?;
         let objective = SpanCorruption::new(plan, tokenizer.size())?;
         tokenizer.require_sentinels(objective.num_spans())?;
@@ -130,8 +131,7 @@ impl DataSet {
         let train = open_all(&plan.sources, &train_files, seed)?;
         let evaluation = open_all(&plan.eval_sources, &evaluation_files, EVALUATION_SEED)?;
 
-        let weights: Vec<f64> = plan.sources.iter().map(|source| source.weight).collect();
-        let mixture = Mixture::new(&weights, Mixture::SLOTS, seed);
+        let mixture = Mixture::new(&rates, Mixture::SLOTS, seed);
         let states = train.iter().zip(weights).map(|(source, weight)| source.state(weight)).collect();
         let initial_state = DataState::new(plan, seed, tokenizer.sha256().to_owned(), states);
         let (tokenizer, batch_rows) = (Arc::new(tokenizer), plan.batch_rows);
@@ -158,27 +158,18 @@ impl DataSet {
         self.train.iter().map(|source| source.cache.manifest().tokens).sum()
     }
 
-    /// Training rows of one pass over every source.
-    pub fn num_chunks(&self) -> u64 {
-        self.train.iter().map(|source| source.chunks).sum()
-    }
-
     /// Held-out rows.
-    pub fn num_evaluation_chunks(&self) -> u64 {
+    fn num_evaluation_chunks(&self) -> u64 {
         self.evaluation.iter().map(|source| source.chunks).sum()
-    }
-
-    /// Token caches with the names of their sources: training first, held-out behind.
-    pub fn caches(&self) -> impl Iterator<Item = (&str, &TokenCache)> {
-        self.train.iter().chain(&self.evaluation).map(|source| (source.name.as_str(), &source.cache))
     }
 
     /// The global batch of `step` (from 0).
     ///
     /// # Errors
-    /// The token cache cannot be read or is damaged, or there is no training text.
+    /// The token cache cannot be read or is damaged, there is no training text, or
+    /// [`LoadError::StepTooLarge`].
     pub fn batch(&self, step: u64) -> Result<HostBatch, LoadError> {
-        self.batch_at(step * self.batch_rows as u64)
+        self.batch_at(self.first_sample(step)?)
     }
 
     /// The global batch that begins with global sample `first_sample`.
@@ -186,7 +177,11 @@ impl DataSet {
     /// # Errors
     /// As [`Self::batch`].
     pub fn batch_at(&self, first_sample: u64) -> Result<HostBatch, LoadError> {
-        let samples = first_sample..first_sample + self.batch_rows as u64;
+        let rows = self.batch_rows as u64;
+        let Some(end) = first_sample.checked_add(rows) else {
+            return Err(self.step_too_large(first_sample / rows));
+        };
+        let samples = first_sample..end;
         let addresses = samples.map(|sample| self.locate(sample)).collect::<Result<Vec<_>, _>>()?;
         self.rows(&addresses)
     }
@@ -199,7 +194,7 @@ impl DataSet {
         max_batches: usize,
     ) -> impl Iterator<Item = Result<HostBatch, LoadError>> {
         let total = self.num_evaluation_chunks();
-        let rows = total.min(max_batches as u64 * self.batch_rows as u64);
+        let rows = total.min((max_batches as u64).saturating_mul(self.batch_rows as u64));
         let order = Permutation::new(total, EVALUATION_SEED, StreamTag::Shuffle, 0);
         (0..rows).step_by(self.batch_rows).map(move |first| {
             let indices = first..rows.min(first + self.batch_rows as u64);
@@ -213,7 +208,8 @@ impl DataSet {
     /// # Errors
     /// As [`Self::batch`].
     pub fn example(&self, step: u64, row: usize) -> Result<Example, LoadError> {
-        let address = self.locate(step * self.batch_rows as u64 + row as u64)?;
+        let sample = self.first_sample(step)?.checked_add(row as u64);
+        let address = self.locate(sample.ok_or_else(|| self.step_too_large(step))?)?;
         let mut buffers = RowBuffers::default();
         let mut input_ids = vec![0; self.objective.inputs_length()];
         let mut target_ids = vec![0; self.objective.targets_length()];
@@ -239,6 +235,16 @@ impl DataSet {
     /// [`StateMismatch`] names the first thing that differs.
     pub fn check_state(&self, saved: &DataState) -> Result<(), StateMismatch> {
         self.initial_state.check(saved)
+    }
+
+    /// Number of the first sample of a step.
+    fn first_sample(&self, step: u64) -> Result<u64, LoadError> {
+        step.checked_mul(self.batch_rows as u64).ok_or_else(|| self.step_too_large(step))
+    }
+
+    fn step_too_large(&self, step: u64) -> LoadError {
+        let last = u64::MAX / self.batch_rows as u64 - 1;
+        LoadError::StepTooLarge { step, batch_rows: self.batch_rows, last }
     }
 
     fn locate(&self, sample: u64) -> Result<Address<'_>, LoadError> {

@@ -45,7 +45,8 @@ impl Prefetcher {
         let make = move || {
             let rows = data.batch_rows() as u64;
             for number in 0..num_batches {
-                let batch = data.batch_at(first_sample + number * rows);
+                // Saturating ends in the error of a step too large.
+                let batch = data.batch_at(first_sample.saturating_add(number.saturating_mul(rows)));
                 let failed = batch.is_err();
                 if sender.send(batch).is_err() || failed {
                     return;

@@ -5,7 +5,7 @@ use switchyard_config::plan::DataPlan;
 
 use super::error::StateMismatch;
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Identity of one source within a [`DataState`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +33,8 @@ pub struct DataState {
     pub tokenizer: String,
     /// Training sources in their order.
     pub sources: Vec<SourceState>,
+    /// `data.mixture_temperature`.
+    pub mixture_temperature: f64,
     /// `data.inputs_length`.
     pub inputs_length: usize,
     /// `data.targets_length`.
@@ -53,6 +55,7 @@ impl DataState {
             seed,
             tokenizer,
             sources,
+            mixture_temperature: plan.mixture_temperature,
             inputs_length: plan.inputs_length,
             targets_length: plan.targets_length,
             noise_density: plan.noise_density,
@@ -63,13 +66,16 @@ impl DataState {
 
     /// Checks that `saved`, from a checkpoint, was made with the same data as this state.
     ///
-    /// Another `data.batch_rows` is fine: the run goes on behind the samples it has consumed.
+    /// Another `data.batch_rows` is fine: samples are numbered through the whole run, and it goes
+    /// on behind the ones it has consumed. So are other paths to the same files, and of a single
+    /// source another name, since only the random streams of a mixture are keyed by names.
     ///
     /// # Errors
     /// [`StateMismatch`] names the first thing that differs.
     pub fn check(&self, saved: &Self) -> Result<(), StateMismatch> {
         let (found, saved) = (self.facts(), saved.facts());
-        match found.into_iter().zip(saved).find(|(found, saved)| found != saved) {
+        // Values alone: the words may hold a name that makes no difference.
+        match found.into_iter().zip(saved).find(|(found, saved)| found.1 != saved.1) {
             Some(((what, found), (_, saved))) => Err(StateMismatch { what, saved, found }),
             None => Ok(()),
         }
@@ -87,13 +93,20 @@ impl DataState {
             ("the SHA-256 of data.tokenizer", self.tokenizer.clone()),
             ("the number of data.sources", self.sources.len().to_string()),
         ];
-        let sources = self.sources.iter().enumerate().flat_map(|(i, source)| {
-            [
-                (format!("data.sources[{i}].name"), source.name.clone()),
-                (format!("data.sources[{i}].weight"), source.weight.to_string()),
-                (format!("the fingerprint of the text of `{}`", source.name), source.fingerprint.clone()),
-            ]
-        });
-        plan.into_iter().map(|(what, value)| (what.to_owned(), value)).chain(sources).collect()
+        let mut facts: Vec<(String, String)> =
+            plan.into_iter().map(|(what, value)| (what.to_owned(), value)).collect();
+        let is_mixture = self.sources.len() > 1;
+        if is_mixture {
+            facts.push(("data.mixture_temperature".to_owned(), self.mixture_temperature.to_string()));
+        }
+        for (i, source) in self.sources.iter().enumerate() {
+            if is_mixture {
+                facts.push((format!("data.sources[{i}].name"), source.name.clone()));
+                facts.push((format!("data.sources[{i}].weight"), source.weight.to_string()));
+            }
+            let what = format!("the fingerprint of the text of `{}`", source.name);
+            facts.push((what, source.fingerprint.clone()));
+        }
+        facts
     }
 }

@@ -1,3 +1,4 @@
+use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -7,6 +8,8 @@ use switchyard_config::plan::{Objective, OnCorrupt, TextDocument};
 
 use super::*;
 use crate::cache::CacheError;
+use crate::durable;
+use crate::progress::Progress;
 use crate::test_vectors::fixture;
 use crate::tokenizer::{EOS_ID, TokenizerError};
 
@@ -30,6 +33,7 @@ fn plan(directory: &Path) -> DataPlan {
     DataPlan {
         sources: vec![source(directory, "one", 1.0)],
         eval_sources: vec![source(directory, "held-out", 1.0)],
+        mixture_temperature: 1.0,
         tokenizer: fixture("parity/tokenizer_t5"),
         train_tokenizer_vocab_size: 0,
         text_column: "text".to_owned(),
@@ -49,6 +53,11 @@ fn plan(directory: &Path) -> DataPlan {
 
 fn open(plan: &DataPlan) -> DataSet {
     DataSet::open(plan, SEED, &|_| {}).expect("it opens")
+}
+
+/// Training rows of one pass over every source.
+fn num_chunks(data: &DataSet) -> u64 {
+    data.train.iter().map(|source| source.chunks).sum()
 }
 
 #[test]
@@ -75,7 +84,7 @@ fn an_epoch_shows_every_chunk_once_and_the_next_in_another_order() {
     let directory = tempfile::tempdir().expect("a directory");
     let data = open(&plan(directory.path()));
     let epoch = |number: u64| -> Vec<u64> {
-        let samples = number * data.num_chunks()..(number + 1) * data.num_chunks();
+        let samples = number * num_chunks(&data)..(number + 1) * num_chunks(&data);
         samples.map(|sample| data.example(0, sample as usize).expect("a row").first_token).collect()
     };
     let (first, second) = (epoch(0), epoch(1));
@@ -83,7 +92,7 @@ fn an_epoch_shows_every_chunk_once_and_the_next_in_another_order() {
     for mut order in [first, second] {
         order.sort_unstable();
         let tokens_length = data.objective().tokens_length() as u64;
-        assert_eq!(order, (0..data.num_chunks()).map(|chunk| chunk * tokens_length).collect::<Vec<_>>());
+        assert_eq!(order, (0..num_chunks(&data)).map(|chunk| chunk * tokens_length).collect::<Vec<_>>());
     }
 }
 
@@ -120,6 +129,42 @@ fn mixtures_follow_their_weights_and_keep_the_order_of_a_source() {
     plan.sources[1].name = "renamed".to_owned();
     let error = DataSet::open(&plan, SEED, &|_| {}).expect_err("equal names").to_string();
     assert!(error.contains("two sources are named `renamed`"), "{error}");
+}
+
+#[test]
+fn temperature_brings_the_shares_of_sources_together() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut plan = plan(directory.path());
+    plan.sources = vec![source(directory.path(), "one", 9.0), source(directory.path(), "two", 1.0)];
+    let from_two = |plan: &DataPlan| {
+        let data = open(plan);
+        (0..4000).filter(|&row| data.example(0, row).expect("a row").source == "two").count()
+    };
+    assert!((350..450).contains(&from_two(&plan)), "one in ten");
+    plan.mixture_temperature = 2.0;
+    assert!((900..1100).contains(&from_two(&plan)), "the roots of the weights are three to one");
+    plan.mixture_temperature = 1e9;
+    assert!((1900..2100).contains(&from_two(&plan)), "all alike");
+}
+
+#[test]
+fn steps_that_cannot_be_counted_are_refused_by_name() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let data = Arc::new(open(&plan(directory.path())));
+    let last = u64::MAX / 8 - 1;
+    data.batch(last).expect("the last step");
+    for step in [last + 1, last + 2, u64::MAX] {
+        let expected = format!("step {step} lies beyond the last one whose samples can be counted, {last},");
+        let batch = data.batch(step).expect_err("too large").to_string();
+        assert!(batch.contains(&expected), "{batch}");
+    }
+    let example = data.example(u64::MAX, 0).expect_err("too large");
+    assert!(matches!(example, LoadError::StepTooLarge { step: u64::MAX, batch_rows: 8, .. }), "{example}");
+    assert!(matches!(data.example(last + 1, 8), Err(LoadError::StepTooLarge { .. })));
+
+    let mut prefetcher = Prefetcher::start(data, last * 8, u64::MAX, 1).expect("a thread");
+    prefetcher.next_batch().expect("the last step");
+    assert!(matches!(prefetcher.next_batch(), Err(LoadError::StepTooLarge { .. })));
 }
 
 #[test]
@@ -170,9 +215,8 @@ fn prefetching_gives_the_same_batches_from_any_start() {
 fn errors_of_the_thread_reach_the_trainer() {
     let directory = tempfile::tempdir().expect("a directory");
     let data = Arc::new(open(&plan(directory.path())));
-    let (_, cache) = data.caches().next().expect("a cache");
-    let file =
-        fs::File::options().write(true).open(cache.directory().join("tokens-00000.bin")).expect("there");
+    let path = data.train[0].cache.directory().join("tokens-00000.bin");
+    let file = fs::File::options().write(true).open(path).expect("there");
     file.set_len(0).expect("it can be cut");
     let mut prefetcher = Prefetcher::start(data, 0, 10, 2).expect("a thread");
     let error = prefetcher.next_batch().expect_err("the file is cut");
@@ -207,6 +251,38 @@ fn states_are_accepted_by_the_same_data_only() {
 }
 
 #[test]
+fn text_that_moved_is_the_same_text() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let plan = plan(directory.path());
+    let saved = open(&plan).state(80);
+    let elsewhere = directory.path().join("elsewhere");
+    fs::create_dir(&elsewhere).expect("writable");
+    fs::copy(directory.path().join("one.txt"), elsewhere.join("one.txt")).expect("writable");
+    let path = elsewhere.join("one.txt").display().to_string();
+    let moved = SourcePlan { name: path.clone(), path, weight: 2.0 };
+    let warm = DataPlan { sources: vec![moved], mixture_temperature: 2.0, ..plan };
+    open(&warm).check_state(&saved).expect("of one source, name, weight and temperature decide nothing");
+}
+
+#[test]
+fn mixtures_are_compared_by_all_that_decides_them() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut plan = plan(directory.path());
+    plan.sources = vec![source(directory.path(), "one", 3.0), source(directory.path(), "two", 1.0)];
+    let saved = open(&plan).state(8);
+    let differs = |plan: &DataPlan| open(plan).check_state(&saved).expect_err("another mixture").what;
+    assert_eq!(differs(&DataPlan { mixture_temperature: 3.33, ..plan.clone() }), "data.mixture_temperature");
+    let mut other = plan.clone();
+    other.sources[1].weight = 2.0;
+    assert_eq!(differs(&other), "data.sources[1].weight");
+    let mut other = plan.clone();
+    other.sources[0].name = "renamed".to_owned();
+    assert_eq!(differs(&other), "data.sources[0].name");
+    plan.sources.pop();
+    assert_eq!(differs(&plan), "the number of data.sources");
+}
+
+#[test]
 fn tokenizers_are_trained_once_and_kept_in_the_cache() {
     let directory = tempfile::tempdir().expect("a directory");
     let tokenizer = directory.path().join("tokenizer.json");
@@ -225,6 +301,51 @@ fn tokenizers_are_trained_once_and_kept_in_the_cache() {
 }
 
 #[test]
+fn interrupted_saves_of_a_tokenizer_do_not_block() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let tokenizer = directory.path().join("tokenizer.json");
+    let plan = DataPlan { tokenizer, train_tokenizer_vocab_size: 80, ..plan(directory.path()) };
+    let whole = open(&plan).tokenizer().sha256().to_owned();
+    let kept = plan.cache_dir.join("tokenizers");
+    let entries = fs::read_dir(&kept).expect("readable").map(|entry| entry.expect("readable").path());
+    let key = entries.into_iter().find(|path| path.is_dir()).expect("the tokenizer");
+
+    fs::remove_file(key.join("special_tokens_map.json")).expect("it was written last");
+    assert_eq!(open(&plan).tokenizer().sha256(), whole, "a partial directory");
+    assert!(key.join("special_tokens_map.json").exists());
+    fs::remove_dir_all(&key).expect("writable");
+    fs::create_dir(&key).expect("writable");
+    assert_eq!(open(&plan).tokenizer().sha256(), whole, "an empty directory");
+    fs::rename(&key, durable::with_suffix(&key, ".partial")).expect("writable");
+    fs::write(durable::with_suffix(&key, ".partial").join("tokenizer.json"), "{").expect("writable");
+    assert_eq!(open(&plan).tokenizer().sha256(), whole, "an interrupted save");
+}
+
+#[test]
+fn a_second_run_waits_for_the_tokenizer_of_the_first() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let tokenizer = directory.path().join("tokenizer.json");
+    let plan = DataPlan { tokenizer, train_tokenizer_vocab_size: 80, ..plan(directory.path()) };
+    let trained = open(&plan).tokenizer().path().to_path_buf();
+    let key = trained.parent().expect("a directory").to_path_buf();
+    let spare = directory.path().join("spare");
+    fs::rename(&key, &spare).expect("writable");
+    let lock = fs::File::create(durable::with_suffix(&key, ".lock")).expect("writable");
+    lock.lock().expect("nobody holds it");
+    let reports = RefCell::new(Vec::new());
+    let lock = RefCell::new(Some(lock));
+    let report = |progress: Progress<'_>| {
+        reports.borrow_mut().push(format!("{progress:?}"));
+        if let Progress::Waiting { .. } = progress {
+            fs::rename(&spare, &key).expect("writable");
+            lock.borrow_mut().take();
+        }
+    };
+    DataSet::open(&plan, SEED, &report).expect("it opens");
+    assert_eq!(*reports.borrow(), ["Waiting { what: \"the tokenizer\" }"], "nothing was trained");
+}
+
+#[test]
 fn plans_that_cannot_work_are_refused_before_text_is_read() {
     let directory = tempfile::tempdir().expect("a directory");
     let good = plan(directory.path());
@@ -240,6 +361,9 @@ fn plans_that_cannot_work_are_refused_before_text_is_read() {
     assert!(matches!(refused(&missing), LoadError::Tokenizer(TokenizerError::Missing { .. })));
     let short = DataPlan { targets_length: 10, ..good.clone() };
     assert!(matches!(refused(&short), LoadError::SpanCorruption(_)));
+    let trains =
+        DataPlan { tokenizer: directory.path().join("absent.json"), train_tokenizer_vocab_size: 80, ..short };
+    assert!(matches!(refused(&trains), LoadError::SpanCorruption(_)), "no tokenizer is trained before");
     let leaking = DataPlan { eval_sources: good.sources.clone(), ..good.clone() };
     assert!(refused(&leaking).to_string().contains("held-out text must not be trained on"));
     assert!(!good.cache_dir.exists());

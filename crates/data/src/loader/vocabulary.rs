@@ -7,10 +7,10 @@ use switchyard_config::plan::DataPlan;
 
 use super::LoadError;
 use crate::cache::{CacheError, identify};
-use crate::durable;
+use crate::durable::{self, Claim};
 use crate::progress::{Progress, ProgressFn};
 use crate::source::{DocumentReader, ReadOptions};
-use crate::tokenizer::{Tokenizer, TrainOptions, WordCounts, train};
+use crate::tokenizer::{Tokenizer, TokenizerError, TrainOptions, WordCounts, train};
 
 /// Most text that a tokenizer is trained on, in bytes; more changes the vocabulary little.
 const TRAINING_BYTES: u64 = 1 << 30;
@@ -49,8 +49,15 @@ pub(super) fn load_or_train(
     let options = TrainOptions::new(plan.train_tokenizer_vocab_size);
     let read = ReadOptions::from(plan);
     let directory = plan.cache_dir.join("tokenizers").join(&key(texts, &read, &options)?[..16]);
-    if !directory.exists() {
-        train_on_texts(texts, &read, &options, progress)?.save(&directory)?;
+    if !Tokenizer::is_saved_in(&directory) {
+        let waiting = || progress(Progress::Waiting { what: "the tokenizer" });
+        let claim = Claim::take(&directory, Tokenizer::is_saved_in, waiting).map_err(TokenizerError::from)?;
+        if let Some(claim) = claim {
+            let trained = train_on_texts(texts, &read, &options, progress)?;
+            claim.clear().map_err(TokenizerError::from)?;
+            trained.save(claim.partial())?;
+            claim.finish().map_err(TokenizerError::from)?;
+        }
     }
     Ok(Tokenizer::load(&directory)?)
 }

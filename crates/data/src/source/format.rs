@@ -74,17 +74,36 @@ pub(super) fn open(path: &Path, max_record_bytes: usize) -> Result<Source, DataE
     Ok(Source::Stream { stream, content })
 }
 
+/// What the mend of a file in another format begins with.
+macro_rules! formats_read {
+    () => {
+        "Switchyard reads JSON lines and plain text, bare or compressed with gzip or zstd, and Parquet: "
+    };
+}
+
 /// Files of kinds that are not sources of text, with the way out of each.
 const UNREADABLE: [(&[u8], &str, &str); 7] = [
     (b"ARROW1\0\0", "an Arrow file", ARROW_MEND),
     (b"\xff\xff\xff\xff", "an Arrow stream", ARROW_MEND),
-    (b"BZh", "compressed with bzip2", "recompress it: bunzip2 -c FILE | zstd > FILE.zst"),
-    (b"\xfd7zXZ\0", "compressed with xz", "recompress it: xz -dc FILE | zstd > FILE.zst"),
-    (b"PK\x03\x04", "a zip archive", "unpack it and name the files inside"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and name the files inside"),
+    (
+        b"BZh",
+        "compressed with bzip2",
+        concat!(formats_read!(), "recompress it with `bunzip2 -c FILE | zstd > FILE.zst`"),
+    ),
+    (
+        b"\xfd7zXZ\0",
+        "compressed with xz",
+        concat!(formats_read!(), "recompress it with `xz -dc FILE | zstd > FILE.zst`"),
+    ),
+    (b"PK\x03\x04", "a zip archive", UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "run `git lfs pull` where it was cloned"),
 ];
-const ARROW_MEND: &str = "write it as Parquet: datasets.Dataset.from_file(FILE).to_parquet(NEW_FILE)";
+const ARROW_MEND: &str = concat!(
+    formats_read!(),
+    "write it as Parquet with `datasets.Dataset.from_file(FILE).to_parquet(NEW_FILE)`"
+);
+const UNPACK: &str = concat!(formats_read!(), "unpack it and name the files inside");
 
 fn refuse_unreadable(path: &Path, head: &[u8]) -> Result<(), DataError> {
     for (magic, found, mend) in UNREADABLE {
@@ -93,7 +112,7 @@ fn refuse_unreadable(path: &Path, head: &[u8]) -> Result<(), DataError> {
         }
     }
     if head.get(257..262) == Some(b"ustar") {
-        return Err(unsupported(path, "a tar archive", "unpack it and name the files inside"));
+        return Err(unsupported(path, "a tar archive", UNPACK));
     }
     let start = head.trim_ascii_start().to_ascii_lowercase();
     if start.starts_with(b"<!doctype html") || start.starts_with(b"<html") {

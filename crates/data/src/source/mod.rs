@@ -17,7 +17,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
-pub use pattern::{IncompleteShards, expand, incomplete_shards};
+pub use pattern::expand;
 pub use reader::{Document, DocumentReader, MAX_RECORD_BYTES, MAX_SKIPPED, ReadCounts, ReadOptions};
 
 use crate::corpus;

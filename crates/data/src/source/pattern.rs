@@ -14,26 +14,100 @@ const MAX_ALTERNATIVES: usize = 1 << 20;
 ///
 /// `pattern` is a file, a directory (read recursively; hidden files, unfinished downloads and
 /// files that are not data are left out), a glob (`*`, `?`, `[a-z]`, `**`), or any of these with
-/// brace lists (`{en,de}`) and ranges (`{00000..00127}`). Shards named `NNNNN-of-NNNNN` are
-/// checked for completeness, and a warning lists the missing ones.
+/// brace lists (`{en,de}`) and ranges (`{00000..00127}`). Several are separated by commas (write
+/// `[,]` for one within a glob), or stand in a file named as `@list.txt`, one a line, where blank
+/// lines and lines that begin with `#` are left out; paths there too are relative to the working
+/// directory. Shards named `NNNNN-of-NNNNN` are checked for completeness, and a warning lists the
+/// missing ones.
 ///
 /// # Errors
-/// [`DataError::NoMatch`] if nothing matches, [`DataError::BadPattern`] for an unclosed brace or
-/// a malformed glob, [`DataError::Io`] for a directory that cannot be read.
+/// [`DataError::NoMatch`] if nothing matches `pattern` or one of several, [`DataError::BadPattern`]
+/// for an unclosed brace, a malformed glob or an empty list, [`DataError::Io`] for a list or
+/// directory that cannot be read.
 pub fn expand(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
+    let files: Vec<PathBuf> = matches_of_any(pattern)?.into_iter().collect();
+    if files.len() > 1 {
+        for incomplete in incomplete_shards(&files) {
+            tracing::warn!(pattern, "{incomplete}");
+        }
+    }
+    Ok(files)
+}
+
+/// Files of one pattern, of several between commas, or of a list.
+fn matches_of_any(pattern: &str) -> Result<BTreeSet<PathBuf>, DataError> {
+    if Path::new(pattern).exists() {
+        return matches(pattern);
+    }
+    let parts = split_at_commas(pattern);
+    if parts.len() == 1 {
+        return pattern.strip_prefix('@').map_or_else(|| matches(pattern), matches_of_list);
+    }
+    let mut files = BTreeSet::new();
+    for part in parts {
+        if part.trim().is_empty() {
+            return Err(bad_pattern(pattern, "a path is missing beside a comma"));
+        }
+        files.append(&mut matches_of_any(part.trim())?);
+    }
+    Ok(files)
+}
+
+/// Files of the patterns in a file, one a line; commas are part of them.
+fn matches_of_list(list: &str) -> Result<BTreeSet<PathBuf>, DataError> {
+    let text = fs::read_to_string(list).map_err(DataError::io("read", list))?;
+    let mut files = BTreeSet::new();
+    for (line, number) in text.lines().map(str::trim).zip(1..) {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let place = format!("line {number} of {list}");
+        if line.starts_with('@') && !Path::new(line).exists() {
+            return Err(bad_pattern(line, format!("a list cannot name another ({place})")));
+        }
+        files.append(&mut matches(line).map_err(|error| placed(error, &place))?);
+    }
+    if files.is_empty() {
+        return Err(bad_pattern(&format!("@{list}"), "the list names no file"));
+    }
+    Ok(files)
+}
+
+/// Adds the line of a list to an error about the pattern on it.
+fn placed(error: DataError, place: &str) -> DataError {
+    match error {
+        DataError::NoMatch { pattern, detail } if detail.is_empty() => {
+            DataError::NoMatch { pattern, detail: place.to_owned() }
+        }
+        DataError::NoMatch { pattern, detail } => {
+            DataError::NoMatch { pattern, detail: format!("{place}; {detail}") }
+        }
+        DataError::BadPattern { pattern, reason } => {
+            DataError::BadPattern { pattern, reason: format!("{reason} ({place})") }
+        }
+        other => other,
+    }
+}
+
+fn bad_pattern(pattern: &str, reason: impl Into<String>) -> DataError {
+    DataError::BadPattern { pattern: pattern.to_owned(), reason: reason.into() }
+}
+
+/// Files of one pattern; braces stand for alternatives, and a warning lists those without a file.
+fn matches(pattern: &str) -> Result<BTreeSet<PathBuf>, DataError> {
     let alternatives = match Path::new(pattern).exists() {
         true => vec![pattern.to_owned()],
-        false => expand_braces(pattern)
-            .map_err(|reason| DataError::BadPattern { pattern: pattern.to_owned(), reason })?,
+        false => expand_braces(pattern).map_err(|reason| bad_pattern(pattern, reason))?,
     };
     let mut files = BTreeSet::new();
     let mut missing = Vec::new();
     for alternative in &alternatives {
-        let before = files.len();
-        add_matches(alternative, &mut files)?;
-        if files.len() == before && !Path::new(alternative).is_file() {
+        let mut found = BTreeSet::new();
+        add_matches(alternative, &mut found)?;
+        if found.is_empty() {
             missing.push(alternative.as_str());
         }
+        files.append(&mut found);
     }
     if files.is_empty() {
         let detail = empty_detail(pattern);
@@ -43,24 +117,18 @@ pub fn expand(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
         let shown = missing[..missing.len().min(10)].join(", ");
         tracing::warn!(pattern, missing = missing.len(), "parts of the pattern match no file: {shown}");
     }
-    let files: Vec<PathBuf> = files.into_iter().collect();
-    if files.len() > 1 {
-        for incomplete in incomplete_shards(&files) {
-            tracing::warn!(pattern, "{incomplete}");
-        }
-    }
     Ok(files)
 }
 
 /// A set of shards of which some are not there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IncompleteShards {
+pub(super) struct IncompleteShards {
     /// Path up to the shard's number.
-    pub prefix: String,
+    pub(super) prefix: String,
     /// Shards of the whole set, by their names.
-    pub total: u64,
+    pub(super) total: u64,
     /// Numbers of the missing ones, ascending.
-    pub missing: Vec<u64>,
+    pub(super) missing: Vec<u64>,
 }
 
 impl std::fmt::Display for IncompleteShards {
@@ -74,7 +142,7 @@ impl std::fmt::Display for IncompleteShards {
 }
 
 /// Sets of shards (`-00017-of-01024` or `.00017-of-01024.`) with gaps.
-pub fn incomplete_shards(files: &[PathBuf]) -> Vec<IncompleteShards> {
+pub(super) fn incomplete_shards(files: &[PathBuf]) -> Vec<IncompleteShards> {
     let mut sets: BTreeMap<(String, u64), BTreeSet<u64>> = BTreeMap::new();
     for (prefix, index, total) in files.iter().filter_map(|file| shard_of(file)) {
         sets.entry((prefix, total)).or_default().insert(index);
@@ -120,11 +188,9 @@ fn add_matches(pattern: &str, files: &mut BTreeSet<PathBuf>) -> Result<(), DataE
     if !pattern.contains(['*', '?', '[']) {
         return Ok(());
     }
-    let matches = glob::glob(pattern).map_err(|error| DataError::BadPattern {
-        pattern: pattern.to_owned(),
-        reason: format!("{} (character {})", error.msg, error.pos + 1),
-    })?;
-    for entry in matches {
+    let entries = glob::glob(pattern)
+        .map_err(|error| bad_pattern(pattern, format!("{} (character {})", error.msg, error.pos + 1)))?;
+    for entry in entries {
         let entry = entry.map_err(|error| {
             let path = error.path().to_owned();
             DataError::Io { action: "read", path, source: error.into() }
@@ -173,7 +239,10 @@ fn is_data(path: &Path) -> bool {
         ["dataset_info.json", "dataset_infos.json", "state.json", "corpus.json", "readme.md"];
     const DATA: [&str; 8] = ["json", "jsonl", "ndjson", "parquet", "arrow", "txt", "text", "md"];
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-    let extension = split_compression(&name).0.rsplit_once('.').map(|(_, extension)| extension);
+    // What bzip2 and xz have compressed is not read, and must be refused rather than overlooked.
+    let bare = [".bz2", ".xz"].iter().find_map(|end| name.strip_suffix(end));
+    let bare = bare.unwrap_or_else(|| split_compression(&name).0);
+    let extension = bare.rsplit_once('.').map(|(_, extension)| extension);
     !DESCRIPTIONS.contains(&name.as_str()) && extension.is_some_and(|extension| DATA.contains(&extension))
 }
 
@@ -218,21 +287,26 @@ fn choices(inner: &str) -> Result<Vec<String>, String> {
         return range(first, last)
             .ok_or_else(|| format!("`{{{inner}}}` is not an ascending range of numbers"))?;
     }
-    let mut choices = Vec::new();
-    let (mut depth, mut start) = (0, 0);
-    for (index, byte) in inner.bytes().enumerate() {
+    let parts = split_at_commas(inner).into_iter().map(expand_braces);
+    Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+}
+
+/// The parts between the commas that stand in no braces and no brackets.
+fn split_at_commas(text: &str) -> Vec<&str> {
+    let (mut parts, mut start, mut depth) = (Vec::new(), 0, 0_usize);
+    for (index, byte) in text.bytes().enumerate() {
         match byte {
-            b'{' => depth += 1,
-            b'}' => depth -= 1,
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' => depth = depth.saturating_sub(1),
             b',' if depth == 0 => {
-                choices.extend(expand_braces(&inner[start..index])?);
+                parts.push(&text[start..index]);
                 start = index + 1;
             }
             _ => {}
         }
     }
-    choices.extend(expand_braces(&inner[start..])?);
-    Ok(choices)
+    parts.push(&text[start..]);
+    parts
 }
 
 /// `first..last`, inclusive, as wide as `first` is written; `None` if these are no numbers.

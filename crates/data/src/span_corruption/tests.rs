@@ -15,6 +15,7 @@ fn plan(inputs_length: usize, targets_length: usize) -> DataPlan {
     DataPlan {
         sources: Vec::new(),
         eval_sources: Vec::new(),
+        mixture_temperature: 1.0,
         tokenizer: PathBuf::new(),
         train_tokenizer_vocab_size: 0,
         text_column: "text".to_owned(),
@@ -167,10 +168,45 @@ fn impossible_sizes_are_refused_with_the_mend() {
     assert!(matches!(SpanCorruption::new(&negative, VOCAB_SIZE), Err(SpanCorruptionError::BadNoise { .. })));
     let nan = DataPlan { noise_density: f64::NAN, ..plan(8, 8) };
     assert!(matches!(SpanCorruption::new(&nan, VOCAB_SIZE), Err(SpanCorruptionError::BadNoise { .. })));
-    assert!(matches!(
-        SpanCorruption::new(&plan(2, 8), VOCAB_SIZE),
-        Err(SpanCorruptionError::InputsTooShort { .. })
-    ));
+    for length in [0, 2] {
+        let lengths = ChunkLengths::new(length, 0.15, 3.0);
+        let error = SpanCorruption::new(&plan(length, lengths.targets_length), VOCAB_SIZE);
+        assert!(matches!(error, Err(SpanCorruptionError::InputsTooShort { .. })), "{error:?}");
+    }
+    for length in [(1 << 24) + 1, 1 << 60] {
+        let lengths = ChunkLengths::new(length, 0.15, 3.0);
+        let error = SpanCorruption::new(&plan(length, lengths.targets_length), VOCAB_SIZE);
+        assert_eq!(error, Err(SpanCorruptionError::InputsTooLong { inputs_length: length }));
+    }
+}
+
+#[test]
+fn lengths_are_checked_without_a_tokenizer() {
+    SpanCorruption::check(&plan(512, 114)).expect("T5's lengths");
+    let short = SpanCorruption::check(&plan(512, 100)).expect_err("targets are too short");
+    assert_eq!(Err(short), SpanCorruption::new(&plan(512, 100), VOCAB_SIZE));
+
+    let long = plan(2048, 456);
+    SpanCorruption::check(&long).expect("the tokenizer that is there decides how many sentinels there are");
+    let trained = DataPlan {
+        train_tokenizer_vocab_size: 1000,
+        tokenizer: PathBuf::from("no/such/tokenizer.json"),
+        ..long
+    };
+    let error = SpanCorruption::check(&trained).expect_err("a trained tokenizer has 100 sentinels");
+    assert!(error.to_string().contains("needs 114 sentinels"), "{error}");
+    let wide = DataPlan { mean_noise_span_length: 4.0, ..trained };
+    SpanCorruption::check(&wide).expect("fewer spans");
+}
+
+/// Chunks grow without bound as the density nears 1; refusing must not take as long.
+#[test]
+fn densities_near_one_are_refused_at_once() {
+    for density in [0.9999, 1.0 - 1e-9, 1.0 - f64::EPSILON / 2.0] {
+        let dense = DataPlan { noise_density: density, mean_noise_span_length: 1e300, ..plan(512, 114) };
+        let error = SpanCorruption::check(&dense).expect_err("the targets would be millions");
+        assert!(matches!(error, SpanCorruptionError::TargetsTooShort { .. }), "{error}");
+    }
 }
 
 /// Puts the spans of the targets back where the sentinels stand in the inputs.

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::durable::Refusal;
+
 /// A tokenizer that cannot be loaded, trained, used or saved.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -108,6 +110,13 @@ pub enum TokenizerError {
         /// What the library found.
         message: String,
     },
+}
+
+impl From<Refusal> for TokenizerError {
+    fn from(refusal: Refusal) -> Self {
+        let Refusal { action, path, source } = refusal;
+        Self::Io { action, path, source }
+    }
 }
 
 impl TokenizerError {

@@ -8,12 +8,19 @@ use super::{EOS_ID, PAD_ID, Tokenizer, TokenizerError, UNK_ID};
 use crate::durable;
 
 pub(super) const TOKENIZER_JSON: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 
 /// Texts longer than this make transformers warn.
 const MODEL_MAX_LENGTH: usize = 512;
 
 pub(super) fn sentinel_name(k: usize) -> String {
     format!("<extra_id_{k}>")
+}
+
+/// Whether `dir` holds every file that [`save`] writes.
+pub(super) fn are_in(dir: &Path) -> bool {
+    [TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP].iter().all(|name| dir.join(name).is_file())
 }
 
 pub(super) fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<(), TokenizerError> {
@@ -23,8 +30,8 @@ pub(super) fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<(), TokenizerErr
         durable::write(&path, bytes).map_err(TokenizerError::io("write", path))
     };
     write(TOKENIZER_JSON, &tokenizer.json)?;
-    write("tokenizer_config.json", pretty(&tokenizer_config(tokenizer)).as_bytes())?;
-    write("special_tokens_map.json", pretty(&special_tokens_map(tokenizer)).as_bytes())
+    write(TOKENIZER_CONFIG, pretty(&tokenizer_config(tokenizer)).as_bytes())?;
+    write(SPECIAL_TOKENS_MAP, pretty(&special_tokens_map(tokenizer)).as_bytes())
 }
 
 fn pretty(value: &Value) -> String {

@@ -241,6 +241,11 @@ impl Tokenizer {
         files::save(self, dir)
     }
 
+    /// Whether `dir` holds every file that [`Self::save`] writes.
+    pub(crate) fn is_saved_in(dir: &Path) -> bool {
+        files::are_in(dir)
+    }
+
     fn failed(&self, error: &tokenizers::Error) -> TokenizerError {
         TokenizerError::Failed { path: self.path.clone(), message: error.to_string() }
     }

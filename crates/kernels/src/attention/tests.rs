@@ -9,11 +9,13 @@ const RULES: Attention = Attention {
     num_heads: 3,
     queries: 5,
     keys: 7,
+    key_room: 7,
     causal: false,
     query_offset: 0,
     dropout: 0.0,
     noise: NoiseKey { seed: 3, step: 0, site: 0 },
     first_row: 0,
+    first_head: 0,
 };
 const D_KV: usize = 4;
 
@@ -82,7 +84,7 @@ fn dropout_factors(rules: &Attention, device: &Device) -> Tensor<4> {
     let (b, h, s, t) = (rules.batch, rules.num_heads, rules.queries, rules.keys);
     let mut words = vec![0; b * h * s * t];
     for (row, words) in words.chunks_mut(h * s * t).enumerate() {
-        rules.noise.fill(rules.first_row + row as u32, 0, words);
+        rules.noise.fill(rules.first_row + row as u32, 0, 0, words);
     }
     let factor = Factor::Dropout { rate: rules.dropout as f32 };
     let factors: Vec<f32> = words.into_iter().map(|word| factor.of(word)).collect();
@@ -109,6 +111,7 @@ fn reference(case: &Case, rules: &Attention, hidden: &Hidden) -> Tensor<2> {
 }
 
 fn check(rules: Attention, hidden: Hidden) {
+    let rules = Attention { key_room: rules.keys, ..rules };
     let case = Case::new(&rules);
     let device = Device::flex();
     let (b, s, t) = (rules.batch, rules.queries, rules.keys);
@@ -171,6 +174,49 @@ fn dropout_acts_on_the_probabilities_of_the_row_in_the_global_batch() {
         check(Attention { dropout: 0.3, first_row, ..RULES }, Hidden::default());
     }
     check(Attention { dropout: 0.3, ..RULES }, Hidden { without_bias: true, ..Hidden::default() });
+}
+
+#[test]
+fn room_after_the_keys_of_a_row_is_not_read() {
+    let case = Case::new(&RULES);
+    let expected = attention(case.inputs(None, None), RULES).inner();
+    let roomy = |x: &Tensor<2>| {
+        let width = RULES.num_heads * D_KV;
+        let keys = x.clone().inner().reshape([2, 7, width]);
+        let rest = Tensor::full([2, 4, width], f32::NAN, &keys.device());
+        Tensor::cat(vec![keys, rest], 1).reshape([2 * 11, width])
+    };
+    let inputs = case.inputs(None, None);
+    let inputs = AttentionInputs { k: roomy(&inputs.k), v: roomy(&inputs.v), ..inputs };
+    let out = attention(inputs, Attention { key_room: 11, ..RULES }).inner();
+    assert_eq!(out.into_data(), expected.into_data());
+}
+
+#[test]
+fn devices_that_split_the_heads_draw_parts_of_one_mask() {
+    let case = Case::new(&RULES);
+    let rules = Attention { dropout: 0.4, ..RULES };
+    let whole = attention(case.inputs(None, None), rules).inner();
+    for (first_head, num_heads) in [(0, 1), (1, 2)] {
+        let columns = first_head * D_KV..(first_head + num_heads) * D_KV;
+        let part = |x: Tensor<2>| {
+            let rows = x.dims()[0];
+            x.slice([0..rows, columns.clone()])
+        };
+        let AttentionInputs { q, k, v, .. } = case.inputs(None, None);
+        let bias = case.bias.clone().slice(first_head..first_head + num_heads);
+        let inputs = AttentionInputs {
+            q: part(q),
+            k: part(k),
+            v: part(v),
+            relative_bias: Some(bias),
+            key_mask: None,
+            segments: None,
+        };
+        let out = attention(inputs, Attention { first_head, num_heads, ..rules }).inner();
+        let difference: f32 = (out - part(whole.clone())).abs().max().into_scalar();
+        assert!(difference < 1e-6);
+    }
 }
 
 #[test]

@@ -3,10 +3,12 @@
 use burn::tensor::{Device, Distribution, activation};
 
 use super::*;
-use crate::noise::NoiseKey;
+use crate::noise::TokenPlace;
+use crate::plan::DispatchPlan;
 
 fn noise() -> TokenNoise {
-    TokenNoise { key: NoiseKey { seed: 0, step: 0, site: 0 }, first_row: 0, row_tokens: 4 }
+    let key = NoiseKey { seed: 0, step: 0, site: 0 };
+    TokenNoise { key, first_row: 0, row_tokens: 4, columns: None }
 }
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -20,13 +22,17 @@ fn difference<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
 const ACTIVATIONS: [Activation; 4] =
     [Activation::Relu, Activation::GeluTanh, Activation::Gelu, Activation::Silu];
 
-/// Factors that dropout puts on the hidden activations of `tokens`. `[tokens, d_ff]`
-fn factors(tokens: &[usize], width: usize, rate: f64) -> Tensor<2> {
+fn dropout(rate: f64) -> HiddenDropout {
+    HiddenDropout { rate, key: noise().key, columns: None }
+}
+
+/// Factors that dropout puts on the hidden activations of `tokens` at `expert`. `[tokens, d_ff]`
+fn factors(expert: u32, tokens: &[usize], width: usize, rate: f64) -> Tensor<2> {
     let factor = Factor::Dropout { rate: rate as f32 };
     let mut values = Vec::new();
     for &token in tokens {
         let mut words = vec![0; width];
-        noise().fill(token, &mut words);
+        noise().place(token).fill(noise().key, expert, None, &mut words);
         values.extend(words.into_iter().map(|word| factor.of(word)));
     }
     Tensor::<1>::from_data(values.as_slice(), &Device::flex().autodiff()).reshape([tokens.len(), width])
@@ -88,7 +94,7 @@ fn dense_layers_equal_the_composed_reference() {
         let weights =
             FeedForwardWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
         let fused = feed_forward(x.clone(), weights, kind, rate, noise());
-        let dropped = factors(&[0, 1, 2, 3, 4, 5, 6, 7, 8], 20, rate);
+        let dropped = factors(0, &[0, 1, 2, 3, 4, 5, 6, 7, 8], 20, rate);
         let plain = reference(x.clone(), [wi.clone(), gate.clone(), wo.clone()], kind, gated, dropped);
         let used = if gated { vec![wi, wo, gate] } else { vec![wi, wo] };
         assert_equal(fused, plain, &x, &used, &format!("{kind:?} gated {gated} dropout {rate}"));
@@ -105,7 +111,13 @@ fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
         let (wi, gate, wo) = (random([3, 6, 20]), random([3, 6, 20]), random([3, 20, 6]));
         let x: Tensor<3> = random([3, 4, 6]);
         let weights = ExpertWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
-        let fused = expert_feed_forward(x.clone(), weights, kind, rate, noise(), &plan);
+        let fused = expert_feed_forward(
+            x.clone(),
+            weights,
+            kind,
+            dropout(rate),
+            ExpertRows::local(&plan, Some(noise())),
+        );
         let of = |t: &Tensor<3>, expert: usize| t.clone().slice(expert..expert + 1).squeeze_dim::<2>(0);
         let experts = held.iter().enumerate().map(|(expert, tokens)| {
             let rest = Tensor::<2>::zeros([4 - tokens.len(), 6], &x.device());
@@ -115,7 +127,7 @@ fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
             let tokens: Vec<usize> = tokens.iter().map(|&token| token as usize).collect();
             let matrices = [of(&wi, expert), of(&gate, expert), of(&wo, expert)];
             let rows = of(&x, expert).slice(0..tokens.len());
-            let out = reference(rows, matrices, kind, gated, factors(&tokens, 20, rate));
+            let out = reference(rows, matrices, kind, gated, factors(expert as u32, &tokens, 20, rate));
             if tokens.len() == 4 { out } else { Tensor::cat(vec![out, rest], 0) }
         });
         let plain = Tensor::cat(experts.map(|out| out.unsqueeze::<3>()).collect(), 0);
@@ -130,10 +142,87 @@ fn an_expert_without_tokens_stays_zero() {
     let plan = DispatchPlan::new(vec![0, 1, -1, -1, -1, -1], 2, 3, 2, &device);
     let weights = ExpertWeights { wi: random([2, 4, 5]), wi_gate: None, wo: random([2, 5, 4]) };
     let (wi, wo) = (weights.wi.clone(), weights.wo.clone());
-    let out = expert_feed_forward(random([2, 3, 4]), weights, Activation::Relu, 0.5, noise(), &plan);
+    let rows = ExpertRows::local(&plan, Some(noise()));
+    let out = expert_feed_forward(random([2, 3, 4]), weights, Activation::Relu, dropout(0.5), rows);
     let gradients = out.clone().square().sum().backward();
     let idle = |t: Tensor<3>| t.slice(1..2).abs().max().into_scalar::<f32>();
     assert_eq!(idle(out), 0.0);
     assert_eq!(idle(wi.grad(&gradients).expect("leaf")), 0.0);
     assert_eq!(idle(wo.grad(&gradients).expect("leaf")), 0.0);
+}
+
+/// Experts 2 and 3 of a layer on a device that gets slots from two senders.
+#[test]
+fn slots_of_several_senders_equal_the_composed_reference() {
+    let device = Device::flex();
+    // Global rows and positions of the tokens in slots [expert][sender]; a sender has 3 slots.
+    let held: [[&[(u32, u32)]; 2]; 2] = [[&[(0, 1), (0, 3)], &[(7, 2), (7, 0), (7, 1)]], [&[], &[(7, 3)]]];
+    let none = TokenPlace { row: 0, token: 0 };
+    let mut places = vec![none; 12];
+    for (at, held) in held.iter().flatten().enumerate() {
+        for (slot, &(row, token)) in held.iter().enumerate() {
+            places[at * 3 + slot] = TokenPlace { row, token };
+        }
+    }
+    let rows = ExpertRows {
+        first_expert: 2,
+        segments: 2,
+        used: held.iter().flatten().map(|held| held.len()).collect(),
+        places: Some(places.clone().into()),
+    };
+    let (wi, gate, wo) = (random([2, 6, 20]), random([2, 6, 20]), random([2, 20, 6]));
+    for (kind, gated, rate) in cases() {
+        let x: Tensor<3> = random([2, 6, 6]);
+        let weights = ExpertWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
+        let fused = expert_feed_forward(x.clone(), weights, kind, dropout(rate), rows.clone());
+        let of = |t: &Tensor<3>, expert: usize| t.clone().slice(expert..expert + 1).squeeze_dim::<2>(0);
+        let experts = (0..2).map(|expert| {
+            // All slots by the reference, then 0 where nothing is: the mask multiplies the outputs.
+            let (mut mask, mut drops) = (Vec::new(), Vec::new());
+            for slot in 0..6 {
+                let used = slot % 3 < held[expert][slot / 3].len();
+                mask.push(f32::from(u8::from(used)));
+                let mut words = vec![0; 20];
+                places[expert * 6 + slot].fill(noise().key, 2 + expert as u32, None, &mut words);
+                let factor = Factor::Dropout { rate: rate as f32 };
+                drops.extend(words.into_iter().map(|word| factor.of(word)));
+            }
+            let mask = Tensor::<1>::from_data(mask.as_slice(), &device.clone().autodiff());
+            let drops = Tensor::<1>::from_data(drops.as_slice(), &device.clone().autodiff());
+            let matrices = [of(&wi, expert), of(&gate, expert), of(&wo, expert)];
+            reference(of(&x, expert), matrices, kind, gated, drops.reshape([6, 20])) * mask.reshape([6, 1])
+        });
+        let plain = Tensor::cat(experts.map(|out| out.unsqueeze::<3>()).collect(), 0);
+        let used = if gated { vec![&wi, &wo, &gate] } else { vec![&wi, &wo] };
+        let used: Vec<_> = used.into_iter().cloned().collect();
+        assert_equal(fused, plain, &x, &used, &format!("{kind:?} gated {gated} dropout {rate}"));
+    }
+}
+
+#[test]
+fn a_relu_layer_passes_nan_on() {
+    let device = Device::flex();
+    let weights = FeedForwardWeights {
+        wi: Tensor::full([3, 4], f32::NAN, &device),
+        wi_gate: None,
+        wo: Tensor::ones([4, 3], &device),
+    };
+    let out = feed_forward(Tensor::ones([2, 3], &device), weights, Activation::Relu, 0.0, noise());
+    assert!(host::with_values(out, |out| out.iter().all(|value| value.is_nan())));
+}
+
+#[test]
+fn experts_of_one_token_drop_different_activations() {
+    let device = Device::flex();
+    let plan = DispatchPlan::new(vec![0, 0], 2, 1, 1, &device);
+    let weights = ExpertWeights {
+        wi: Tensor::ones([2, 64, 64], &device),
+        wi_gate: None,
+        wo: Tensor::cat(vec![Tensor::<2>::eye(64, &device).unsqueeze::<3>(); 2], 0),
+    };
+    let rows = ExpertRows::local(&plan, Some(noise()));
+    let x = Tensor::ones([2, 1, 64], &device);
+    let out = expert_feed_forward(x, weights, Activation::Relu, dropout(0.5), rows);
+    let [first, second] = [0, 1].map(|expert| out.clone().slice(expert..expert + 1).into_data());
+    assert_ne!(first, second);
 }

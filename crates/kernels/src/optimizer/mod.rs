@@ -6,4 +6,4 @@ mod parallel;
 
 pub use adafactor::{Adafactor, AdafactorState, adafactor};
 pub use adamw::{Adamw, AdamwState, adamw};
-pub use parallel::{add_assign, root_mean_square, scale_assign, sum_of_squares};
+pub use parallel::{add_assign, root_mean_square, sum_of_squares};

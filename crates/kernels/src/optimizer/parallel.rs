@@ -24,11 +24,6 @@ pub fn add_assign(out: &mut [f32], x: &[f32]) {
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| add_chunk(out, x));
 }
 
-/// `x *= factor`.
-pub fn scale_assign(x: &mut [f32], factor: f32) {
-    x.par_chunks_mut(CHUNK).for_each(|x| x.iter_mut().for_each(|x| *x *= factor));
-}
-
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
 fn chunk_squares(x: &[f32]) -> f32 {
     math::sum_of_squares(x)

@@ -66,6 +66,7 @@ impl Case {
 }
 
 fn options(groups: usize, expert_capacity: usize) -> RouteOptions {
+    let expert_capacity = Some(expert_capacity);
     RouteOptions { groups, expert_capacity, token_mask: None, force_balanced: false }
 }
 
@@ -163,6 +164,31 @@ proptest! {
         let routing = case.route(case.logits(&device));
         let back = combine(dispatch(x.clone(), &routing.plan), routing.gates.ones_like(), &routing.plan);
         prop_assert_eq!(back.into_data(), x.into_data());
+    }
+
+    #[test]
+    fn without_a_capacity_nothing_drops_and_the_fullest_expert_has_no_free_slot(case in cases()) {
+        let device = Device::flex();
+        let mask = host::int_tensor(case.mask.clone(), [case.len()], &device);
+        let logits = case.logits(&device);
+        let roomy = RouteOptions { token_mask: Some(mask), ..options(case.groups, case.tokens) };
+        let route = |options| match case.router {
+            Kind::Top1 => route_top1(logits.clone(), options),
+            Kind::Top2 => route_top2(logits.clone(), options),
+            Kind::ExpertChoice => route_expert_choice(logits.clone(), options),
+        };
+        let (roomy, fitted) = (
+            route(roomy.clone()),
+            route(RouteOptions { expert_capacity: None, ..roomy }),
+        );
+        let used = host::integers(&fitted.plan.rows_used);
+        prop_assert_eq!(&used, &host::integers(&roomy.plan.rows_used));
+        prop_assert_eq!(used.into_iter().fold(1, i32::max) as usize, fitted.plan.slots_per_expert);
+        let x = random([case.len(), D], 3, &device);
+        let out = |routing: &Routing| {
+            combine(dispatch(x.clone(), &routing.plan), routing.gates.clone(), &routing.plan).into_data()
+        };
+        prop_assert_eq!(out(&fitted), out(&roomy));
     }
 
     #[test]

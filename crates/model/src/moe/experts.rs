@@ -3,9 +3,10 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use switchyard_config::ModelConfig;
-use switchyard_kernels::{DispatchPlan, ExpertWeights, TokenNoise, expert_feed_forward};
+use switchyard_kernels::{ExpertWeights, HiddenDropout, NoiseKey, expert_feed_forward};
 
 use crate::context::ForwardContext;
+use crate::dispatcher::Dispatched;
 use crate::init::ParameterFactory;
 use crate::t5::kernel_activation;
 
@@ -30,20 +31,17 @@ impl Experts {
     }
 
     /// Every expert on its own slots. `[l, c, d] -> [l, c, d]`
-    pub fn forward(
-        &self,
-        dispatched_lcd: Tensor<3>,
-        plan: &DispatchPlan,
-        noise: TokenNoise,
-        context: &ForwardContext<'_>,
-    ) -> Tensor<3> {
+    pub fn forward(&self, dispatched: Dispatched, key: NoiseKey, context: &ForwardContext<'_>) -> Tensor<3> {
         let activated = self.wi.as_ref().or(self.wi_0.as_ref()).expect("experts are gated or not");
         let weights = ExpertWeights {
             wi: activated.val(),
             wi_gate: self.wi_1.as_ref().map(Param::val),
             wo: self.wo.val(),
         };
+        let [_, _, d_ff] = weights.wi.dims();
+        let columns = Some(context.tensor_parallel.columns(d_ff));
+        let dropout = HiddenDropout { rate: context.expert_dropout, key, columns };
         let activation = kernel_activation(context.model);
-        expert_feed_forward(dispatched_lcd, weights, activation, context.expert_dropout, noise, plan)
+        expert_feed_forward(dispatched.slots_lcd, weights, activation, dropout, dispatched.rows)
     }
 }

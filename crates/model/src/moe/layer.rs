@@ -59,10 +59,12 @@ impl MoeLayer {
         let routing = router_of(context.routing.router).route(logits_ne.clone(), options);
 
         let tokens_nd = context.tensor_parallel.copy_in(normed_nd);
-        let dispatched_lcd = context.dispatcher.dispatch(tokens_nd, &routing.plan);
         let hidden = context.noise(inputs.stack, layer, Site::Expert, inputs.row_tokens);
-        let outputs_lcd = self.experts.forward(dispatched_lcd, &routing.plan, hidden, context);
-        let out_nd = context.dispatcher.combine(outputs_lcd, routing.gates.clone(), &routing.plan);
+        let places = (context.expert_dropout > 0.0).then_some(hidden);
+        let dispatched = context.dispatcher.dispatch(tokens_nd, &routing.plan, places);
+        let outputs_lcd = self.experts.forward(dispatched, hidden.key, context);
+        let gates = context.tensor_parallel.copy_in_gates(routing.gates.clone());
+        let out_nd = context.dispatcher.combine(outputs_lcd, gates, &routing.plan);
         let out_nd = context.tensor_parallel.reduce_out(out_nd);
 
         let noise = context.noise(inputs.stack, layer, Site::FeedForwardOutput, inputs.row_tokens);
@@ -89,16 +91,25 @@ impl MoeLayer {
     fn options(&self, inputs: &BlockInputs, context: &ForwardContext<'_>) -> RouteOptions {
         let routing = context.routing;
         let hugging_face = routing.semantics == RoutingSemantics::Hf;
-        let groups = match (hugging_face, routing.group_rows) {
-            (true, _) => inputs.batch,
-            (false, rows) if rows > 0 && inputs.batch.is_multiple_of(rows) => inputs.batch / rows,
-            (false, _) => 1,
+        let groups = match (hugging_face, context.capacity, routing.group_rows) {
+            (true, ..) => inputs.batch,
+            // Where nothing is dropped, groups change no output: any number of rows may decode.
+            (false, Capacity::Unlimited, _) | (false, _, 0) => 1,
+            (false, _, rows) => {
+                assert!(
+                    inputs.batch.is_multiple_of(rows),
+                    "{} batch rows are not whole routing groups of {rows}: rows left over would share \
+                     the capacity of others, so pad the batch to a multiple of routing.group_rows",
+                    inputs.batch
+                );
+                inputs.batch / rows
+            }
         };
         let tokens = inputs.batch * inputs.row_tokens / groups;
         let expert_capacity = match context.capacity {
-            Capacity::Training => routing.capacity(tokens, context.model.num_experts, true),
-            Capacity::Evaluation => routing.capacity(tokens, context.model.num_experts, false),
-            Capacity::Unlimited => tokens,
+            Capacity::Training => Some(routing.capacity(tokens, context.model.num_experts, true)),
+            Capacity::Evaluation => Some(routing.capacity(tokens, context.model.num_experts, false)),
+            Capacity::Unlimited => None,
         };
         RouteOptions {
             groups,

@@ -15,8 +15,6 @@ pub struct RouterLosses {
     pub load_balancing: Tensor<1>,
     /// Mean of `logsumexp(logits)^2` of every group. `[1]`
     pub z: Tensor<1>,
-    /// Groups that were summed over in each layer.
-    pub groups: usize,
 }
 
 /// Losses of the sparse layers of one stack; `None` when it has none.
@@ -33,7 +31,7 @@ pub fn router_losses(
     every_layer_sparse: bool,
 ) -> Option<RouterLosses> {
     let first = outputs.first()?;
-    let [groups, num_experts] = first.routing.mean_probability.dims();
+    let [_, num_experts] = first.routing.mean_probability.dims();
     let hugging_face = routing.semantics == RoutingSemantics::Hf;
     if hugging_face && every_layer_sparse {
         return None;
@@ -58,7 +56,7 @@ pub fn router_losses(
     };
     let load_balancing =
         if routing.router == RouterKind::ExpertChoice { load_balancing.zeros_like() } else { load_balancing };
-    Some(RouterLosses { load_balancing, z, groups })
+    Some(RouterLosses { load_balancing, z })
 }
 
 /// `tensor` where automatic differentiation can combine it with `like`.

@@ -1,6 +1,6 @@
 //! What routing did in one layer, in numbers for people.
 
-use switchyard_kernels::with_values;
+use switchyard_kernels::{integers, with_values};
 
 use crate::moe::layer::RouterOutput;
 
@@ -32,19 +32,15 @@ impl LayerMetrics {
     pub fn new(output: &RouterOutput) -> Self {
         let routing = &output.routing;
         let [groups, num_experts] = routing.fraction.dims();
-        let integers = |t: burn::tensor::Tensor<1, burn::tensor::Int>| -> Vec<i64> {
-            t.into_data().iter::<i64>().collect()
-        };
+        let (choice, offsets) = (integers(&routing.choice), integers(&routing.plan.slot_offsets));
         let mut tokens_per_expert = vec![0; num_experts];
         let mut tokens = 0;
-        for choice in integers(routing.choice.clone()) {
+        for &choice in &choice {
             if let Ok(expert) = usize::try_from(choice) {
                 tokens_per_expert[expert] += 1;
                 tokens += 1;
             }
         }
-        let choice = integers(routing.choice.clone());
-        let offsets = integers(routing.plan.slot_offsets.clone());
         let dropped = choice.iter().zip(offsets.windows(2)).filter(|(c, o)| **c >= 0 && o[0] == o[1]).count();
         let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
         let balance = with_values(routing.fraction.clone(), <[f32]>::to_vec);
@@ -53,7 +49,7 @@ impl LayerMetrics {
         });
         Self {
             tokens_per_expert,
-            kept_per_expert: integers(routing.plan.rows_used.clone()).iter().map(|&n| n as u64).collect(),
+            kept_per_expert: integers(&routing.plan.rows_used).iter().map(|&n| n as u64).collect(),
             tokens,
             dropped: dropped as u64,
             gates: with_values(routing.gates.clone(), sum),

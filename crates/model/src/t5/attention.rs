@@ -3,7 +3,9 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use switchyard_config::StackKind;
-use switchyard_kernels::{Attention, AttentionInputs, attention, dropout, rms_norm};
+use switchyard_kernels::{
+    Attention, AttentionInputs, attention, dropout, rms_norm, update_in_place, with_values,
+};
 
 use crate::context::{ForwardContext, Site};
 use crate::init::ParameterFactory;
@@ -18,15 +20,17 @@ pub struct AttentionLayer {
     o: Param<Tensor<2>>,
 }
 
-/// Keys and values of earlier positions, or of the encoder. `[batch * keys, num_heads * d_kv]`
+/// Keys and values of earlier positions, or of the encoder. `[batch * room, num_heads * d_kv]`
 #[derive(Debug, Clone)]
 pub struct KeyValues {
     /// Keys.
     pub k: Tensor<2>,
     /// Values.
     pub v: Tensor<2>,
-    /// Keys of each row.
+    /// Keys of each batch row.
     pub keys: usize,
+    /// Keys that each batch row has room for; the first `keys` are there.
+    pub room: usize,
 }
 
 /// Where an attention stands and what it may see.
@@ -70,8 +74,8 @@ impl AttentionLayer {
     /// Keys and values of `source_nd`, which is the normed input or the encoder's output.
     pub fn key_values(&self, source_nd: Tensor<2>, batch: usize) -> KeyValues {
         let [tokens, _] = source_nd.dims();
-        let k = source_nd.clone().matmul(self.k.val());
-        KeyValues { k, v: source_nd.matmul(self.v.val()), keys: tokens / batch }
+        let (k, keys) = (source_nd.clone().matmul(self.k.val()), tokens / batch);
+        KeyValues { k, v: source_nd.matmul(self.v.val()), keys, room: keys }
     }
 
     /// Attention of `normed_nd` over `memory`, with the output's dropout but without the residual.
@@ -87,8 +91,11 @@ impl AttentionLayer {
         } else {
             (Site::SelfAttention, Site::SelfAttentionOutput)
         };
+        let q = normed_nd.matmul(self.q.val());
+        // The heads of this device, which may be a part.
+        let num_heads = q.dims()[1] / context.model.d_kv;
         let inputs = AttentionInputs {
-            q: normed_nd.matmul(self.q.val()),
+            q,
             k: memory.k.clone(),
             v: memory.v.clone(),
             relative_bias: scope.relative_bias.cloned(),
@@ -97,18 +104,56 @@ impl AttentionLayer {
         };
         let rules = Attention {
             batch: scope.batch,
-            num_heads: context.model.num_heads,
+            num_heads,
             queries: scope.queries,
             keys: memory.keys,
+            key_room: memory.room,
             causal: scope.stack == StackKind::Decoder && !scope.cross,
             query_offset: scope.query_offset,
             dropout: context.dropout_rate,
             noise: context.key(scope.stack, scope.layer, core),
             first_row: context.first_row,
+            first_head: context.tensor_parallel.columns(num_heads).first,
         };
         let out_nd = attention(inputs, rules).matmul(self.o.val());
         let out_nd = context.tensor_parallel.reduce_out(out_nd);
         let noise = context.noise(scope.stack, scope.layer, output, scope.queries);
         dropout(out_nd, context.dropout_rate, noise)
+    }
+}
+
+/// Positions for which a fresh cache has room.
+const FIRST_ROOM: usize = 32;
+
+impl KeyValues {
+    /// These positions, then the `later` ones, in every batch row.
+    ///
+    /// Writes into the room there is; without any left, moves to twice as much, so that a position
+    /// costs the same however many came before. Carries no gradient.
+    pub(crate) fn followed_by(self, later: &Self, batch: usize) -> Self {
+        let keys = self.keys + later.keys;
+        let room = if keys <= self.room { self.room } else { (2 * keys).max(FIRST_ROOM) };
+        let append = |earlier: Tensor<2>, later: &Tensor<2>| {
+            let [_, width] = earlier.dims();
+            let (had, has) = (self.room * width, room * width);
+            let grown = if room == self.room {
+                earlier
+            } else {
+                let wider = Tensor::zeros([batch * room, width], &earlier.device().inner());
+                let copy = |from: &[f32], to: &mut [f32]| {
+                    for (to, from) in to.chunks_exact_mut(has).zip(from.chunks_exact(had)) {
+                        to[..self.keys * width].copy_from_slice(&from[..self.keys * width]);
+                    }
+                };
+                with_values(earlier, |from| update_in_place(wider, |to| copy(from, to)))
+            };
+            with_values(later.clone(), |from| {
+                update_in_place(grown, |to| {
+                    let rows = to.chunks_exact_mut(has).zip(from.chunks_exact(from.len() / batch));
+                    rows.for_each(|(to, from)| to[self.keys * width..keys * width].copy_from_slice(from));
+                })
+            })
+        };
+        Self { k: append(self.k, &later.k), v: append(self.v, &later.v), keys, room }
     }
 }

@@ -51,6 +51,39 @@ pub struct BlockCache {
     pub cross: Option<KeyValues>,
 }
 
+/// What a decoder keeps between steps.
+#[derive(Debug, Clone)]
+pub struct DecoderCache {
+    /// One for each block.
+    pub blocks: Vec<BlockCache>,
+    /// Bias of the last of some number of positions over all of them, whose last columns are the bias
+    /// of an earlier one. `[num_heads, positions]`
+    relative_bias: Option<Tensor<2>>,
+}
+
+/// Positions for which the first bias is built.
+const FIRST_POSITIONS: usize = 64;
+
+impl DecoderCache {
+    /// Nothing decoded yet, for a stack of `num_layers`.
+    pub fn new(num_layers: usize) -> Self {
+        Self { blocks: vec![BlockCache::default(); num_layers], relative_bias: None }
+    }
+
+    /// Bias of `position` over the positions up to it, `[num_heads, position + 1]`; `build` makes that
+    /// of any position.
+    pub(crate) fn bias(&mut self, position: usize, build: impl FnOnce(usize) -> Tensor<2>) -> Tensor<2> {
+        let bias = match self.relative_bias.take() {
+            Some(bias) if bias.dims()[1] > position => bias,
+            _ => build((2 * position).max(FIRST_POSITIONS)),
+        };
+        let [heads, positions] = bias.dims();
+        let own = bias.clone().slice([0..heads, positions - 1 - position..positions]);
+        self.relative_bias = Some(bias);
+        own
+    }
+}
+
 impl Block {
     pub(crate) fn new(
         factory: &ParameterFactory,
@@ -108,7 +141,7 @@ impl Block {
         let mut memory = self.self_attention.key_values(normed_nd.clone(), inputs.batch);
         if let Some(cache) = cache {
             memory = match cache.own.take() {
-                Some(earlier) => earlier.followed_by(memory, inputs.batch),
+                Some(earlier) => earlier.followed_by(&memory, inputs.batch),
                 None => memory,
             };
             cache.own = Some(memory.clone());
@@ -154,18 +187,5 @@ impl Block {
         };
         let normed_nd = attention.normed(hidden_nd.clone(), context);
         hidden_nd + attention.attend(normed_nd, &memory, scope, context)
-    }
-}
-
-impl KeyValues {
-    /// These positions, then `later` ones, in every batch row.
-    fn followed_by(self, later: Self, batch: usize) -> Self {
-        let keys = self.keys + later.keys;
-        let join = |a: Tensor<2>, b: Tensor<2>| {
-            let [tokens, width] = a.dims();
-            let rows = |x: Tensor<2>, keys: usize| x.reshape([batch, keys, width]);
-            Tensor::cat(vec![rows(a, tokens / batch), rows(b, later.keys)], 1).reshape([batch * keys, width])
-        };
-        Self { k: join(self.k, later.k), v: join(self.v, later.v), keys }
     }
 }

@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use switchyard_config::{ModelConfig, StackKind};
-use switchyard_kernels::{FeedForwardWeights, dropout, feed_forward, rms_norm};
+use switchyard_kernels::{FeedForwardWeights, TokenNoise, dropout, feed_forward, rms_norm};
 
 use crate::context::{ForwardContext, Site};
 use crate::init::ParameterFactory;
@@ -46,7 +46,9 @@ impl DenseLayer {
             wi_gate: self.wi_1.as_ref().map(Param::val),
             wo: self.wo.val(),
         };
-        let hidden = context.noise(stack, layer, Site::FeedForward, row_tokens);
+        let [_, d_ff] = weights.wi.dims();
+        let columns = Some(context.tensor_parallel.columns(d_ff));
+        let hidden = TokenNoise { columns, ..context.noise(stack, layer, Site::FeedForward, row_tokens) };
         let out_nd = feed_forward(
             context.tensor_parallel.copy_in(normed_nd),
             weights,

@@ -5,7 +5,7 @@ use switchyard_config::plan::{RouterKind, RoutingConfig};
 use switchyard_config::{Activation, ModelConfig};
 use switchyard_kernels::int_tensor;
 use switchyard_model::generate::{argmax, greedy};
-use switchyard_model::t5::BlockCache;
+use switchyard_model::t5::DecoderCache;
 use switchyard_model::{Capacity, ForwardContext, Seq2SeqBatch, SwitchTransformer};
 
 use super::{largest_difference, paper_routing, random_ids, shift_right, small_model, values};
@@ -29,13 +29,14 @@ fn unlimited<'a>(model: &'a ModelConfig, routing: &'a RoutingConfig) -> ForwardC
 fn all_at_once(model: &SwitchTransformer, batch: &Seq2SeqBatch, context: &ForwardContext<'_>) -> Tensor<2> {
     let encoder = model.encode(batch.input_ids.clone(), batch.input_mask.clone(), context);
     let inputs = model.decoder_inputs(batch, &encoder, context);
-    let embedded = model.embed(batch.decoder_input_ids.clone());
+    let embedded = model.embed(batch.decoder_input_ids.clone(), context);
     let (hidden, _) = model.decoder().forward(embedded, &inputs, None, context);
     model.logits(hidden, context)
 }
 
 fn assert_cache_changes_nothing(config: &ModelConfig, routing: &RoutingConfig) {
-    const LENGTH: usize = 7;
+    // More than the first room for keys and the first bias.
+    const LENGTH: usize = 70;
     let device = Device::flex();
     let model = SwitchTransformer::new(config, 11, &device);
     let context = unlimited(config, routing);
@@ -47,11 +48,11 @@ fn assert_cache_changes_nothing(config: &ModelConfig, routing: &RoutingConfig) {
     let largest = whole.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
 
     let encoder = model.encode(batch.input_ids.clone(), batch.input_mask.clone(), &context);
-    let mut caches = vec![BlockCache::default(); config.num_decoder_layers];
+    let mut cache = DecoderCache::new(config.num_decoder_layers);
     for position in 0..LENGTH {
         let ids = (0..ROWS).map(|row| decoder_ids[row * LENGTH + position]).collect();
         let ids = int_tensor(ids, [ROWS], &device);
-        let step = values(model.decode_step(ids, position, &encoder, &mut caches, &context));
+        let step = values(model.decode_step(ids, position, &encoder, &mut cache, &context));
         for (row, step) in step.chunks(config.vocab_size).enumerate() {
             let whole = &whole[(row * LENGTH + position) * config.vocab_size..][..config.vocab_size];
             let difference = largest_difference(step, whole);

@@ -137,7 +137,7 @@ fn dropped_tokens_leave_a_sparse_layer_as_zeros() {
     let model = SwitchTransformer::new(&config, 4, &device);
     let batch = random_batch(2, 8, 4, 40);
     let inputs = model.encoder_inputs(&batch.input_mask, &context);
-    let embedded = model.embed(batch.input_ids.clone());
+    let embedded = model.embed(batch.input_ids.clone(), &context);
     let block = &model.encoder().blocks()[1];
     let (out, router) = block.forward(1, embedded.clone(), &inputs, None, &context);
     let router = router.expect("the second block is sparse");

@@ -12,6 +12,7 @@ mod gradients;
 mod losses;
 mod metrics;
 mod parameters;
+mod seams;
 
 /// Small, with sparse layers in both stacks; weights large enough to make attention and routing matter.
 fn small_model() -> ModelConfig {

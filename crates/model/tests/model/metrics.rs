@@ -13,7 +13,7 @@ fn example() -> LayerMetrics {
     );
     let options = RouteOptions {
         groups: 1,
-        expert_capacity: 2,
+        expert_capacity: Some(2),
         token_mask: Some(int_tensor(vec![1, 1, 1, 1, 0], [5], &device)),
         force_balanced: false,
     };

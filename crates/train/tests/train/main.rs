@@ -10,6 +10,7 @@ mod golden;
 mod hf_names;
 mod parity;
 mod step;
+mod verify;
 
 /// A small Switch Transformer and its training, decided by the defaults but for `sets`.
 fn small_plan(sets: &[&str]) -> RunPlan {

@@ -8,9 +8,9 @@ use switchyard_config::plan::{OptimizerKind, OptimizerPlan};
 use switchyard_config::{RunPlan, StackKind};
 use switchyard_data::HostBatch;
 use switchyard_model::moe::RouterOutput;
-use switchyard_model::{ForwardContext, LossOutput, SwitchTransformer};
+use switchyard_model::{ForwardContext, LossOutput};
 use switchyard_train::Learner;
-use switchyard_train::verify::{Array, Arrays, FixtureError, Tolerances, fixture_batch, verify};
+use switchyard_train::verify::{Array, Tolerances, fixture_batch, verify};
 
 use super::fixture::{Fixture, arrays};
 use super::hf_names::Place;
@@ -252,34 +252,6 @@ fn bfloat16_on_disk() {
         let near = rounded.iter().zip(whole.iter()).all(|(a, b)| (a - b).abs() <= b.abs() / 256.0);
         assert!(near, "{name}");
     }
-}
-
-#[test]
-fn a_wrong_weight_or_id_does_not_pass() {
-    let fixture = Fixture::open("switch_step2_drop");
-    let (config, routing) = (fixture.directory.model(), fixture.directory.routing());
-    let check = |model: &SwitchTransformer, arrays: &Arrays| {
-        let result = verify(model, config, routing, arrays, Tolerances::default())?;
-        let failed = result.compared.into_iter().filter(|array| !array.passed()).map(|array| array.name);
-        Ok::<Vec<String>, FixtureError>(failed.collect())
-    };
-    let mut model = fixture.model(&Device::flex());
-    let name = "decoder.block.3.moe.experts.wo";
-    let mut weights = model.parameter(name).unwrap();
-    weights.iter_mut().for_each(|w| *w *= 1.01);
-    model.set_parameter(name, weights).unwrap();
-    let failed = check(&model, &fixture.arrays).unwrap();
-    assert!(failed.iter().any(|name| name == "logits"), "{failed:?}");
-    assert!(!failed.iter().any(|name| name.starts_with("encoder")), "{failed:?}");
-
-    let model = fixture.model(&Device::flex());
-    let mut changed = fixture.arrays.clone();
-    changed.get_mut("greedy_ids").unwrap().values[3] += 1.0;
-    assert_eq!(check(&model, &changed).unwrap(), ["greedy_ids"]);
-    changed.get_mut("labels").unwrap().values[0] = 96.0;
-    assert!(matches!(check(&model, &changed), Err(FixtureError::BadInput { name: "labels", .. })));
-    changed.remove("labels");
-    assert_eq!(check(&model, &changed), Err(FixtureError::MissingInput { name: "labels" }));
 }
 
 /// The fixture's inputs as training data, without dropout and jitter.

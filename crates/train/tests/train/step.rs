@@ -124,11 +124,17 @@ fn a_step_that_is_not_finite_changes_nothing() {
     let moments = gradients(&plan, &learner);
     let others = learner.model().parameter("shared.embedding").unwrap();
     let outcome = learner.step(&plan, &batch, 1);
-    assert!(outcome.skipped.is_some());
+    assert_eq!(outcome.skipped.map(|at| at.place).as_deref(), Some(name));
     assert_eq!(gradients(&plan, &learner), moments);
     assert_eq!(learner.model().parameter("shared.embedding").unwrap(), others);
     learner.model_mut().set_parameter(name, whole).unwrap();
     assert_eq!(learner.step(&plan, &batch, 1).skipped, None, "and training goes on");
+
+    let name = "encoder.block.0.feed_forward.wo";
+    let len = learner.model().parameter(name).unwrap().len();
+    learner.model_mut().set_parameter(name, vec![f32::MAX; len]).unwrap();
+    let outcome = learner.step(&plan, &batch, 2);
+    assert_eq!(outcome.skipped.map(|at| at.place).as_deref(), Some("encoder.block.0"));
 }
 
 #[test]

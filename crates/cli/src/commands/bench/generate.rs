@@ -23,10 +23,7 @@ pub(crate) fn run(
     json: bool,
     device: &Device,
 ) -> anyhow::Result<Outcome> {
-    anyhow::ensure!(
-        batch > 0 && inputs_length > 0 && new_tokens > 0,
-        "--batch, --inputs-length and --new-tokens must be at least 1"
-    );
+    switchyard_config::preset(preset)?;
     let text = format!(
         "name = \"bench\"\n[model]\npreset = \"{preset}\"\n[data]\nsources = [{{ path = \"synthetic\" }}]\n"
     );

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use burn::tensor::Device;
-use switchyard_config::resolve_str;
+use switchyard_config::{preset, resolve_str};
 use switchyard_data::HostBatch;
 use switchyard_train::Learner;
 
@@ -16,7 +16,7 @@ use crate::{Outcome, memory};
 const WARM_UP: u64 = 3;
 
 pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Result<Outcome> {
-    anyhow::ensure!(arguments.steps > 0, "--steps must be at least 1");
+    preset(&arguments.preset)?;
     let sparse = if arguments.experts == 0 {
         "num_experts = 0\nexpert_layer_every = 0".to_owned()
     } else {

@@ -1,7 +1,8 @@
 //! File patterns.
 
 use super::*;
-use crate::source::{expand, incomplete_shards};
+use crate::source::expand;
+use crate::source::pattern::incomplete_shards;
 
 /// A directory with the given files, each holding one letter.
 fn directory_of(files: &[&str]) -> TempDir {
@@ -48,11 +49,71 @@ fn directories_give_their_data_and_nothing_else() {
         "en/dataset_info.json",
         "en/README.md",
         "en/program",
+        "en/old.json.bz2",
+        "en/old.tar.bz2",
     ]);
-    let expected = ["en/deep/er/part.parquet", "en/text.txt", "en/train.json.gz"];
+    // Files of bzip2 are named, so that reading them says why it cannot.
+    let expected = ["en/deep/er/part.parquet", "en/old.json.bz2", "en/text.txt", "en/train.json.gz"];
     assert_eq!(expanded(&directory, "en"), expected);
     assert_eq!(expanded(&directory, "e*"), expected);
     assert_eq!(expanded(&directory, "**/*.txt"), ["en/text.txt"]);
+}
+
+#[test]
+fn commas_separate_patterns() {
+    let directory = directory_of(&["a.json", "b.json", "c,d.json", "en/x.txt", "en/y.txt"]);
+    let root = directory.path().display();
+    let both = |second: &str| expanded(&directory, &format!("b.json,{root}/{second}"));
+    assert_eq!(both("a.json"), ["a.json", "b.json"]);
+    assert_eq!(both("b.json"), ["b.json"]);
+    assert_eq!(both("{a,b}.json"), ["a.json", "b.json"]);
+    assert_eq!(both("en"), ["b.json", "en/x.txt", "en/y.txt"]);
+    assert_eq!(
+        expanded(&directory, &format!("en/?.txt , {root}/a.json")),
+        ["a.json", "en/x.txt", "en/y.txt"]
+    );
+    assert_eq!(expanded(&directory, "c,d.json"), ["c,d.json"], "a name with a comma is a file first");
+    assert_eq!(expanded(&directory, "c[,]?.json"), ["c,d.json"]);
+    let error = expand(&format!("{root}/a.json,{root}/none.json")).unwrap_err().to_string();
+    assert!(error.contains(&format!("no file matches `{root}/none.json`")), "{error}");
+    for pattern in ["a.json,", ",a.json", "a.json,,b.json"] {
+        let error = expand(&pattern.replace("a.json", &format!("{root}/a.json"))).unwrap_err().to_string();
+        assert!(error.contains("a path is missing beside a comma"), "{error}");
+    }
+}
+
+#[test]
+fn lists_name_a_pattern_a_line() {
+    let directory = directory_of(&["a.json", "b.json", "c,d.json", "s-0.txt", "s-1.txt"]);
+    let root = directory.path().display().to_string();
+    let list = directory.path().join("list.txt");
+    let write = |lines: &[&str]| {
+        let lines: Vec<String> = lines.iter().map(|line| line.replace("ROOT", &root)).collect();
+        fs::write(&list, lines.join("\n")).unwrap();
+    };
+    let names = |pattern: &str| -> Vec<String> {
+        let files = expand(pattern).unwrap();
+        files.iter().map(|file| file.file_name().unwrap().to_str().unwrap().to_owned()).collect()
+    };
+    let pattern = format!("@{}", list.display());
+    write(&["# all but one", "", "ROOT/s-{0..1}.txt", "  ROOT/a.json  ", "ROOT/c,d.json", "ROOT/a.json"]);
+    assert_eq!(names(&pattern), ["a.json", "c,d.json", "s-0.txt", "s-1.txt"]);
+    assert_eq!(names(&format!("{root}/b.json,{pattern}")).len(), 5);
+
+    let refused = |part: &str| {
+        let error = expand(&pattern).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    };
+    write(&["ROOT/a.json", "ROOT/none.json"]);
+    refused(&format!("no file matches `{root}/none.json`; line 2 of {}; ", list.display()));
+    write(&["ROOT/a-{0..", "ROOT/a.json"]);
+    refused(&format!("`{{` without `}}` (line 1 of {})", list.display()));
+    write(&["@ROOT/list.txt"]);
+    refused("a list cannot name another (line 1 of ");
+    write(&["# nothing", ""]);
+    refused("the list names no file");
+    fs::remove_file(&list).unwrap();
+    refused(&format!("cannot read {}: ", list.display()));
 }
 
 #[test]
