@@ -6,11 +6,11 @@ use rayon::prelude::*;
 
 use crate::cross_entropy::HeadLayout;
 use crate::host;
-use crate::math::dot;
+use crate::math::{LANES, dot, sum};
 use crate::operation::Operand;
 
-/// Rows up to which reading the matrix is most of the cost, so that a blocked product gains nothing.
-const FEW_ROWS: usize = 2;
+/// Rows up to which a general product, which packs the matrix first, takes longer than reading it once.
+const FEW_ROWS: usize = 16;
 
 /// Vocabulary rows that one task handles: few enough to stay in the nearest cache.
 const TASK_ROWS: usize = 64;
@@ -46,11 +46,45 @@ fn few_rows(hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
 fn inner_products(hidden: &[f32], head: &[f32], width: usize, out: &mut [f32]) {
     let rows = hidden.len() / width;
+    let fours = rows / 4 * 4;
     for (out, head) in out.chunks_exact_mut(rows).zip(head.chunks_exact(width)) {
-        for (out, hidden) in out.iter_mut().zip(hidden.chunks_exact(width)) {
+        for (out, hidden) in out.chunks_exact_mut(4).zip(hidden.chunks_exact(4 * width)) {
+            out.copy_from_slice(&four_dots(hidden, head));
+        }
+        for (out, hidden) in out[fours..].iter_mut().zip(hidden[fours * width..].chunks_exact(width)) {
             *out = dot(hidden, head);
         }
     }
+}
+
+/// Inner products of four rows with `head`: four sums at once hide the delay of each addition.
+#[inline(always)]
+fn four_dots(rows: &[f32], head: &[f32]) -> [f32; 4] {
+    let width = head.len();
+    let (a, rest) = rows.split_at(width);
+    let (b, rest) = rest.split_at(width);
+    let (c, d) = rest.split_at(width);
+    let mut sums = [[0.0_f32; LANES]; 4];
+    let [sa, sb, sc, sd] = &mut sums;
+    let lanes = |x| <[f32]>::as_chunks::<LANES>(x).0;
+    let pairs = lanes(a).iter().zip(lanes(b)).zip(lanes(c).iter().zip(lanes(d)));
+    for (((a, b), (c, d)), head) in pairs.zip(lanes(head)) {
+        for i in 0..LANES {
+            sa[i] += a[i] * head[i];
+        }
+        for i in 0..LANES {
+            sb[i] += b[i] * head[i];
+        }
+        for i in 0..LANES {
+            sc[i] += c[i] * head[i];
+        }
+        for i in 0..LANES {
+            sd[i] += d[i] * head[i];
+        }
+    }
+    let tail = width / LANES * LANES;
+    let total = |sums: &[f32; LANES], row: &[f32]| sum(sums) + dot(&row[tail..], &head[tail..]);
+    [total(sa, a), total(sb, b), total(sc, c), total(sd, d)]
 }
 
 #[cfg(test)]
