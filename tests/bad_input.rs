@@ -150,19 +150,12 @@ fn a_run_directory_that_cannot_be_written() {
 fn a_full_disk_keeps_the_earlier_checkpoint() {
     let place = Place::with_experiment();
     place.run("train run.toml --max-steps 20");
-    let program = env!("CARGO_BIN_EXE_switchyard");
-    // A disk with room for one checkpoint and a half, in a mount namespace of its own.
-    let script = format!(
-        "mount -t tmpfs -o size=700k none full && cp -r runs/small full/run && \
-         {program} train run.toml --run-dir full/run --resume auto --max-steps 40; code=$?; \
-         ls full/run/checkpoints > left; cp -r full/run kept; exit $code"
+    // Room for one checkpoint and a half.
+    let output = place.on_disk_of(
+        "700k",
+        "cp -r runs/small full/run && \"$PROGRAM\" train run.toml --run-dir full/run --resume auto --max-steps 40; \
+         code=$?; ls full/run/checkpoints > left; cp -r full/run kept; exit $code",
     );
-    std::fs::create_dir(place.path("full")).expect("a directory");
-    let output = Command::new("unshare")
-        .args(["--mount", "--map-root-user", "sh", "-c", &script])
-        .current_dir(place.root())
-        .output()
-        .expect("unshare of util-linux");
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(
@@ -176,17 +169,11 @@ fn a_full_disk_keeps_the_earlier_checkpoint() {
 #[test]
 fn a_last_checkpoint_that_cannot_be_written_is_an_error() {
     let place = Place::with_experiment();
-    let program = env!("CARGO_BIN_EXE_switchyard");
-    let script = format!(
-        "mount -t tmpfs -o size=300k none full && \
-         {program} train run.toml --run-dir full/run --set checkpoint.on_error=\\\"warn\\\" --set checkpoint.every_steps=30"
+    let output = place.on_disk_of(
+        "300k",
+        "\"$PROGRAM\" train run.toml --run-dir full/run --set 'checkpoint.on_error=\"warn\"' \
+         --set checkpoint.every_steps=30",
     );
-    std::fs::create_dir(place.path("full")).expect("a directory");
-    let output = Command::new("unshare")
-        .args(["--mount", "--map-root-user", "sh", "-c", &script])
-        .current_dir(place.root())
-        .output()
-        .expect("unshare of util-linux");
     let said = stderr(&output);
     assert!(said.contains("checkpoint not written"), "{said}");
     assert!(said.contains("error: cannot write") && said.contains("step-000060"), "{said}");

@@ -54,6 +54,19 @@ impl Place {
         command
     }
 
+    /// Runs a shell script with a disk of `size` at `full`, in a mount namespace of its own; the script
+    /// finds the program as `$PROGRAM`.
+    pub(crate) fn on_disk_of(&self, size: &str, script: &str) -> Output {
+        std::fs::create_dir(self.path("full")).expect("a directory");
+        let script = format!("mount -t tmpfs -o size={size} none full && {script}");
+        Command::new("unshare")
+            .args(["--mount", "--map-root-user", "sh", "-c", &script])
+            .env("PROGRAM", env!("CARGO_BIN_EXE_switchyard"))
+            .current_dir(self.root())
+            .output()
+            .expect("unshare of util-linux")
+    }
+
     /// Runs to success and returns standard output.
     pub(crate) fn run(&self, arguments: &str) -> String {
         let output = self.command(arguments).output().expect("it starts");

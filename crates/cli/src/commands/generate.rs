@@ -3,7 +3,6 @@
 use anyhow::Context;
 use burn::tensor::Device;
 
-use super::fill::Filler;
 use super::model_directory::LoadedModel;
 use super::output;
 use crate::Outcome;
@@ -16,12 +15,7 @@ pub(crate) fn run(arguments: &GenerateArguments, device: &Device) -> anyhow::Res
     let prompts = prompts(arguments)?;
     let loaded = LoadedModel::open(&arguments.model, device)?;
     let tokenizer = loaded.tokenizer()?;
-    let filler = Filler {
-        model: &loaded.model,
-        config: &loaded.config,
-        routing: &loaded.routing,
-        tokenizer: &tokenizer,
-    };
+    let filler = loaded.filler(&tokenizer);
     let streams = arguments.prompt.is_some() && !arguments.json;
     for prompts in prompts.chunks(ROWS_AT_ONCE) {
         let mut shown = String::new();

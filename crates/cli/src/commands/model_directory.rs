@@ -11,6 +11,8 @@ use switchyard_data::Tokenizer;
 use switchyard_model::SwitchTransformer;
 use switchyard_train::load_model;
 
+use super::fill::Filler;
+
 /// The checkpoint at `path`, or the newest one of the run there; `None` for anything else.
 pub(crate) fn checkpoint_of(path: &Path) -> anyhow::Result<Option<PathBuf>> {
     if path.join("manifest.json").exists() {
@@ -33,6 +35,11 @@ impl LoadedModel {
         let directory = open_model(path)?;
         let model = load_model(&directory, device)?;
         Ok(Self { model, config: directory.model().clone(), routing: directory.routing().clone(), directory })
+    }
+
+    /// The model at work on text.
+    pub(crate) fn filler<'a>(&'a self, tokenizer: &'a Tokenizer) -> Filler<'a> {
+        Filler { model: &self.model, config: &self.config, routing: &self.routing, tokenizer }
     }
 
     /// The tokenizer beside the model.

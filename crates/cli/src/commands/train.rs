@@ -12,7 +12,6 @@ use switchyard_train::{
     EvalRecord, Observer, Resume, RunDirectory, StepRecord, TrainOptions, TrainOutcome, train,
 };
 
-use super::fill::Filler;
 use super::model_directory::{LoadedModel, checkpoint_of};
 use super::progress::Work;
 use super::{data, export, output};
@@ -133,13 +132,7 @@ fn show_evaluation(record: &EvalRecord) -> anyhow::Result<()> {
 fn show_prompts(checkpoint: &Path, prompts: &[String], device: &Device) -> anyhow::Result<()> {
     let loaded = LoadedModel::open(checkpoint, device)?;
     let tokenizer = loaded.tokenizer()?;
-    let filler = Filler {
-        model: &loaded.model,
-        config: &loaded.config,
-        routing: &loaded.routing,
-        tokenizer: &tokenizer,
-    };
-    for filled in filler.fill(prompts, PROMPT_TOKENS, |_| Ok(()))? {
+    for filled in loaded.filler(&tokenizer).fill(prompts, PROMPT_TOKENS, |_| Ok(()))? {
         output::line(format!("  {}\n  → {}", filled.prompt, filled.filled))?;
     }
     Ok(())

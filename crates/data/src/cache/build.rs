@@ -26,8 +26,8 @@ use crate::tokenizer::{EncodeCounts, Tokenizer};
 const JOURNAL: &str = "journal.json";
 
 /// Text encoded at once: enough to keep every thread busy.
-const BATCH_BYTES: usize = 1 << 20;
-const BATCH_DOCUMENTS: usize = 1024;
+const BATCH_BYTES: usize = 4 << 20;
+const BATCH_DOCUMENTS: usize = 8192;
 
 /// Batches read ahead of the encoder.
 const BATCHES_AHEAD: usize = 4;

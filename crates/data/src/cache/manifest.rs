@@ -16,7 +16,7 @@ use crate::source::ReadOptions;
 use crate::tokenizer::{EncodeCounts, Tokenizer};
 
 /// Version of the format; raised whenever the same source would give other files.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 pub(super) const MANIFEST: &str = "manifest.json";
 

@@ -22,6 +22,14 @@ pub(super) struct TokenWriter {
     file: Option<BufWriter<File>>,
 }
 
+fn encoded(tokens: &[u32], token_bytes: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(tokens.len() * token_bytes);
+    for token in tokens {
+        bytes.extend_from_slice(&token.to_le_bytes()[..token_bytes]);
+    }
+    bytes
+}
+
 impl TokenWriter {
     /// Goes on behind the first `written` tokens in `directory`; what lies behind them is cut off.
     ///
@@ -64,13 +72,9 @@ impl TokenWriter {
         while !tokens.is_empty() {
             let room = self.tokens_per_file - self.written % self.tokens_per_file;
             let (now, later) = tokens.split_at(tokens.len().min(room as usize));
-            let token_bytes = self.token_bytes;
+            let bytes = encoded(now, self.token_bytes);
             let path = self.current_path();
-            let file = self.current_file()?;
-            for token in now {
-                file.write_all(&token.to_le_bytes()[..token_bytes])
-                    .map_err(CacheError::io("write", &path))?;
-            }
+            self.current_file()?.write_all(&bytes).map_err(CacheError::io("write", path))?;
             self.written += now.len() as u64;
             if self.written.is_multiple_of(self.tokens_per_file) {
                 self.sync()?;
