@@ -71,7 +71,7 @@ fn tokenizing(
     out: &mut impl Write,
 ) -> Result<(), Box<dyn Error>> {
     // Several times the same text, so that opening and syncing files do not count as tokenising.
-    let files = &vec![files; COPIES].concat();
+    let files = &[files; COPIES].concat();
     let tokenizer = Tokenizer::load(&plan.tokenizer)?;
     let bare = tokenizers::Tokenizer::from_file(tokenizer.path()).map_err(|error| error.to_string())?;
     let mut texts = Vec::new();

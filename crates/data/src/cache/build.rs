@@ -25,12 +25,12 @@ use crate::tokenizer::{EncodeCounts, Tokenizer};
 
 const JOURNAL: &str = "journal.json";
 
-/// Text encoded at once: enough to keep every thread busy.
-const BATCH_BYTES: usize = 4 << 20;
-const BATCH_DOCUMENTS: usize = 8192;
+/// Text encoded at once: so much that threads waiting for the last document of a batch do not matter.
+const BATCH_BYTES: usize = 16 << 20;
+const BATCH_DOCUMENTS: usize = 1 << 15;
 
 /// Batches read ahead of the encoder.
-const BATCHES_AHEAD: usize = 4;
+const BATCHES_AHEAD: usize = 2;
 
 /// Share of `<unk>` above which a tokenizer does not suit the text.
 const MAX_UNKNOWN_SHARE: f64 = 0.01;
