@@ -21,14 +21,16 @@ fn renderer() -> Renderer {
 
 fn config_error(error: &ConfigError) -> String {
     let title = error.kind().to_string();
-    let mut group = Group::with_title(Level::ERROR.primary_title(title.as_str()));
-    let path = error.place().map(|place| place.file.path.display().to_string()).unwrap_or_default();
-    if let Some(place) = error.place() {
-        let snippet = Snippet::source(place.file.text.as_str())
-            .path(path.as_str())
-            .annotation(AnnotationKind::Primary.span(place.span.clone()));
-        group = group.element(snippet);
-    }
+    let Some(place) = error.place() else {
+        let notes = error.notes().iter().map(|note| format!("\n  = note: {note}"));
+        let mend = error.mend().map(|mend| format!("\n  = help: {mend}"));
+        return notes.chain(mend).fold(format!("error: {title}"), |text, line| text + &line);
+    };
+    let path = place.file.path.display().to_string();
+    let snippet = Snippet::source(place.file.text.as_str())
+        .path(path.as_str())
+        .annotation(AnnotationKind::Primary.span(place.span.clone()));
+    let mut group = Group::with_title(Level::ERROR.primary_title(title.as_str())).element(snippet);
     for note in error.notes() {
         group = group.element(Level::NOTE.message(note.as_str()));
     }
