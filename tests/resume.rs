@@ -56,7 +56,7 @@ fn ten_kills_change_nothing() {
                 steps_logged(&place, "killed") != before || child.try_wait().is_ok_and(|s| s.is_some())
             });
         }
-        std::thread::sleep(Duration::from_micros((random >> 33) % 120_000));
+        std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
         let ended = child.try_wait().expect("a child");
         assert!(ended.is_none(), "kill {kill} came after the end: {ended:?}");
         child.kill().expect("SIGKILL");
