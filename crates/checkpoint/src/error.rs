@@ -123,11 +123,6 @@ impl CheckpointError {
     pub(crate) fn refused(name: &str, reason: impl Into<String>) -> Self {
         Self::Refused { name: name.to_owned(), reason: reason.into() }
     }
-
-    /// Whether the disk had no room left.
-    pub fn is_disk_full(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if is_full(source))
-    }
 }
 
 /// Each fault on a line of its own.
