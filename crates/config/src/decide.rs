@@ -8,14 +8,14 @@ use crate::keys::dotted;
 use crate::layers::{Layers, built_in_defaults};
 use crate::model::ModelConfig;
 use crate::plan::{
-    CheckpointPlan, DataPlan, EvalPlan, OptimizerKind, OptimizerPlan, RoutingConfig, RoutingSemantics,
-    RunPlan, ScheduleKind, SchedulePlan, SourcePlan, TrainerPlan,
+    CheckpointPlan, CommPlan, DataPlan, EvalPlan, OptimizerKind, OptimizerPlan, ParallelPlan, RoutingConfig,
+    RoutingSemantics, RunPlan, ScheduleKind, SchedulePlan, SourcePlan, TrainerPlan,
 };
 use crate::presets::{default_init_scale, preset};
 use crate::provenance::{Origin, Provenance};
 use crate::schema::{
-    CheckpointTable, DataTable, DebugTable, EvalTable, ModelTable, OptimizerTable, PrecisionTable,
-    RoutingTable, RunConfig, ScheduleTable, SourceTable, TrainerTable,
+    CheckpointTable, CommTable, DataTable, DebugTable, EvalTable, ModelTable, OptimizerTable, ParallelTable,
+    PrecisionTable, RoutingTable, RunConfig, ScheduleTable, SourceTable, TrainerTable,
 };
 
 /// The corpus made of this machine's crate documentation, and its held-out part.
@@ -97,6 +97,8 @@ impl RunConfig {
             schedule: self.schedule.decided()?,
             data: decided_data(self.data)?,
             trainer: self.trainer.decided()?,
+            parallel: self.parallel.decided()?,
+            comm: self.comm.decided()?,
             checkpoint: self.checkpoint.decided()?,
             eval: self.eval.decided()?,
         })
@@ -119,6 +121,8 @@ impl RunConfig {
                 ..DataTable::of(&plan.data)
             },
             trainer: TrainerTable::of(&plan.trainer),
+            parallel: ParallelTable::of(&plan.parallel),
+            comm: CommTable::of(&plan.comm),
             checkpoint: CheckpointTable::of(&plan.checkpoint),
             eval: EvalTable::of(&plan.eval),
             debug: DebugTable { force_balanced_routing: Some(plan.routing.force_balanced) },
@@ -211,7 +215,17 @@ same_keys! {
 }
 
 same_keys! {
-    CheckpointTable in "checkpoint" <=> CheckpointPlan { every_steps, keep_last, on_error, export }
+    ParallelTable in "parallel" <=> ParallelPlan {
+        data_parallel_size, expert_parallel_size, tensor_parallel_size,
+    }
+}
+
+same_keys! {
+    CommTable in "comm" <=> CommPlan { timeout_s, deterministic }
+}
+
+same_keys! {
+    CheckpointTable in "checkpoint" <=> CheckpointPlan { every_steps, keep_last, keep_every, on_error, export }
 }
 
 same_keys! {

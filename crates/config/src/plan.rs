@@ -251,6 +251,28 @@ pub struct DataPlan {
     pub prefetch_batches: usize,
 }
 
+/// How a job's ranks divide the run; `MeshShape` has the sizes of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParallelPlan {
+    /// Ranks that learn from different rows; 0 for what the launcher gives.
+    pub data_parallel_size: usize,
+    /// Data-parallel ranks over which one set of experts is spread.
+    pub expert_parallel_size: usize,
+    /// Ranks over which every matrix is split.
+    pub tensor_parallel_size: usize,
+}
+
+/// Communication between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommPlan {
+    /// Longest time in a collective.
+    pub timeout_s: u64,
+    /// Sum gradients micro-batch by micro-batch, in the order of the global batch.
+    pub deterministic: bool,
+}
+
 /// Checkpoints of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -259,6 +281,8 @@ pub struct CheckpointPlan {
     pub every_steps: u64,
     /// Newest checkpoints kept; 0 for all.
     pub keep_last: usize,
+    /// Checkpoints of steps that are a multiple of this are kept for good; 0 for none.
+    pub keep_every: u64,
     /// What a failed write does to the run.
     pub on_error: OnCheckpointError,
     /// Write the model to `RUN/export` at the end.
@@ -326,6 +350,10 @@ pub struct RunPlan {
     pub data: DataPlan,
     /// Dropout, z-loss, logging.
     pub trainer: TrainerPlan,
+    /// Mesh.
+    pub parallel: ParallelPlan,
+    /// Communication.
+    pub comm: CommPlan,
     /// Checkpoints.
     pub checkpoint: CheckpointPlan,
     /// Evaluation.

@@ -48,6 +48,8 @@ table! {
         schedule: ScheduleTable,
         data: DataTable,
         trainer: TrainerTable,
+        parallel: ParallelTable,
+        comm: CommTable,
         checkpoint: CheckpointTable,
         eval: EvalTable,
         debug: DebugTable,
@@ -266,12 +268,41 @@ table! {
 }
 
 table! {
+    /// How the ranks of a job (`mpirun -n N`, `srun`) divide the run: `data_parallel_size *
+    /// tensor_parallel_size` of them.
+    pub struct ParallelTable in "parallel" {
+        /// Ranks that learn from different micro-batches; 0 for as many as the launcher gives.
+        data_parallel_size: usize = Value("0"),
+        /// Consecutive data-parallel ranks over which the experts of a layer are spread; divides the
+        /// data-parallel ranks and `model.num_experts`. Tokens travel to their expert and back.
+        expert_parallel_size: usize = Value("1"),
+        /// Ranks over which attention heads, `d_ff` and the vocabulary are split; divides all three.
+        tensor_parallel_size: usize = Value("1"),
+    }
+}
+
+table! {
+    /// Communication between ranks.
+    pub struct CommTable in "comm" {
+        /// Seconds after which ranks that wait in a collective give up: the job ends with exit code 75 and
+        /// the missing ranks are named. Must exceed the slowest step, evaluation or save.
+        timeout_s: u64 = Value("600"),
+        /// Sum gradients micro-batch by micro-batch in the order of the global batch, so that any number of
+        /// data-parallel and expert-parallel ranks gives the same bits. Costs an exchange a micro-batch and,
+        /// with expert parallelism, gradients of all experts on every rank.
+        deterministic: bool = Value("false"),
+    }
+}
+
+table! {
     /// Checkpoints.
     pub struct CheckpointTable in "checkpoint" {
         /// Steps between checkpoints; 0 for one at the end only.
         every_steps: u64 = Value("1000"),
         /// Newest checkpoints kept; 0 for all.
         keep_last: usize = Value("3"),
+        /// Checkpoints of steps that are a multiple of this are never removed; 0 for none.
+        keep_every: u64 = Value("0"),
         /// What a failed write does to the run: stop it, or log the failure and go on.
         on_error: OnCheckpointError = Value("\"stop\""),
         /// Write the model to `RUN/export` at the end, as a Hugging Face directory.

@@ -8,16 +8,17 @@ mod sizes;
 use std::collections::BTreeMap;
 
 use crate::error::{ConfigError, ErrorKind};
+use crate::mesh;
 use crate::model::StackKind;
 use crate::plan::{RouterKind, RoutingSemantics, RunPlan, ScheduleKind, SourcePlan};
 use crate::provenance::{Origin, Provenance};
 use crate::schema::RunConfig;
 
 /// A broken rule: what is wrong, the keys concerned (the first is the one to look at), the mend.
-struct Conflict {
-    message: String,
-    keys: Vec<&'static str>,
-    help: String,
+pub(crate) struct Conflict {
+    pub(crate) message: String,
+    pub(crate) keys: Vec<&'static str>,
+    pub(crate) help: String,
 }
 
 type Rule = fn(&RunPlan) -> Result<(), Conflict>;
@@ -35,6 +36,8 @@ const RULES: &[Rule] = &[
     experts_and_sparse_layers_go_together,
     micro_batches_divide_the_batch,
     groups_divide_the_micro_batch,
+    mesh::axes_divide_the_model,
+    mesh::timeout_is_positive,
     hf_semantics_are_consistent,
     fixed_capacity_needs_hf_semantics,
     warmup_fits_the_run,
@@ -48,7 +51,7 @@ pub(crate) fn validate(plan: &RunPlan, provenance: &Provenance) -> Result<(), Co
     RULES.iter().try_for_each(|rule| rule(plan).map_err(|conflict| located(conflict, plan, provenance)))
 }
 
-fn located(conflict: Conflict, plan: &RunPlan, provenance: &Provenance) -> ConfigError {
+pub(crate) fn located(conflict: Conflict, plan: &RunPlan, provenance: &Provenance) -> ConfigError {
     let values: BTreeMap<String, String> = RunConfig::of(plan).entries().into_iter().collect();
     let in_file = |key: &&str| matches!(provenance.origin(key), Origin::File(_));
     let placed = conflict.keys.iter().copied().find(in_file);

@@ -12,6 +12,9 @@ const MOST_OF_A_BATCH: u64 = 1 << 20;
 /// Most buckets of the relative position bias.
 const MOST_BUCKETS: u64 = 1 << 16;
 
+/// Most ranks along an axis of the mesh.
+const MOST_RANKS: u64 = 1 << 16;
+
 /// Most batches that wait for the trainer.
 const MOST_PREFETCHED: u64 = 1024;
 
@@ -38,6 +41,8 @@ pub(super) fn counts_are_positive(plan: &RunPlan) -> Result<(), Conflict> {
         ("trainer.log_every_steps", plan.trainer.log_every_steps),
         ("trainer.max_skipped_steps", plan.trainer.max_skipped_steps),
         ("eval.batches", plan.eval.batches as u64),
+        ("parallel.expert_parallel_size", plan.parallel.expert_parallel_size as u64),
+        ("parallel.tensor_parallel_size", plan.parallel.tensor_parallel_size as u64),
     ];
     match counts.into_iter().find(|(_, count)| *count == 0) {
         None => Ok(()),
@@ -62,6 +67,9 @@ pub(super) fn counts_are_bounded(plan: &RunPlan) -> Result<(), Conflict> {
         ("data.batch_rows", data.batch_rows, MOST_OF_A_BATCH),
         ("data.micro_batch_rows", data.micro_batch_rows, MOST_OF_A_BATCH),
         ("data.prefetch_batches", data.prefetch_batches, MOST_PREFETCHED),
+        ("parallel.data_parallel_size", plan.parallel.data_parallel_size, MOST_RANKS),
+        ("parallel.expert_parallel_size", plan.parallel.expert_parallel_size, MOST_RANKS),
+        ("parallel.tensor_parallel_size", plan.parallel.tensor_parallel_size, MOST_RANKS),
     ];
     match counts.into_iter().find(|(_, count, most)| *count as u64 > *most) {
         None => Ok(()),
