@@ -4,6 +4,7 @@
 mod errors;
 mod experiments;
 mod layering;
+mod mesh;
 mod presets;
 mod reference;
 mod round_trip;

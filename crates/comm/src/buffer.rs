@@ -1,0 +1,114 @@
+//! Typed memory that collectives read and write.
+
+use half::bf16;
+
+/// Type of the values of a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ElementType {
+    /// 32-bit float.
+    F32,
+    /// 64-bit float.
+    F64,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit integer.
+    I32,
+    /// Unsigned 64-bit integer.
+    U64,
+    /// Byte.
+    U8,
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A type that collectives can move.
+pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
+    /// Its name for backends.
+    const TYPE: ElementType;
+}
+
+macro_rules! elements {
+    ($($variant:ident($type:ty)),+ $(,)?) => {
+        /// Values to send. Device memory joins as further variants, which a backend may refuse.
+        #[derive(Debug, Clone, Copy)]
+        #[non_exhaustive]
+        pub enum Buffer<'a> {
+            $(#[doc = concat!("Host memory of `", stringify!($type), "`.")] $variant(&'a [$type]),)+
+        }
+
+        /// Room for values to receive.
+        #[derive(Debug)]
+        #[non_exhaustive]
+        pub enum BufferMut<'a> {
+            $(#[doc = concat!("Host memory of `", stringify!($type), "`.")] $variant(&'a mut [$type]),)+
+        }
+
+        impl Buffer<'_> {
+            /// Number of values.
+            pub fn len(&self) -> usize {
+                match self { $(Self::$variant(values) => values.len(),)+ }
+            }
+
+            /// Type of the values.
+            pub fn element_type(&self) -> ElementType {
+                match self { $(Self::$variant(_) => ElementType::$variant,)+ }
+            }
+        }
+
+        impl BufferMut<'_> {
+            /// Number of values.
+            pub fn len(&self) -> usize {
+                match self { $(Self::$variant(values) => values.len(),)+ }
+            }
+
+            /// Type of the values.
+            pub fn element_type(&self) -> ElementType {
+                match self { $(Self::$variant(_) => ElementType::$variant,)+ }
+            }
+
+            /// The same memory, borrowed for a shorter time.
+            pub fn reborrow(&mut self) -> BufferMut<'_> {
+                match self { $(Self::$variant(values) => BufferMut::$variant(values),)+ }
+            }
+        }
+
+        $(
+            impl sealed::Sealed for $type {}
+
+            impl Element for $type {
+                const TYPE: ElementType = ElementType::$variant;
+            }
+
+            impl<'a> From<&'a [$type]> for Buffer<'a> {
+                fn from(values: &'a [$type]) -> Self {
+                    Self::$variant(values)
+                }
+            }
+
+            impl<'a> From<&'a mut [$type]> for BufferMut<'a> {
+                fn from(values: &'a mut [$type]) -> Self {
+                    Self::$variant(values)
+                }
+            }
+        )+
+    };
+}
+
+elements!(F32(f32), F64(f64), Bf16(bf16), I32(i32), U64(u64), U8(u8));
+
+impl Buffer<'_> {
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl BufferMut<'_> {
+    /// Whether there is no room.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
