@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use switchyard_config::ModelConfig;
+use switchyard_config::partition::Part;
 use switchyard_config::plan::RoutingConfig;
 
 use crate::error::CheckpointError;
@@ -119,6 +120,21 @@ impl ModelDirectory {
         let place = |pointer| self.trainer.pointer(pointer).and_then(Value::as_u64);
         let length = place("/data/inputs_length").or_else(|| place("/plan/data/inputs_length"))?;
         usize::try_from(length).ok()
+    }
+
+    /// Values of `part` of a parameter, row-major.
+    ///
+    /// # Errors
+    /// When there is no such parameter or its file cannot be read.
+    pub fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        match &self.contents {
+            Contents::Checkpoint(checkpoint) => checkpoint.read_part(name, part),
+            Contents::HuggingFace(model) => {
+                let values = model.read(name)?;
+                let spec = parameter_specs(model.model()).into_iter().find(|(known, _)| known == name);
+                Ok(spec.map_or(values.clone(), |(_, shape)| part.cut(&shape, &values)))
+            }
+        }
     }
 
     /// What the trainer kept, which is the trainer's to shape; null for a model without a run.

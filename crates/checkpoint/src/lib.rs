@@ -22,5 +22,5 @@ pub use directory::{ModelDirectory, ModelKind, open_model};
 pub use error::CheckpointError;
 pub use manifest::{FileEntry, Manifest, Slice, TensorEntry};
 pub use resume::{Checkpoint, complete_checkpoints, latest_complete};
-pub use save::{Snapshot, clear_leftovers, prune, save};
-pub use tensors::{TensorMap, TensorSink, TensorSource};
+pub use save::{Contents, PendingCheckpoint, ShardReport, TensorPart, clear_leftovers, prune, write_shards};
+pub use tensors::{TensorMap, TensorSource};

@@ -66,25 +66,9 @@ pub struct FileEntry {
 impl Manifest {
     pub(crate) const NAME: &'static str = "manifest.json";
 
-    /// Describes the files that `directory` holds now.
-    pub(crate) fn of(
-        directory: &Path,
-        step: u64,
-        tensors: Vec<TensorEntry>,
-    ) -> Result<Self, CheckpointError> {
-        let listing = std::fs::read_dir(directory).map_err(CheckpointError::io("list", directory))?;
-        let mut names = Vec::new();
-        for entry in listing {
-            let entry = entry.map_err(CheckpointError::io("list", directory))?;
-            names.push(entry.file_name().to_string_lossy().into_owned());
-        }
-        names.sort();
-        let mut entries = Vec::new();
-        for name in names {
-            let (size, xxh3) = files::fingerprint(&directory.join(&name))?;
-            entries.push(FileEntry { name, size, xxh3 });
-        }
-        Ok(Self { format: FORMAT, step, tensors, files: entries })
+    /// The manifest of these tensors and files.
+    pub(crate) fn new(step: u64, tensors: Vec<TensorEntry>, files: Vec<FileEntry>) -> Self {
+        Self { format: FORMAT, step, tensors, files }
     }
 
     /// Reads the manifest of `directory`.
@@ -114,15 +98,51 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Compares the files whose names `wanted` accepts with their sizes and checksums.
-    pub(crate) fn verify(
-        &self,
-        directory: &Path,
-        wanted: impl Fn(&str) -> bool + Sync,
-    ) -> Result<(), CheckpointError> {
-        let entries = self.files.par_iter().filter(|entry| wanted(&entry.name));
+    /// Compares every `of`-th file, from number `share` on, with its size and checksum.
+    pub(crate) fn verify(&self, directory: &Path, share: usize, of: usize) -> Result<(), CheckpointError> {
+        let entries = self.files.par_iter().skip(share).step_by(of);
         let checks: Vec<_> = entries.map(|entry| entry.verify(directory)).collect();
         checks.into_iter().collect()
+    }
+}
+
+impl TensorEntry {
+    /// Optimizer tensors carry the moment after a slash.
+    pub(crate) fn is_parameter(&self) -> bool {
+        !self.name.contains('/')
+    }
+
+    /// Why the slices do not make up the tensor, each element once; `None` when they do.
+    pub(crate) fn fault_of_slices(&self) -> Option<String> {
+        let Self { name, shape, slices, .. } = self;
+        let inside = |slice: &Slice| {
+            let axes = slice.start.iter().zip(&slice.shape).zip(shape);
+            slice.start.len() == shape.len()
+                && slice.shape.len() == shape.len()
+                && axes.into_iter().all(|((start, length), whole)| {
+                    start.checked_add(*length).is_some_and(|end| end <= *whole)
+                })
+        };
+        if let Some(slice) = slices.iter().find(|slice| !inside(slice)) {
+            let Slice { file, start, shape: of } = slice;
+            return Some(format!("the slice of `{name}` in {file} ({start:?} + {of:?}) exceeds {shape:?}"));
+        }
+        for (number, a) in slices.iter().enumerate() {
+            if let Some(b) = slices[..number].iter().find(|b| a.overlaps(b)) {
+                return Some(format!("the slices of `{name}` in {} and {} overlap", b.file, a.file));
+            }
+        }
+        let count = |shape: &[usize]| shape.iter().map(|&length| length as u128).product::<u128>();
+        let (held, whole) = (slices.iter().map(|slice| count(&slice.shape)).sum::<u128>(), count(shape));
+        (held != whole).then(|| format!("the slices of `{name}` hold {held} of its {whole} values"))
+    }
+}
+
+impl Slice {
+    fn overlaps(&self, other: &Self) -> bool {
+        let ends = |slice: &Self, axis: usize| slice.start[axis] + slice.shape[axis];
+        (0..self.start.len())
+            .all(|axis| self.start[axis] < ends(other, axis) && other.start[axis] < ends(self, axis))
     }
 }
 

@@ -2,18 +2,20 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
 use switchyard_config::ModelConfig;
+use switchyard_config::partition::Part;
 use switchyard_config::plan::RoutingConfig;
 
 use crate::error::CheckpointError;
 use crate::files::read_json;
 use crate::manifest::{Manifest, Slice, TensorEntry};
 use crate::shard::ShardReader;
-use crate::tensors::{Found, TensorSink, TensorSource, differences, parameter_specs};
+use crate::tensors::{Found, TensorSource, differences, parameter_specs};
 
 /// Complete checkpoints in a run's `checkpoints` directory, oldest first.
 ///
@@ -75,7 +77,16 @@ impl Checkpoint {
     /// Names the file that is missing or differs, or all parameters that are missing, have another
     /// shape or are not of the model.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        Self::open_tensors(path, |_| true)
+        Self::open_tensors(path, |_| true, 0, 1)
+    }
+
+    /// As [`Self::open`], for one of `of` processes that open it together: the checksums of a part of
+    /// the files are left to the others.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_share(path: &Path, share: usize, of: usize) -> Result<Self, CheckpointError> {
+        Self::open_tensors(path, |_| true, share, of)
     }
 
     /// As [`Self::open`] for using the model: files of the optimizer are neither read nor missed.
@@ -83,18 +94,24 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_parameters(path: &Path) -> Result<Self, CheckpointError> {
-        Self::open_tensors(path, is_parameter)
+        Self::open_tensors(path, TensorEntry::is_parameter, 0, 1)
     }
 
-    fn open_tensors(path: &Path, wanted: fn(&str) -> bool) -> Result<Self, CheckpointError> {
+    fn open_tensors(
+        path: &Path,
+        wanted: fn(&TensorEntry) -> bool,
+        share: usize,
+        of: usize,
+    ) -> Result<Self, CheckpointError> {
         let mut manifest = Manifest::read(path)?;
         let files_of = |tensors: &[TensorEntry]| -> BTreeSet<String> {
             tensors.iter().flat_map(|entry| &entry.slices).map(|slice| slice.file.clone()).collect()
         };
         let all = files_of(&manifest.tensors);
-        manifest.tensors.retain(|entry| wanted(&entry.name));
+        manifest.tensors.retain(wanted);
         let needed = files_of(&manifest.tensors);
-        manifest.verify(path, |name| needed.contains(name) || !all.contains(name))?;
+        manifest.files.retain(|file| needed.contains(&file.name) || !all.contains(&file.name));
+        manifest.verify(path, share, of)?;
         let model = read_json(&path.join("model.json"))?;
         let mut shards = BTreeMap::new();
         for file in needed {
@@ -114,26 +131,27 @@ impl Checkpoint {
     /// Tensors that the shards do not hold as the manifest says.
     fn stored_otherwise(&self) -> Vec<String> {
         let fault_of = |entry: &TensorEntry| {
-            let TensorEntry { name, shape, slices, .. } = entry;
-            let [Slice { file, .. }] = &slices[..] else {
-                let count = slices.len();
-                return Some(format!("`{name}` has {count} slices; this version reads tensors of one slice"));
-            };
-            match self.shards.get(file).and_then(|shard| shard.tensors().get(name)) {
-                None => Some(format!("`{name}` is missing in {file}; {} says it is there", Manifest::NAME)),
-                Some(stored) if stored.shape != *shape => Some(format!(
-                    "`{name}` in {file} has shape {:?}; {} says {shape:?}",
-                    stored.shape,
-                    Manifest::NAME
-                )),
-                Some(_) => None,
-            }
+            let TensorEntry { name, slices, .. } = entry;
+            let misplaced = slices.iter().find_map(|Slice { file, shape, .. }| {
+                match self.shards.get(file).and_then(|shard| shard.tensors().get(name)) {
+                    None => {
+                        Some(format!("`{name}` is missing in {file}; {} says it is there", Manifest::NAME))
+                    }
+                    Some(stored) if stored.shape != *shape => Some(format!(
+                        "`{name}` in {file} has shape {:?}; {} says {shape:?}",
+                        stored.shape,
+                        Manifest::NAME
+                    )),
+                    Some(_) => None,
+                }
+            });
+            misplaced.or_else(|| entry.fault_of_slices())
         };
         self.manifest.tensors.iter().filter_map(fault_of).collect()
     }
 
     fn unfit_parameters(&self) -> Vec<String> {
-        let entries = self.manifest.tensors.iter().filter(|entry| is_parameter(&entry.name));
+        let entries = self.manifest.tensors.iter().filter(|entry| entry.is_parameter());
         let found: Vec<Found<'_>> = entries
             .map(|entry| Found {
                 name: &entry.name,
@@ -167,21 +185,72 @@ impl Checkpoint {
         read_json(&self.path.join("trainer.json"))
     }
 
-    /// Gives every optimizer tensor to `sink`.
-    ///
-    /// # Errors
-    /// When `sink` refuses one.
-    pub fn load_optimizer(&self, sink: &mut dyn TensorSink) -> Result<(), CheckpointError> {
-        for entry in self.manifest.tensors.iter().filter(|entry| !is_parameter(&entry.name)) {
-            sink.write(&entry.name, self.values(&entry.name)?)?;
-        }
-        Ok(())
+    /// Name and whole shape of every tensor of the optimizer.
+    pub fn optimizer_specs(&self) -> Vec<(String, Vec<usize>)> {
+        let moments = self.manifest.tensors.iter().filter(|entry| !entry.is_parameter());
+        moments.map(|entry| (entry.name.clone(), entry.shape.clone())).collect()
     }
 
-    fn values(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
-        let holder = self.shards.values().find(|shard| shard.tensors().contains_key(name));
-        holder.ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })?.read(name)
+    /// Values of `part` of a parameter or moment, row-major, whichever shards hold it.
+    ///
+    /// # Errors
+    /// When there is no such tensor, `part` does not lie within it, or a shard cannot be read.
+    pub fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        let entry = self.entry(name)?;
+        let ends = part.start.iter().zip(&part.shape).zip(&entry.shape);
+        if part.shape.len() != entry.shape.len() || ends.into_iter().any(|((s, l), whole)| s + l > *whole) {
+            let reason = format!("it has shape {:?}, {part:?} was asked for", entry.shape);
+            return Err(CheckpointError::refused(name, reason));
+        }
+        let mut values = vec![0.0; part.num_elements()];
+        for slice in &entry.slices {
+            let Some(common) = common_part(part, slice) else { continue };
+            let shard = self.shards.get(&slice.file);
+            let shard = shard.ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })?;
+            let within = |start: &[usize]| Part {
+                start: common.start.iter().zip(start).map(|(common, start)| common - start).collect(),
+                shape: common.shape.clone(),
+            };
+            let stored = shard.values(name)?;
+            let to: Vec<Range<usize>> = within(&part.start).runs(&part.shape).collect();
+            let from: Vec<Range<usize>> = within(&slice.start).runs(&slice.shape).collect();
+            for (to, from) in equal_runs(&to, &from) {
+                stored.copy(from, &mut values[to]);
+            }
+        }
+        Ok(values)
     }
+
+    fn entry(&self, name: &str) -> Result<&TensorEntry, CheckpointError> {
+        let found = self.manifest.tensors.iter().find(|entry| entry.name == name);
+        found.ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })
+    }
+}
+
+/// What a part and a slice of one tensor have in common; `None` when nothing.
+fn common_part(part: &Part, slice: &Slice) -> Option<Part> {
+    let axes = part.start.iter().zip(&part.shape).zip(slice.start.iter().zip(&slice.shape));
+    let (mut start, mut shape) = (Vec::new(), Vec::new());
+    for ((a, a_len), (b, b_len)) in axes {
+        let (first, end) = (*a.max(b), (a + a_len).min(b + b_len));
+        start.push(first);
+        shape.push(end.checked_sub(first).filter(|&length| length > 0)?);
+    }
+    Some(Part { start, shape })
+}
+
+/// Two lists of runs over the same elements, cut to the length of the shorter ones.
+fn equal_runs<'a>(
+    a: &'a [Range<usize>],
+    b: &'a [Range<usize>],
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + 'a {
+    let length = |runs: &[Range<usize>]| runs.first().map_or(1, |run| run.len().max(1));
+    // Runs are products of trailing axes, so the shorter length divides the longer.
+    let common = length(a).min(length(b));
+    let pieces = move |runs: &'a [Range<usize>]| {
+        runs.iter().flat_map(move |run| run.clone().step_by(common).map(move |at| at..at + common))
+    };
+    pieces(a).zip(pieces(b))
 }
 
 /// The parameters.
@@ -191,11 +260,7 @@ impl TensorSource for Checkpoint {
     }
 
     fn read(&self, name: &str) -> Result<Cow<'_, [f32]>, CheckpointError> {
-        self.values(name).map(Cow::Owned)
+        let whole = Part::whole(&self.entry(name)?.shape);
+        self.read_part(name, &whole).map(Cow::Owned)
     }
-}
-
-/// Optimizer tensors carry the moment after a slash.
-fn is_parameter(name: &str) -> bool {
-    !name.contains('/')
 }

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensors};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::dtype::{READABLE, StoredDtype, decode};
 use crate::error::CheckpointError;
@@ -21,9 +23,29 @@ const PIECE: usize = 1 << 16;
 /// Writes one file: the header first, then each tensor in the order announced.
 pub(crate) struct ShardWriter {
     path: PathBuf,
-    out: BufWriter<File>,
+    out: BufWriter<Hashing>,
     dtype: StoredDtype,
     expected: VecDeque<(String, usize)>,
+}
+
+/// A file that knows its size and checksum without being read again.
+struct Hashing {
+    file: File,
+    hash: Xxh3,
+    size: u64,
+}
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hash.update(&bytes[..written]);
+        self.size += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
 }
 
 impl ShardWriter {
@@ -46,7 +68,8 @@ impl ShardWriter {
         let mut header = serde_json::Value::Object(header).to_string().into_bytes();
         header.resize(header.len().next_multiple_of(8), b' ');
         let file = File::create(path).map_err(CheckpointError::io("create", path))?;
-        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let hashing = Hashing { file, hash: Xxh3::new(), size: 0 };
+        let mut out = BufWriter::with_capacity(1 << 20, hashing);
         out.write_all(&(header.len() as u64).to_le_bytes())
             .and_then(|()| out.write_all(&header))
             .map_err(CheckpointError::io("write", path))?;
@@ -60,6 +83,11 @@ impl ShardWriter {
             let reason =
                 format!("it has {} values; `{next}` with {len} values was announced next", values.len());
             return Err(CheckpointError::refused(name, reason));
+        }
+        if self.dtype == StoredDtype::F32 && cfg!(target_endian = "little") {
+            // The bytes in memory are those of the format.
+            let bytes = bytemuck::cast_slice(values);
+            return self.out.write_all(bytes).map_err(CheckpointError::io("write", &self.path));
         }
         let mut bytes = Vec::with_capacity(PIECE * self.dtype.size());
         for piece in values.chunks(PIECE) {
@@ -81,14 +109,16 @@ impl ShardWriter {
         self.expected.is_empty()
     }
 
-    /// Syncs the file.
-    pub(crate) fn finish(self) -> Result<(), CheckpointError> {
+    /// Syncs the file; returns its size and xxh3.
+    pub(crate) fn finish(self) -> Result<(u64, String), CheckpointError> {
         let Self { path, out, mut expected, .. } = self;
         if let Some((name, _)) = expected.pop_front() {
             return Err(CheckpointError::NoTensor { name });
         }
-        let file = out.into_inner().map_err(|e| CheckpointError::io("write", &path)(e.into_error()))?;
-        file.sync_all().map_err(CheckpointError::io("write", &path))
+        let Hashing { file, hash, size } =
+            out.into_inner().map_err(|e| CheckpointError::io("write", &path)(e.into_error()))?;
+        file.sync_all().map_err(CheckpointError::io("write", &path))?;
+        Ok((size, format!("{:016x}", hash.digest())))
     }
 }
 
@@ -131,6 +161,14 @@ impl ShardReader {
         Ok((info.dtype, &self.map[self.data_start + start..self.data_start + end]))
     }
 
+    /// The values of one tensor, of which parts can be read; only float32 has them in place.
+    pub(crate) fn values(&self, name: &str) -> Result<StoredValues<'_>, CheckpointError> {
+        match self.bytes(name)? {
+            (Dtype::F32, bytes) => Ok(StoredValues::InPlace(bytes)),
+            _ => self.read(name).map(StoredValues::Converted),
+        }
+    }
+
     /// Values of one tensor as float32.
     pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
         let (dtype, data) = self.bytes(name)?;
@@ -138,6 +176,25 @@ impl ShardReader {
             let problem = format!("tensor `{name}` has type {dtype:?}; expected {READABLE}");
             CheckpointError::bad(&self.path, problem)
         })
+    }
+}
+
+/// Values of a stored tensor, in the file or converted.
+pub(crate) enum StoredValues<'a> {
+    InPlace(&'a [u8]),
+    Converted(Vec<f32>),
+}
+
+impl StoredValues<'_> {
+    /// Copies the values at `from` to `to`, which is as long.
+    pub(crate) fn copy(&self, from: Range<usize>, to: &mut [f32]) {
+        match self {
+            Self::Converted(values) => to.copy_from_slice(&values[from]),
+            Self::InPlace(bytes) => {
+                let (values, _) = bytes[4 * from.start..4 * from.end].as_chunks::<4>();
+                to.iter_mut().zip(values).for_each(|(to, value)| *to = f32::from_le_bytes(*value));
+            }
+        }
     }
 }
 

@@ -5,31 +5,37 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use switchyard_config::ModelConfig;
+use switchyard_config::partition::Part;
 
 use crate::testing::{assert_same_bits, dense, filled, gated, routing, switch};
 use crate::*;
 
 fn optimizer() -> TensorMap {
     let mut map = TensorMap::default();
-    map.insert("shared.embedding/v_row", &[3], vec![1.0, -0.0, f32::MIN_POSITIVE]);
     map.insert("shared.embedding/v_column", &[2], vec![f32::NAN, f32::INFINITY]);
+    map.insert("shared.embedding/v_row", &[3], vec![1.0, -0.0, f32::MIN_POSITIVE]);
     map
+}
+
+/// Every tensor of a source, whole.
+fn parts(source: &dyn TensorSource) -> Vec<TensorPart> {
+    let part = |(name, shape): (String, Vec<usize>)| TensorPart {
+        part: Part::whole(&shape),
+        values: source.read(&name).unwrap().into_owned(),
+        name,
+        shape,
+    };
+    source.specs().into_iter().map(part).collect()
 }
 
 fn save_step(checkpoints: &Path, step: u64, model: &ModelConfig, trainer: Value) -> PathBuf {
     let tokenizer = checkpoints.with_file_name("tokenizer.json");
     fs::create_dir_all(checkpoints).unwrap();
     fs::write(&tokenizer, "{}").unwrap();
-    let snapshot = Snapshot {
-        step,
-        model,
-        routing: &routing(),
-        parameters: &filled(model),
-        optimizer: &optimizer(),
-        trainer,
-        files: &[tokenizer],
-    };
-    save(checkpoints, &snapshot).unwrap()
+    let pending = PendingCheckpoint::begin(checkpoints, step).unwrap();
+    let report = write_shards(pending.path(), 0, &parts(&filled(model)), &parts(&optimizer())).unwrap();
+    let contents = Contents { model, routing: &routing(), trainer, files: &[tokenizer] };
+    pending.commit(contents, vec![report]).unwrap()
 }
 
 /// A run with one checkpoint; the run's root and the checkpoint.
@@ -63,7 +69,10 @@ fn what_is_saved_is_read_bitwise() {
         assert_eq!(opened.trainer(), &trainer);
         assert_same_bits(&checkpoint, &filled(&model));
         let mut moments = TensorMap::default();
-        checkpoint.load_optimizer(&mut moments).unwrap();
+        for (name, shape) in checkpoint.optimizer_specs() {
+            let values = checkpoint.read_part(&name, &Part::whole(&shape)).unwrap();
+            moments.insert(&name, &shape, values);
+        }
         assert_same_bits(&moments, &optimizer());
     }
 }
@@ -98,11 +107,17 @@ fn unfinished_and_damaged_directories_are_passed_over() {
     let newer = save_step(&checkpoints, 1_000_000, &dense(), json!({}));
     assert_eq!(latest_complete(&checkpoints).unwrap(), Some(newer.clone()));
     assert!(unfinished.exists());
-    prune(&checkpoints, 0).unwrap();
+    prune(&checkpoints, 0, 0).unwrap();
     assert!(unfinished.exists());
     clear_leftovers(&checkpoints).unwrap();
     assert!(!unfinished.exists() && old.exists());
-    prune(&checkpoints, 1).unwrap();
+    prune(&checkpoints, 1, 6).unwrap();
+    assert_eq!(
+        complete_checkpoints(&checkpoints).unwrap(),
+        [old.clone(), newer.clone()],
+        "12 is kept for good"
+    );
+    prune(&checkpoints, 1, 0).unwrap();
     assert_eq!(complete_checkpoints(&checkpoints).unwrap(), [newer]);
     assert!(!old.exists());
     assert_eq!(complete_checkpoints(&root.path().join("absent")).unwrap(), Vec::<PathBuf>::new());
@@ -113,22 +128,15 @@ fn a_failed_save_leaves_nothing_behind() {
     let (root, path) = run();
     let checkpoints = root.path().join("checkpoints");
     let before = fs::read(path.join("manifest.json")).unwrap();
-    let (model, routing, parameters, optimizer) = (dense(), routing(), filled(&dense()), optimizer());
-    let absent = [root.path().join("no-tokenizer.json")];
-    let mut snapshot = Snapshot {
-        step: 12,
-        model: &model,
-        routing: &routing,
-        parameters: &parameters,
-        optimizer: &optimizer,
-        trainer: json!({}),
-        files: &absent,
+    let attempt = |source: &TensorMap, files: &[PathBuf]| {
+        let pending = PendingCheckpoint::begin(&checkpoints, 12).unwrap();
+        let report = write_shards(pending.path(), 0, &parts(source), &parts(&optimizer())).unwrap();
+        let contents = Contents { model: &dense(), routing: &routing(), trainer: json!({}), files };
+        pending.commit(contents, vec![report]).unwrap_err()
     };
-    let message = save(&checkpoints, &snapshot).unwrap_err().to_string();
+    let message = attempt(&filled(&dense()), &[root.path().join("no-tokenizer.json")]).to_string();
     assert!(message.contains("no-tokenizer.json"), "{message}");
-    let other = filled(&gated());
-    snapshot.parameters = &other;
-    let error = save(&checkpoints, &snapshot).unwrap_err();
+    let error = attempt(&filled(&gated()), &[]);
     assert!(
         matches!(&error, CheckpointError::WrongParameters { faults } if faults.len() == 1 + 3 * 5),
         "{error}"
@@ -192,8 +200,8 @@ fn all_tensors_that_do_not_fit_are_listed() {
     };
     let expected = [
         "`decoder.last_norm` is missing in model-00000.safetensors; manifest.json says it is there",
-        "`decoder.relative_bias` has 0 slices; this version reads tensors of one slice",
-        "`encoder.relative_bias` in model-00000.safetensors has shape [8, 4]; manifest.json says [4, 8]",
+        "the slice of `encoder.relative_bias` in model-00000.safetensors ([0, 0] + [8, 4]) exceeds [4, 8]",
+        "the slices of `decoder.relative_bias` hold 0 of its 32 values",
         "`decoder.final_norm` is missing; expected shape [6]",
         "`decoder.last_norm` in model-00000.safetensors is not of this model",
         "`encoder.final_norm` is missing; expected shape [6]",

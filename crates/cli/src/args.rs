@@ -295,7 +295,7 @@ pub(crate) enum TokenizerCommand {
 /// Check an experiment file and print what it means, without starting it.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  switchyard check configs/switch-base-8-c4.toml --set data.micro_batch_rows=32"
+    after_help = "Examples:\n  switchyard check configs/switch-base-8-c4.toml --set data.micro_batch_rows=32\n  switchyard check configs/switch-base-8-c4.toml --ranks 16 --set parallel.expert_parallel_size=8"
 )]
 pub(crate) struct CheckArguments {
     /// Experiment file.
@@ -303,6 +303,9 @@ pub(crate) struct CheckArguments {
     /// Change a key.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Ranks of the job: also checks and prints the mesh and the memory of a rank.
+    #[arg(long, value_parser = count())]
+    pub ranks: Option<usize>,
     /// Print a JSON object.
     #[arg(long)]
     pub json: bool,

@@ -21,7 +21,12 @@ pub enum ElementType {
 }
 
 mod sealed {
-    pub trait Sealed {}
+    use super::Buffer;
+
+    pub trait Sealed: Sized {
+        /// The values of a buffer of this type.
+        fn values(buffer: Buffer<'_>) -> Option<&[Self]>;
+    }
 }
 
 /// A type that collectives can move.
@@ -44,6 +49,24 @@ macro_rules! elements {
         #[non_exhaustive]
         pub enum BufferMut<'a> {
             $(#[doc = concat!("Host memory of `", stringify!($type), "`.")] $variant(&'a mut [$type]),)+
+        }
+
+        /// A copy of what a buffer held.
+        #[derive(Debug)]
+        pub(crate) enum Values {
+            $($variant(Vec<$type>),)+
+        }
+
+        impl Values {
+            /// Copies the values of a buffer.
+            pub(crate) fn of(buffer: Buffer<'_>) -> Self {
+                match buffer { $(Buffer::$variant(values) => Self::$variant(values.to_vec()),)+ }
+            }
+
+            /// The copied values.
+            pub(crate) fn buffer(&self) -> Buffer<'_> {
+                match self { $(Self::$variant(values) => Buffer::$variant(values),)+ }
+            }
         }
 
         impl Buffer<'_> {
@@ -73,10 +96,22 @@ macro_rules! elements {
             pub fn reborrow(&mut self) -> BufferMut<'_> {
                 match self { $(Self::$variant(values) => BufferMut::$variant(values),)+ }
             }
+
+            /// The same memory, to read.
+            pub fn as_buffer(&self) -> Buffer<'_> {
+                match self { $(Self::$variant(values) => Buffer::$variant(values),)+ }
+            }
         }
 
         $(
-            impl sealed::Sealed for $type {}
+            impl sealed::Sealed for $type {
+                fn values(buffer: Buffer<'_>) -> Option<&[Self]> {
+                    match buffer {
+                        Buffer::$variant(values) => Some(values),
+                        _ => None,
+                    }
+                }
+            }
 
             impl Element for $type {
                 const TYPE: ElementType = ElementType::$variant;
@@ -98,6 +133,21 @@ macro_rules! elements {
 }
 
 elements!(F32(f32), F64(f64), Bf16(bf16), I32(i32), U64(u64), U8(u8));
+
+/// Runs the same code on the slice of a [`BufferMut`], whatever its type.
+macro_rules! with_values {
+    ($buffer:expr, $values:ident => $body:expr) => {
+        match $buffer {
+            $crate::buffer::BufferMut::F32($values) => $body,
+            $crate::buffer::BufferMut::F64($values) => $body,
+            $crate::buffer::BufferMut::Bf16($values) => $body,
+            $crate::buffer::BufferMut::I32($values) => $body,
+            $crate::buffer::BufferMut::U64($values) => $body,
+            $crate::buffer::BufferMut::U8($values) => $body,
+        }
+    };
+}
+pub(crate) use with_values;
 
 impl Buffer<'_> {
     /// Whether there are no values.

@@ -9,11 +9,12 @@ use crate::error::CommError;
 /// How values of several ranks become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReduceOp {
-    /// The sum, added in rank order: `((x0 + x1) + x2) + …`, bf16 in float32 with one rounding at the end.
+    /// The sum, added in rank order: `((x0 + x1) + x2) + …`, bf16 in float32 with one rounding at the end;
+    /// integers wrap around.
     Sum,
-    /// The largest.
+    /// The largest; not a number if any is not.
     Max,
-    /// The smallest.
+    /// The smallest; not a number if any is not.
     Min,
 }
 

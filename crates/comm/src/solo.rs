@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::buffer::{Buffer, BufferMut};
+use crate::buffer::{Buffer, BufferMut, Element, with_values};
+use crate::call::Call;
 use crate::communicator::{Communicator, ReduceOp};
 use crate::error::CommError;
 
@@ -18,30 +19,19 @@ impl Solo {
         Self { label: label.to_owned() }
     }
 
-    fn copy(
-        &self,
-        operation: &'static str,
-        input: Buffer<'_>,
-        output: BufferMut<'_>,
-    ) -> Result<(), CommError> {
-        let problem = match (input, output) {
-            (from, to) if from.len() != to.len() => {
-                format!("{} values do not fill room for {}", from.len(), to.len())
-            }
-            (Buffer::F32(from), BufferMut::F32(to)) => return done(to.copy_from_slice(from)),
-            (Buffer::F64(from), BufferMut::F64(to)) => return done(to.copy_from_slice(from)),
-            (Buffer::Bf16(from), BufferMut::Bf16(to)) => return done(to.copy_from_slice(from)),
-            (Buffer::I32(from), BufferMut::I32(to)) => return done(to.copy_from_slice(from)),
-            (Buffer::U64(from), BufferMut::U64(to)) => return done(to.copy_from_slice(from)),
-            (Buffer::U8(from), BufferMut::U8(to)) => return done(to.copy_from_slice(from)),
-            (from, to) => format!("{:?} cannot be received as {:?}", from.element_type(), to.element_type()),
-        };
-        Err(CommError::WrongBuffer { operation, group: self.label.clone(), problem })
+    fn check(&self, call: &Call) -> Result<(), CommError> {
+        call.wrong_buffer(&self.label).map_or(Ok(()), Err)
+    }
+
+    fn copy(&self, call: &Call, input: Buffer<'_>, output: BufferMut<'_>) -> Result<(), CommError> {
+        self.check(call)?;
+        with_values!(output, to => copy_values(input, to));
+        Ok(())
     }
 }
 
-fn done((): ()) -> Result<(), CommError> {
-    Ok(())
+fn copy_values<T: Element>(input: Buffer<'_>, output: &mut [T]) {
+    output.copy_from_slice(T::values(input).expect("a checked call has buffers of one type"));
 }
 
 impl Communicator for Solo {
@@ -61,38 +51,48 @@ impl Communicator for Solo {
         Ok(())
     }
 
-    fn broadcast(&self, _: BufferMut<'_>, _: usize) -> Result<(), CommError> {
-        Ok(())
+    fn broadcast(&self, buffer: BufferMut<'_>, root: usize) -> Result<(), CommError> {
+        self.check(&Call::broadcast(1, buffer.as_buffer(), root))
     }
 
     fn all_reduce(&self, _: BufferMut<'_>, _: ReduceOp) -> Result<(), CommError> {
         Ok(())
     }
 
-    fn reduce_scatter(&self, input: Buffer<'_>, output: BufferMut<'_>, _: ReduceOp) -> Result<(), CommError> {
-        self.copy("reduce_scatter", input, output)
+    fn reduce_scatter(
+        &self,
+        input: Buffer<'_>,
+        output: BufferMut<'_>,
+        op: ReduceOp,
+    ) -> Result<(), CommError> {
+        self.copy(&Call::reduce_scatter(1, input, &output, op), input, output)
     }
 
     fn all_gather(&self, input: Buffer<'_>, output: BufferMut<'_>) -> Result<(), CommError> {
-        self.copy("all_gather", input, output)
+        self.copy(&Call::all_gather(1, input, &output), input, output)
     }
 
-    fn all_gather_v(&self, input: Buffer<'_>, output: BufferMut<'_>, _: &[usize]) -> Result<(), CommError> {
-        self.copy("all_gather_v", input, output)
+    fn all_gather_v(
+        &self,
+        input: Buffer<'_>,
+        output: BufferMut<'_>,
+        counts: &[usize],
+    ) -> Result<(), CommError> {
+        self.copy(&Call::all_gather_v((0, 1), input, &output, counts), input, output)
     }
 
     fn all_to_all(&self, input: Buffer<'_>, output: BufferMut<'_>) -> Result<(), CommError> {
-        self.copy("all_to_all", input, output)
+        self.copy(&Call::all_to_all(1, input, &output), input, output)
     }
 
     fn all_to_all_v(
         &self,
         input: Buffer<'_>,
-        _: &[usize],
+        sends: &[usize],
         output: BufferMut<'_>,
-        _: &[usize],
+        receives: &[usize],
     ) -> Result<(), CommError> {
-        self.copy("all_to_all_v", input, output)
+        self.copy(&Call::all_to_all_v(1, input, sends, &output, receives), input, output)
     }
 
     fn split(&self, _: usize, label: &str) -> Result<Arc<dyn Communicator>, CommError> {

@@ -29,7 +29,7 @@ pub use presets::{PresetError, preset, preset_names};
 pub use provenance::{Origin, Place, Provenance, SourceFile};
 pub use reference::reference;
 pub use resolve::{
-    Difference, Resolved, branch_conflicts, differences, resolve, resolve_str, resume_conflicts,
+    Difference, Resolved, branch_conflicts, differences, entries, resolve, resolve_str, resume_conflicts,
 };
 pub use schema::RunConfig;
-pub use summary::{MemorySummary, StackSummary, Summary, summarize};
+pub use summary::{MemorySummary, StackSummary, Summary, rank_memory, summarize};

@@ -85,6 +85,11 @@ pub struct Difference {
     pub after: String,
 }
 
+/// Every key of `plan` with its value as TOML, in the order of the reference.
+pub fn entries(plan: &RunPlan) -> Vec<(String, String)> {
+    RunConfig::of(plan).entries()
+}
+
 /// Every key on which `before` and `after` differ, in the order of the reference.
 pub fn differences(before: &RunPlan, after: &RunPlan) -> Vec<Difference> {
     let (before, after) = (RunConfig::of(before).entries(), RunConfig::of(after).entries());

@@ -2,8 +2,10 @@
 
 use serde::Serialize;
 
+use crate::mesh::MeshShape;
 use crate::model::StackKind;
 use crate::parameters::{ParameterSpec, parameters};
+use crate::partition::{held_part, owners};
 use crate::plan::{OptimizerKind, RouterKind, RoutingSemantics, RunPlan};
 
 /// Bytes of a float32.
@@ -79,6 +81,32 @@ pub fn summarize(plan: &RunPlan) -> Summary {
             optimizer_bytes: specs.iter().map(|spec| optimizer_elements(spec, plan)).sum::<u64>() * FLOAT,
         },
     }
+}
+
+/// What the plan fixes of the memory of one rank of `mesh`.
+pub fn rank_memory(plan: &RunPlan, mesh: MeshShape, rank: usize) -> MemorySummary {
+    let specs = parameters(&plan.model);
+    let owners = owners(&specs, mesh);
+    let mut memory = MemorySummary { parameter_bytes: 0, gradient_bytes: 0, optimizer_bytes: 0 };
+    for spec in &specs {
+        let held = held_part(spec, mesh, mesh.coordinates(rank));
+        let held_bytes = held.num_elements() as u64 * FLOAT;
+        memory.parameter_bytes += held_bytes;
+        memory.gradient_bytes += held_bytes;
+        for owned in owners[&spec.name].iter().filter(|owned| owned.owner == rank) {
+            let mut shape = spec.shape.clone();
+            if spec.kind.is_expert() {
+                shape[0] = owned.matrices.len();
+            }
+            let unit = ParameterSpec { shape, ..spec.clone() };
+            memory.optimizer_bytes += optimizer_elements(&unit, plan) * FLOAT;
+            // Of a matrix that is split, its owner keeps the whole beside the part it holds.
+            if held.shape[1..] != unit.shape[1..] || held.shape[0] < unit.shape[0] {
+                memory.parameter_bytes += unit.num_elements() * FLOAT;
+            }
+        }
+    }
+    memory
 }
 
 /// Elements of `spec` that one token meets; of expert choice, the mean.

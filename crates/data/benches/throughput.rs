@@ -13,7 +13,7 @@ use switchyard_data::cache::{CacheSource, TokenCache};
 use switchyard_data::loader::{TrainingText, train_on_texts};
 use switchyard_data::source::{self, DocumentReader, ReadOptions};
 use switchyard_data::tokenizer::TrainOptions;
-use switchyard_data::{DataSet, Prefetcher, Tokenizer};
+use switchyard_data::{DataSet, Prefetcher, Share, Tokenizer};
 
 const BATCHES: u64 = 200;
 const REPETITIONS: usize = 6;
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let rate = BATCHES as f64 * tokens_per_batch / seconds / 1e6;
     writeln!(out, "cached tokens to rows:    {rate:.1} M tokens/s on one core")?;
 
-    let mut prefetcher = Prefetcher::start(Arc::clone(&data), 0, 50, 4)?;
+    let mut prefetcher = Prefetcher::start(Arc::clone(&data), Share::whole(plan.micro_batch_rows), 0, 50, 4)?;
     let mut waited = Duration::ZERO;
     let start = Instant::now();
     while let Some(prefetched) = prefetcher.next_batch()? {

@@ -17,7 +17,43 @@ pub struct HostBatch {
     pub first_row: u32,
 }
 
+/// Which micro-batches of a global batch one of several readers takes: every `of`-th, from `index` on.
+///
+/// So the micro-batches themselves do not depend on the number of readers, only who takes which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// This reader.
+    pub index: usize,
+    /// Readers.
+    pub of: usize,
+    /// Rows of a micro-batch.
+    pub micro_batch_rows: usize,
+}
+
+impl Share {
+    /// All micro-batches.
+    pub fn whole(micro_batch_rows: usize) -> Self {
+        Self { index: 0, of: 1, micro_batch_rows }
+    }
+
+    /// First rows of this reader's micro-batches in a batch of `rows`.
+    pub fn starts(self, rows: usize) -> impl Iterator<Item = usize> {
+        (0..rows).step_by(self.micro_batch_rows).skip(self.index).step_by(self.of)
+    }
+}
+
 impl HostBatch {
+    /// The micro-batches of this batch that `share` takes; the last may be short.
+    pub fn micro_batches(&self, share: Share) -> Vec<Self> {
+        let starts = share.starts(self.rows);
+        starts.map(|start| self.slice(start, share.micro_batch_rows.min(self.rows - start))).collect()
+    }
+
+    /// Tokens of inputs and targets that are not padding.
+    pub fn num_tokens(&self) -> usize {
+        self.input_ids.iter().chain(&self.target_ids).filter(|&&id| id != 0).count()
+    }
+
     /// Decoder inputs: targets shifted right, the first id 0. `[rows, targets_length]`
     pub fn decoder_input_ids(&self) -> Vec<i32> {
         let mut ids = vec![0; self.target_ids.len()];

@@ -16,7 +16,7 @@ pub mod tokenizer;
 #[cfg(test)]
 mod test_vectors;
 
-pub use batch::HostBatch;
+pub use batch::{HostBatch, Share};
 pub use error::DataError;
 pub use loader::{DataSet, DataState, LoadError, Prefetcher};
 pub use progress::{Progress, ProgressFn};

@@ -15,6 +15,7 @@ use crate::host;
 use crate::math::{exp, max, sum};
 use crate::matmul::{Threads, View, ViewMut, Write, matmul};
 use crate::operation::{Operand, Operation, apply};
+use crate::vocabulary::VocabularyShard;
 
 /// How the head's matrix lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +53,13 @@ pub struct CrossEntropyOutput {
 /// `weights` is 0 where a position does not count. Sums are returned, not means: the caller knows
 /// the denominator of the whole step.
 ///
+/// With a `shard` the head holds a part of the vocabulary, the targets stay numbers of the whole. Every
+/// rank gets the loss of the whole vocabulary and the gradient of its part of the head; of the gradient
+/// of `hidden` it gets its part, which the caller sums over ranks.
+///
+/// # Collective
+/// With a `shard` every rank of its group must call this with the same tokens.
+///
 /// # Source
 /// The z term follows T5X and Mesh TensorFlow: `1e-4 * logsumexp(logits)^2`.
 pub fn cross_entropy(
@@ -60,9 +68,11 @@ pub fn cross_entropy(
     targets: Tensor<1, Int>,
     weights: Tensor<1>,
     rules: CrossEntropy,
+    shard: Option<VocabularyShard>,
 ) -> CrossEntropyOutput {
     let operation = Fused {
         rules,
+        shard,
         targets: host::integers(&targets),
         weights: host::with_values(weights, <[f32]>::to_vec),
     };
@@ -77,6 +87,7 @@ pub fn cross_entropy(
 #[derive(Debug)]
 struct Fused {
     rules: CrossEntropy,
+    shard: Option<VocabularyShard>,
     targets: Vec<i32>,
     weights: Vec<f32>,
 }
@@ -98,6 +109,15 @@ struct Position {
     loss: f32,
     correct: f32,
     log_z: f32,
+}
+
+impl Position {
+    /// From the largest logit, the sum of `e^(logit - largest)` and the target's logit.
+    #[inline(always)]
+    fn new(largest: f32, total: f32, target_logit: f32) -> Self {
+        let log_z = largest + total.ln();
+        Self { loss: log_z - target_logit, correct: if target_logit >= largest { 1.0 } else { 0.0 }, log_z }
+    }
 }
 
 impl Operation<2, 3> for Fused {
@@ -127,17 +147,11 @@ impl Operation<2, 3> for Fused {
             let logits = &mut logits[..n * vocabulary];
             let x = View::new(&scaled[start * d..], n, d);
             matmul(ViewMut::new(logits, n, vocabulary), x, head_view, Write::Overwrite, Threads::All);
-            logits.par_chunks_mut(vocabulary).zip(&mut positions[start..start + n]).enumerate().for_each(
-                |(row, (logits, position))| {
-                    let at = start + row;
-                    let (target, weight) = (self.targets[at] as usize, self.weights[at]);
-                    *position = position_loss(logits, target);
-                    if tracked {
-                        let z = self.rules.z_coefficient as f32;
-                        logit_gradient(logits, target, weight, z, position.log_z);
-                    }
-                },
-            );
+            let positions = &mut positions[start..start + n];
+            match &self.shard {
+                None => self.losses(logits, start, positions, tracked),
+                Some(shard) => self.losses_over_ranks(shard, logits, start, positions, tracked),
+            }
             if tracked {
                 let g = View::new(logits, n, vocabulary);
                 let gx = ViewMut::new(&mut g_hidden[start * d..], n, d);
@@ -178,6 +192,63 @@ impl Operation<2, 3> for Fused {
 }
 
 impl Fused {
+    /// Losses of the positions from `start` on, whose logits become their gradients when `tracked`.
+    fn losses(&self, logits: &mut [f32], start: usize, positions: &mut [Position], tracked: bool) {
+        let vocabulary = logits.len() / positions.len();
+        logits.par_chunks_mut(vocabulary).zip(positions).enumerate().for_each(|(row, (logits, position))| {
+            let at = start + row;
+            let target = self.targets[at] as usize;
+            *position = position_loss(logits, target);
+            if tracked {
+                self.turn_into_gradient(logits, at, Some(target), position.log_z);
+            }
+        });
+    }
+
+    /// [`losses`](Self::losses) where the logits are those of a part of the vocabulary.
+    fn losses_over_ranks(
+        &self,
+        shard: &VocabularyShard,
+        logits: &mut [f32],
+        start: usize,
+        positions: &mut [Position],
+        tracked: bool,
+    ) {
+        let n = positions.len();
+        let vocabulary = logits.len() / n;
+        let target = |row: usize| shard.local(self.targets[start + row] as usize, vocabulary);
+        let mut largest: Vec<f32> = logits.par_chunks(vocabulary).map(row_max).collect();
+        shard.group.max(&mut largest);
+        let mut sums = vec![0.0; 2 * n];
+        let (totals, target_logits) = sums.split_at_mut(n);
+        (logits.par_chunks_mut(vocabulary).zip(&largest))
+            .zip(totals.par_iter_mut().zip(target_logits))
+            .enumerate()
+            .for_each(|(row, ((logits, &largest), (total, target_logit)))| {
+                // 0 on the other ranks: the sum over ranks is the logit itself.
+                *target_logit = target(row).map_or(0.0, |target| logits[target]);
+                *total = row_exponentials(logits, largest);
+            });
+        shard.group.sum(&mut sums);
+        let (totals, target_logits) = sums.split_at(n);
+        logits.par_chunks_mut(vocabulary).zip(positions).enumerate().for_each(|(row, (logits, position))| {
+            *position = Position::new(largest[row], totals[row], target_logits[row]);
+            if tracked {
+                multiply(logits, 1.0 / totals[row]);
+                self.turn_into_gradient(logits, start + row, target(row), position.log_z);
+            }
+        });
+    }
+
+    /// Turns the probabilities of position `at` into the gradient of its loss.
+    fn turn_into_gradient(&self, probabilities: &mut [f32], at: usize, target: Option<usize>, log_z: f32) {
+        let (weight, z) = (self.weights[at], self.rules.z_coefficient as f32);
+        multiply(probabilities, weight * (1.0 + 2.0 * z * log_z));
+        if let Some(target) = target {
+            probabilities[target] -= weight;
+        }
+    }
+
     fn outputs(&self, positions: &[Position]) -> [FlexTensor; 3] {
         let n = positions.len();
         let z = self.rules.z_coefficient;
@@ -219,110 +290,39 @@ fn scaled(values: &[f32], factor: f32) -> Cow<'_, [f32]> {
 fn position_loss(logits: &mut [f32], target: usize) -> Position {
     let largest = max(logits);
     let target_logit = logits[target];
-    for logit in logits.iter_mut() {
-        *logit = exp(*logit - largest);
-    }
-    let total = sum(logits);
+    let total = exponentials(logits, largest);
     let inverse = 1.0 / total;
     for logit in logits.iter_mut() {
         *logit *= inverse;
     }
-    let log_z = largest + total.ln();
-    Position { loss: log_z - target_logit, correct: if target_logit >= largest { 1.0 } else { 0.0 }, log_z }
+    Position::new(largest, total, target_logit)
 }
 
-/// Turns probabilities into the gradient of `weight * (loss + z * log_z^2)`.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn logit_gradient(probabilities: &mut [f32], target: usize, weight: f32, z: f32, log_z: f32) {
-    let factor = weight * (1.0 + 2.0 * z * log_z);
-    for p in probabilities.iter_mut() {
-        *p *= factor;
+/// Turns logits into `e^(logit - largest)` and returns the sum.
+#[inline(always)]
+fn exponentials(logits: &mut [f32], largest: f32) -> f32 {
+    for logit in logits.iter_mut() {
+        *logit = exp(*logit - largest);
     }
-    probabilities[target] -= weight;
+    sum(logits)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn row_max(logits: &[f32]) -> f32 {
+    max(logits)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn row_exponentials(logits: &mut [f32], largest: f32) -> f32 {
+    exponentials(logits, largest)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn multiply(values: &mut [f32], factor: f32) {
+    for value in values {
+        *value *= factor;
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use burn::tensor::{Device, Distribution, activation};
-
-    use super::*;
-
-    struct Sizes {
-        tokens: usize,
-        d_model: usize,
-        vocabulary: usize,
-    }
-
-    fn check(sizes: Sizes, rules: CrossEntropy) {
-        let Sizes { tokens, d_model, vocabulary } = sizes;
-        let CrossEntropy { layout, scale, z_coefficient } = rules;
-        let device = Device::flex().autodiff();
-        let random =
-            |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
-        let by_model = layout == HeadLayout::ModelByVocabulary;
-        let hidden = random([tokens, d_model]);
-        let head = random(if by_model { [d_model, vocabulary] } else { [vocabulary, d_model] });
-        let targets: Vec<i32> = (0..tokens).map(|i| (i * 5 % vocabulary) as i32).collect();
-        let weights: Vec<f32> = (0..tokens).map(|i| [1.0, 0.5, 2.0, 0.0][i % 4]).collect();
-        let weights = Tensor::<1>::from_data(weights.as_slice(), &device);
-        let ids = host::int_tensor(targets, [tokens], &device);
-        let fused = cross_entropy(hidden.clone(), head.clone(), ids.clone(), weights.clone(), rules);
-
-        let matrix = if by_model { head.clone() } else { head.clone().transpose() };
-        let logits = (hidden.clone() * scale).matmul(matrix);
-        let log_p = activation::log_softmax(logits.clone(), 1);
-        let losses = log_p.gather(1, ids.clone().unsqueeze_dim(1)).neg().squeeze_dim::<1>(1);
-        let z = logits.clone().exp().sum_dim(1).log().square().squeeze_dim::<1>(1);
-        let plain = ((losses.clone() + z.clone() * z_coefficient) * weights).sum();
-
-        let value = |t: Tensor<1>| t.into_scalar::<f32>();
-        let total = value(plain.clone());
-        assert!((value(fused.loss_sum.clone()) - total).abs() < 2e-6 * total.abs().max(1.0));
-        let largest = |a: Tensor<1>, b: Tensor<1>| (a - b.inner()).abs().max().into_scalar::<f32>();
-        assert!(largest(fused.token_loss, losses) < 1e-5);
-        let correct = logits.argmax(1).squeeze_dim::<1>(1).equal(ids).int();
-        let correct: Vec<f32> = correct.into_data().iter::<f32>().collect();
-        assert_eq!(host::with_values(fused.token_correct, <[f32]>::to_vec), correct);
-        let a = (fused.loss_sum * 0.5).backward();
-        let b = (plain * 0.5).backward();
-        for leaf in [&hidden, &head] {
-            let difference = leaf.grad(&a).expect("leaf") - leaf.grad(&b).expect("leaf");
-            assert!(difference.abs().max().into_scalar::<f32>() < 1e-5);
-        }
-    }
-
-    const LAYOUTS: [HeadLayout; 2] = [HeadLayout::ModelByVocabulary, HeadLayout::VocabularyByModel];
-
-    #[test]
-    fn equals_the_composed_reference() {
-        for layout in LAYOUTS {
-            for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
-                let sizes = Sizes { tokens: 11, d_model: 6, vocabulary: 37 };
-                check(sizes, CrossEntropy { layout, scale, z_coefficient });
-            }
-        }
-    }
-
-    #[test]
-    fn several_chunks_add_up() {
-        let vocabulary = 50_000;
-        let tokens = 2 * (CHUNK_LOGITS / vocabulary) + 3;
-        for layout in LAYOUTS {
-            let sizes = Sizes { tokens, d_model: 3, vocabulary };
-            check(sizes, CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 });
-        }
-    }
-
-    #[test]
-    fn positions_without_weight_touch_nothing() {
-        let device = Device::flex().autodiff();
-        let hidden = Tensor::<2>::ones([2, 3], &device).require_grad();
-        let head = Tensor::<2>::ones([3, 5], &device).require_grad();
-        let ids = host::int_tensor(vec![1, 2], [2], &device);
-        let rules = CrossEntropy { layout: HeadLayout::ModelByVocabulary, scale: 1.0, z_coefficient: 1e-2 };
-        let out = cross_entropy(hidden.clone(), head, ids, Tensor::zeros([2], &device.inner()), rules);
-        assert_eq!(out.loss_sum.clone().into_scalar::<f32>(), 0.0);
-        let gradients = out.loss_sum.backward();
-        assert_eq!(hidden.grad(&gradients).expect("leaf").abs().max().into_scalar::<f32>(), 0.0);
-    }
-}
+mod tests;

@@ -22,6 +22,21 @@ pub struct ExpertRows {
     /// Place of the token in each slot, any where none is: what dropout is keyed by. Needed for
     /// dropout alone. `[experts * slots]`
     pub places: Option<Arc<Vec<TokenPlace>>>,
+    /// What the backward pass makes of the weights.
+    pub weight_gradients: WeightGradients,
+}
+
+/// How the gradients of an expert's weights come out of the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightGradients {
+    /// Over all segments, shaped as the weights.
+    Summed,
+    /// One for each segment: of weights `[l, a, b]` a gradient `[l * segments, a, b]`, the segments of
+    /// an expert side by side, an unused one 0.
+    ///
+    /// Each has the bits that it would have if its segment were the only one. So a sum over senders in
+    /// an order of the caller's has the same bits wherever experts and senders live.
+    PerSegment,
 }
 
 impl ExpertRows {
@@ -36,13 +51,36 @@ impl ExpertRows {
             segments: 1,
             used: host::integers(&plan.rows_used).into_iter().map(|rows| rows as usize).collect(),
             places: noise.map(place),
+            weight_gradients: WeightGradients::Summed,
         }
     }
 
     /// One expert that all of `tokens` tokens visit.
     pub(crate) fn dense(tokens: usize, noise: Option<TokenNoise>) -> Self {
         let place = |noise: TokenNoise| Arc::new((0..tokens).map(|token| noise.place(token)).collect());
-        Self { first_expert: 0, segments: 1, used: vec![tokens], places: noise.map(place) }
+        Self {
+            first_expert: 0,
+            segments: 1,
+            used: vec![tokens],
+            places: noise.map(place),
+            weight_gradients: WeightGradients::Summed,
+        }
+    }
+
+    /// Gradients of every weight matrix of an expert.
+    pub(crate) fn gradients(&self) -> usize {
+        match self.weight_gradients {
+            WeightGradients::Summed => 1,
+            WeightGradients::PerSegment => self.segments,
+        }
+    }
+
+    /// To which of them a run belongs, that begins at slot `start` of the `slots` of its expert.
+    pub(crate) fn gradient_of(&self, start: usize, slots: usize) -> usize {
+        match self.weight_gradients {
+            WeightGradients::Summed => 0,
+            WeightGradients::PerSegment => start / (slots / self.segments),
+        }
     }
 
     /// Runs of slots in use of `expert`, which has `slots` of them; none is empty.

@@ -72,7 +72,7 @@ pub fn feed_forward(
 /// Every expert on its own slots: `dispatched`, `[experts, slots, d_model]`, to the same shape.
 ///
 /// Only slots that hold a token are computed; the others are 0. An expert without tokens costs
-/// nothing and gets a zero gradient. Dropout is keyed by token and expert, not by slot, so that it
+/// nothing and gets a zero gradient; `rows.weight_gradients` says how those of the weights are shaped. Dropout is keyed by token and expert, not by slot, so that it
 /// does not depend on where the expert lives; `rows.places` must be there for it.
 pub fn expert_feed_forward(
     dispatched: Tensor<3>,
@@ -273,22 +273,23 @@ impl FeedForward {
     /// Gradients of `x`, `wo` and every `wi`.
     fn gradients(&self, saved: &Saved, gradient: &FlexTensor) -> (FlexTensor, FlexTensor, Vec<FlexTensor>) {
         let sizes @ Sizes { e, c, d, f } = Sizes::of(&saved.x, &saved.wi[0]);
+        let parts = self.rows.gradients();
         let mut gx = host::uninit(e * c * d);
-        let mut gwo = host::uninit(e * f * d);
-        let mut gwi: Vec<Vec<f32>> = saved.wi.iter().map(|_| host::uninit(e * d * f)).collect();
+        let mut gwo = host::uninit(e * parts * f * d);
+        let mut gwi: Vec<Vec<f32>> = saved.wi.iter().map(|_| host::uninit(e * parts * d * f)).collect();
         let mut gx_of: Vec<&mut [f32]> = gx.chunks_mut((c * d).max(1)).collect();
         gx_of.resize_with(e, Default::default);
-        gwo.par_chunks_mut((f * d).max(1))
+        gwo.par_chunks_mut((parts * f * d).max(1))
             .zip(gx_of)
-            .zip(by_expert(&mut gwi, d * f, e))
+            .zip(by_expert(&mut gwi, parts * d * f, e))
             .enumerate()
             .with_max_len(1)
             .for_each(|(expert, ((wo, x), wi))| {
                 let out = ExpertGradients { x, wo, wi };
                 self.expert_gradients(saved, host::values(gradient), sizes, expert, out);
             });
-        let gwi = gwi.into_iter().map(|gwi| host::tensor(gwi, [e, d, f])).collect();
-        (host::tensor(gx, [e, c, d]), host::tensor(gwo, [e, f, d]), gwi)
+        let gwi = gwi.into_iter().map(|gwi| host::tensor(gwi, [e * parts, d, f])).collect();
+        (host::tensor(gx, [e, c, d]), host::tensor(gwo, [e * parts, f, d]), gwi)
     }
 
     fn expert_gradients(
@@ -300,33 +301,40 @@ impl FeedForward {
         out: ExpertGradients<'_>,
     ) {
         let (Sizes { c, d, f, .. }, threads) = (sizes, sizes.threads());
-        let ExpertGradients { x: gx, wo: gwo, wi: mut gwi } = out;
+        let ExpertGradients { x: gx, wo: mut gwo, wi: mut gwi } = out;
         let wo = View::new(&host::values(&saved.wo)[expert * f * d..], f, d);
-        let (mut written, mut write) = (0, Write::Overwrite);
+        let (mut written, mut begun) = (0, 0);
         for run in self.runs(expert, sizes) {
             let (n, slots) = (run.slots.len(), run.slots.clone());
             gx[written * d..slots.start * d].fill(0.0);
             written = slots.end;
+            let part = self.rows.gradient_of(slots.start, c);
+            let write = if part < begun { Write::Add } else { Write::Overwrite };
+            for gradient in gwi.iter_mut().chain([&mut gwo]) {
+                gradient[begun * d * f..part.max(begun) * d * f].fill(0.0);
+            }
+            begun = part + 1;
+            let matrix = part * d * f..begun * d * f;
             let x = View::new(run.of(host::values(&saved.x), c, d), n, d);
             let g = View::new(run.of(gradient, c, d), n, d);
             let projected: Vec<&[f32]> = saved.projected.iter().map(|rows| run.of(rows, c, f)).collect();
             let mut gh = self.hidden(&projected, sizes, &run);
-            matmul(ViewMut::new(gwo, f, d), View::new(&gh, n, f).t(), g, write, threads);
+            let gwo = ViewMut::new(&mut gwo[matrix.clone()], f, d);
+            matmul(gwo, View::new(&gh, n, f).t(), g, write, threads);
             matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, threads);
             let gates = self.through_hidden(&projected, sizes, &run, &mut gh);
             for (i, (gp, gwi)) in [gh, gates].iter().zip(&mut gwi).enumerate() {
                 let gp = View::new(gp, n, f);
                 let wi = View::new(&host::values(&saved.wi[i])[expert * d * f..], d, f);
-                matmul(ViewMut::new(gwi, d, f), x.t(), gp, write, threads);
+                let gwi = ViewMut::new(&mut gwi[matrix.clone()], d, f);
+                matmul(gwi, x.t(), gp, write, threads);
                 let gx = ViewMut::new(&mut gx[slots.start * d..slots.end * d], n, d);
                 matmul(gx, gp, wi.t(), if i == 0 { Write::Overwrite } else { Write::Add }, threads);
             }
-            write = Write::Add;
         }
         gx[written * d..].fill(0.0);
-        if write == Write::Overwrite {
-            gwo.fill(0.0);
-            gwi.iter_mut().for_each(|gwi| gwi.fill(0.0));
+        for gradient in gwi.into_iter().chain([gwo]) {
+            gradient[begun * d * f..].fill(0.0);
         }
     }
 

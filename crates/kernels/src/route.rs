@@ -21,7 +21,8 @@ pub struct RouteOptions {
     /// Routing groups; the tokens are cut into this many equal runs.
     pub groups: usize,
     /// Slots of an expert in each group. `None` drops nothing and makes as many slots as the fullest
-    /// expert needs: a size that depends on the tokens, so not for experts behind an all-to-all.
+    /// expert needs: a size that depends on the tokens, so experts behind an all-to-all need the
+    /// [`widened`](Routing::widened) routing.
     pub expert_capacity: Option<usize>,
     /// 1 for tokens that are routed and counted, 0 for padding; all when absent. `[tokens]`
     pub token_mask: Option<Tensor<1, Int>>,
@@ -47,6 +48,20 @@ pub struct Routing {
     pub choice: Tensor<1, Int>,
     /// Entropy of each token's probabilities in nats, 0 for padding. `[tokens]`
     pub entropy: Tensor<1>,
+}
+
+impl Routing {
+    /// The same routing with at least `slots` slots an expert; the new ones are empty, their gates 0.
+    #[must_use]
+    pub fn widened(self, slots: usize) -> Self {
+        let (experts, narrow) = (self.plan.num_experts, self.plan.slots_per_expert);
+        if slots <= narrow {
+            return self;
+        }
+        let empty = Tensor::zeros([experts, slots - narrow], &self.gates.device());
+        let gates = Tensor::cat(vec![self.gates.reshape([experts, narrow]), empty], 1);
+        Self { plan: self.plan.widened(slots), gates: gates.reshape([experts * slots]), ..self }
+    }
 }
 
 /// Each token to its likeliest expert, in token order until the expert is full.
@@ -243,7 +258,8 @@ impl Scores {
         }
         let counted_entropy = |(&entropy, &counted): (&f32, &bool)| if counted { entropy } else { 0.0 };
         let entropy = self.entropy.iter().zip(&self.mask).map(counted_entropy).collect();
-        let plan = DispatchPlan::new(token_of_slot.clone(), experts, slots, self.tokens(), &device);
+        let fixed = self.options.expert_capacity.is_some();
+        let plan = DispatchPlan::new(token_of_slot.clone(), experts, slots, fixed, self.tokens(), &device);
         let choice = host::int_tensor(self.best.clone(), [self.tokens()], &device);
         let tokens = self.tokens();
         let gate = Gate { scores: self, token_of_slot, rule, counted };

@@ -4,7 +4,14 @@ use burn::tensor::Tensor;
 use switchyard_kernels::{DispatchPlan, ExpertRows, TokenNoise, combine, dispatch};
 
 /// Moves tokens into expert slots and expert outputs back.
+///
+/// # Collective
+/// Ranks that share experts make the same calls in the same order, however few tokens they have.
 pub trait TokenDispatcher: Send + Sync {
+    /// Slots of each expert that plans must have before they are dispatched: those of `plan`, or where
+    /// its capacity is not fixed the most that any rank needs.
+    fn slots(&self, plan: &DispatchPlan) -> usize;
+
     /// Brings every token to its expert.
     ///
     /// # Shapes
@@ -18,6 +25,10 @@ pub trait TokenDispatcher: Send + Sync {
     /// `outputs_lcd`: `[l, c, d]` as dispatched; `gates`: one a slot of the plan. Returns `[n, d]`; a
     /// dropped token gets exactly 0.
     fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2>;
+
+    /// Whether any of the ranks that run their forward passes together says `here`: those that share
+    /// experts or matrices with this one.
+    fn any(&self, here: bool) -> bool;
 }
 
 /// Tokens at the experts of this device.
@@ -35,11 +46,19 @@ pub struct Dispatched {
 pub struct LocalDispatcher;
 
 impl TokenDispatcher for LocalDispatcher {
+    fn slots(&self, plan: &DispatchPlan) -> usize {
+        plan.slots_per_expert
+    }
+
     fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan, noise: Option<TokenNoise>) -> Dispatched {
         Dispatched { slots_lcd: dispatch(tokens_nd, plan), rows: ExpertRows::local(plan, noise) }
     }
 
     fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2> {
         combine(outputs_lcd, gates, plan)
+    }
+
+    fn any(&self, here: bool) -> bool {
+        here
     }
 }

@@ -21,6 +21,10 @@ pub struct Step<'a> {
 /// `on_step` sees each step as it happens and may stop early by returning `false`. The lowest id
 /// wins ties.
 ///
+/// # Collective
+/// Ranks that share experts or matrices must call this with one `max_new_tokens` and end together: one
+/// that is done, or told to stop, runs the remaining steps of the others without a word of its own.
+///
 /// # Shapes
 /// `input_ids`: `[rows * inputs_length]`; `input_mask`: `[rows, inputs_length]`. Returns one list a
 /// row, without the start token, ending with EOS where the row ended by itself.
@@ -40,21 +44,25 @@ pub fn greedy(
     let mut last = vec![pad; rows];
     let mut written = vec![Vec::new(); rows];
     let mut ended = vec![false; rows];
+    let mut going = true;
     for position in 0..max_new_tokens {
         let ids = int_tensor(last.clone(), [rows], &device);
         let logits = model.decode_step(ids, position, &encoder, &mut cache, context);
         let vocabulary = logits.dims()[1];
-        let wanted = with_values(logits, |logits| {
-            for (row, logits) in logits.chunks_exact(vocabulary).enumerate() {
-                last[row] = if ended[row] { pad } else { argmax(logits) };
-                if !ended[row] {
-                    written[row].push(last[row]);
-                    ended[row] = last[row] == eos;
+        if going {
+            let wanted = with_values(logits, |logits| {
+                for (row, logits) in logits.chunks_exact(vocabulary).enumerate() {
+                    last[row] = if ended[row] { pad } else { argmax(logits) };
+                    if !ended[row] {
+                        written[row].push(last[row]);
+                        ended[row] = last[row] == eos;
+                    }
                 }
-            }
-            on_step(Step { ids: &last, logits })
-        });
-        if !wanted || ended.iter().all(|&ended| ended) {
+                on_step(Step { ids: &last, logits })
+            });
+            going = wanted && !ended.iter().all(|&ended| ended);
+        }
+        if !context.dispatcher.any(going) {
             break;
         }
     }

@@ -9,38 +9,59 @@ use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Shape, Tensor, TensorData};
 use rayon::prelude::*;
 use switchyard_config::parameters::{ParameterKind, ParameterSpec, parameters};
-use switchyard_config::{Initialization, ModelConfig};
+use switchyard_config::partition::{Part, held_part};
+use switchyard_config::{Coordinates, Initialization, MeshShape, ModelConfig};
 use switchyard_random::{Philox, fnv1a64, normal_pair};
 
-/// Makes the parameters of one model.
+/// Makes the parameters of one rank's model.
 pub(crate) struct ParameterFactory {
     seed: u64,
     device: Device,
+    mesh: MeshShape,
+    at: Coordinates,
     distributions: HashMap<String, (ParameterSpec, Distribution)>,
 }
 
 impl ParameterFactory {
-    pub(crate) fn new(config: &ModelConfig, seed: u64, device: &Device) -> Self {
+    pub(crate) fn new(
+        config: &ModelConfig,
+        seed: u64,
+        device: &Device,
+        mesh: MeshShape,
+        at: Coordinates,
+    ) -> Self {
         let distributions = parameters(config)
             .into_iter()
             .map(|spec| (spec.name.clone(), (spec.clone(), Distribution::of(&spec, config))))
             .collect();
-        Self { seed, device: device.clone(), distributions }
+        Self { seed, device: device.clone(), mesh, at, distributions }
     }
 
-    /// The parameter called `name`; its values are drawn when first needed, so loading skips it.
+    /// This rank's part of the parameter called `name`; its values are drawn when first needed, so
+    /// loading skips it.
     pub(crate) fn parameter<const D: usize>(&self, name: &str) -> Param<Tensor<D>> {
         let (spec, distribution) =
             self.distributions.get(name).expect("modules ask for names of the parameter table").clone();
         let seed = self.seed;
-        let shape = Shape::from(spec.shape.clone());
+        let part = held_part(&spec, self.mesh, self.at);
+        let shape = Shape::from(part.shape.clone());
         let init_shape = shape.clone();
         let init = move |device: &Device, _: bool| {
-            let values = distribution.draw(seed, &spec);
+            let values = distribution.draw(seed, &spec, &part);
             leaf(Tensor::from_data(TensorData::new(values, init_shape), device))
         };
         Param::uninitialized(ParamId::new(), init, self.device.clone(), true, shape)
     }
+}
+
+/// Fresh values of `part` of the parameter called `name`, as a model drawn from `seed` has there.
+///
+/// # Panics
+/// When the model of `config` has no such parameter.
+pub fn fresh_parameter(config: &ModelConfig, seed: u64, name: &str, part: &Part) -> Vec<f32> {
+    let spec = parameters(config).into_iter().find(|spec| spec.name == name);
+    let spec = spec.expect("names come from the parameter table");
+    Distribution::of(&spec, config).draw(seed, &spec, part)
 }
 
 /// A trainable tensor where the device differentiates, a constant elsewhere.
@@ -107,16 +128,21 @@ impl Distribution {
         Self::Normal { std }
     }
 
-    fn draw(self, seed: u64, spec: &ParameterSpec) -> Vec<f32> {
-        let len = spec.num_elements() as usize;
+    /// The values of `part` of a parameter.
+    fn draw(self, seed: u64, spec: &ParameterSpec, part: &Part) -> Vec<f32> {
+        let len = part.num_elements();
         let philox = Philox::new(seed).derive(fnv1a64(&spec.name));
         let (std, limit) = match self {
             Self::Constant(value) => return vec![value; len],
             Self::Normal { std } => (std, f64::INFINITY),
             Self::TruncatedNormal { std } => (std, 2.0),
         };
+        // Runs are of one length, so that any thread finds any element's place in the whole tensor.
+        let runs: Vec<usize> = part.runs(&spec.shape).map(|run| run.start).collect();
+        let run = (len / runs.len().max(1)).max(1);
         let mut values = vec![0.0; len];
-        values.par_iter_mut().enumerate().with_min_len(4096).for_each(|(element, value)| {
+        values.par_iter_mut().enumerate().with_min_len(4096).for_each(|(i, value)| {
+            let element = runs[i / run] + i % run;
             *value = (std * bounded_normal(philox, element as u64, limit)) as f32;
         });
         values
@@ -147,11 +173,12 @@ mod tests {
     #[test]
     fn truncated_values_stay_within_two_deviations() {
         let spec = ParameterSpec { name: "x".into(), shape: vec![100, 200], kind: ParameterKind::Router };
-        let values = Distribution::TruncatedNormal { std: 0.5 }.draw(1, &spec);
+        let whole = Part::whole(&spec.shape);
+        let values = Distribution::TruncatedNormal { std: 0.5 }.draw(1, &spec, &whole);
         assert!(values.iter().all(|v| v.abs() <= 1.0));
         let variance = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64;
         // A standard normal cut at two deviations has variance 0.7737.
         assert!((variance / 0.25 - 0.7737).abs() < 0.02, "{variance}");
-        assert_ne!(values[..50], Distribution::TruncatedNormal { std: 0.5 }.draw(2, &spec)[..50]);
+        assert_ne!(values[..50], Distribution::TruncatedNormal { std: 0.5 }.draw(2, &spec, &whole)[..50]);
     }
 }

@@ -16,6 +16,7 @@ mod tensor_parallel;
 
 pub use context::{Capacity, ForwardContext, Site};
 pub use dispatcher::{Dispatched, LocalDispatcher, TokenDispatcher};
+pub use init::fresh_parameter;
 pub use model::{EncoderOutput, LossOutput, Seq2SeqBatch, SwitchTransformer};
 pub use named::ParameterError;
 pub use tensor_parallel::{TensorParallel, WholeTensors};

@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use switchyard_config::{ModelConfig, StackKind};
+use switchyard_config::{Coordinates, MeshShape, ModelConfig, StackKind};
 use switchyard_kernels::{
     CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, embedding_shard, int_tensor,
     logits,
@@ -76,7 +76,15 @@ pub struct LossOutput {
 impl SwitchTransformer {
     /// A model whose parameters are drawn from `seed` when first used.
     pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Self {
-        let factory = ParameterFactory::new(config, seed, device);
+        Self::part(config, seed, device, MeshShape::SOLO, MeshShape::SOLO.coordinates(0))
+    }
+
+    /// What the rank `at` of `mesh` holds of [`new`](Self::new): of every parameter the
+    /// [`held_part`](switchyard_config::partition::held_part), with the values that the whole has there.
+    ///
+    /// A forward pass needs the dispatcher and the tensor parallelism of the same mesh in its context.
+    pub fn part(config: &ModelConfig, seed: u64, device: &Device, mesh: MeshShape, at: Coordinates) -> Self {
+        let factory = ParameterFactory::new(config, seed, device, mesh, at);
         Self {
             shared: SharedEmbedding { embedding: factory.parameter("shared.embedding") },
             encoder: Stack::new(&factory, config, StackKind::Encoder),
@@ -213,6 +221,7 @@ impl SwitchTransformer {
             batch.target_ids.clone(),
             weights,
             rules,
+            context.tensor_parallel.vocabulary_shard(context.model.vocab_size),
         )
     }
 
@@ -249,7 +258,7 @@ impl SwitchTransformer {
     pub fn logits(&self, hidden_nd: Tensor<2>, context: &ForwardContext<'_>) -> Tensor<2> {
         let (head, layout) = self.head();
         let hidden_nd = context.tensor_parallel.copy_in(hidden_nd * output_scale(context.model));
-        logits(hidden_nd, head, layout)
+        context.tensor_parallel.gather_vocabulary(logits(hidden_nd, head, layout))
     }
 
     fn head(&self) -> (Tensor<2>, HeadLayout) {

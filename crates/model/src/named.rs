@@ -134,6 +134,17 @@ impl SwitchTransformer {
         Module::visit(self, &mut Named::new(Take(gradients, take)));
     }
 
+    /// Calls `read` with the name and values of every parameter.
+    pub fn visit_parameters(&self, read: impl FnMut(&str, &[f32])) {
+        struct Read<F>(F);
+        impl<F: FnMut(&str, &[f32])> OnParameter for Read<F> {
+            fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
+                with_values(param.val(), |values| (self.0)(name, values));
+            }
+        }
+        Module::visit(self, &mut Named::new(Read(read)));
+    }
+
     /// Lets `update` write into the values of every parameter, in place where nothing shares them.
     #[must_use]
     pub fn update_parameters(self, update: impl FnMut(&str, &[usize], &mut [f32])) -> Self {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use switchyard_kernels::Columns;
+use switchyard_kernels::{Columns, VocabularyShard};
 
 /// Borders of attention, feed-forward layers, experts, embedding and cross-entropy.
 ///
@@ -22,6 +22,13 @@ pub trait TensorParallel: Send + Sync {
 
     /// Vocabulary rows that live on this device.
     fn vocabulary(&self, vocab_size: usize) -> Range<usize>;
+
+    /// The same rows and the devices that hold the others, for the loss; `None` when all live here.
+    fn vocabulary_shard(&self, vocab_size: usize) -> Option<VocabularyShard>;
+
+    /// Logits of the whole vocabulary from those of every device's rows, without gradient.
+    /// `[n, local] -> [n, vocab_size]`
+    fn gather_vocabulary(&self, logits_nv: Tensor<2>) -> Tensor<2>;
 
     /// Which columns, or heads, of a split tensor the `local` ones of this device are.
     fn columns(&self, local: usize) -> Columns;
@@ -46,6 +53,14 @@ impl TensorParallel for WholeTensors {
 
     fn vocabulary(&self, vocab_size: usize) -> Range<usize> {
         0..vocab_size
+    }
+
+    fn vocabulary_shard(&self, _: usize) -> Option<VocabularyShard> {
+        None
+    }
+
+    fn gather_vocabulary(&self, logits_nv: Tensor<2>) -> Tensor<2> {
+        logits_nv
     }
 
     fn columns(&self, local: usize) -> Columns {

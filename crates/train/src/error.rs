@@ -1,11 +1,11 @@
 //! What can end a run.
 
 use switchyard_checkpoint::CheckpointError;
+use switchyard_comm::CommError;
 use switchyard_data::LoadError;
 use switchyard_data::loader::StateMismatch;
 
 use crate::metrics::MetricsError;
-use crate::optimizer::StateError;
 use crate::run_directory::RunDirectoryError;
 
 /// Why a run stopped before its end.
@@ -23,9 +23,36 @@ pub enum TrainError {
     /// `metrics.jsonl` could not be written.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
-    /// A checkpoint's optimizer state does not fit.
+    /// A checkpoint lacks a moment of this run's optimizer.
+    #[error(
+        "optimizer state `{name}` is missing in the checkpoint; was it written with another optimizer.kind?"
+    )]
+    OtherOptimizer {
+        /// The tensor.
+        name: String,
+    },
+    /// The ranks could not finish something together.
     #[error(transparent)]
-    Optimizer(#[from] StateError),
+    Comm(#[from] CommError),
+    /// Ranks were started with different experiments or programs.
+    #[error(
+        "the ranks would not train the same:{differences}\nstart all ranks with one program, one experiment file and the same --set"
+    )]
+    RanksDiffer {
+        /// Keys with the values of two ranks, a line each.
+        differences: String,
+    },
+    /// Another rank failed and has said why.
+    #[error("rank {rank} failed: {message}")]
+    OnRank {
+        /// The rank.
+        rank: usize,
+        /// Its error.
+        message: String,
+    },
+    /// The system refuses a thread.
+    #[error("cannot write checkpoints beside training: {0}")]
+    Thread(std::io::Error),
     /// Too many steps in a row were not finite.
     #[error(
         "loss or gradient was not finite for {steps} steps in a row, at last in `{place}`; go on from the newest \
@@ -85,4 +112,11 @@ pub enum TrainError {
     /// Counters that JSON cannot hold.
     #[error("the state of the run has no JSON form: {0}")]
     NoJson(serde_json::Error),
+}
+
+impl TrainError {
+    /// Whether a checkpoint could not be written, here or on another rank, and nothing else is amiss.
+    pub(crate) fn is_about_saving(&self) -> bool {
+        matches!(self, Self::Checkpoint(_) | Self::OnRank { .. } | Self::Thread(_))
+    }
 }

@@ -3,14 +3,17 @@
 use burn::module::Module;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use switchyard_comm::CommError;
 use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingConfig;
-use switchyard_data::HostBatch;
+use switchyard_data::{HostBatch, Share};
 use switchyard_kernels::with_values;
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{ForwardContext, SwitchTransformer};
+use switchyard_parallel::Mesh;
 
 use crate::metrics::layer_metrics;
+use crate::report::{in_batch_order, sum_moe};
 use crate::step::{device_batch, merge_moe};
 
 /// Sums and means over an evaluation.
@@ -47,47 +50,69 @@ pub struct EvaluationRules {
     pub mismatched_inputs: bool,
 }
 
-#[derive(Default)]
-struct Sums {
-    loss: f64,
-    correct: f64,
-    targets: u64,
-    word_loss: f64,
-    word_correct: f64,
-    word_ids: Vec<i32>,
-    moe: Vec<(String, LayerMetrics)>,
-}
-
 /// Evaluates `model` on `batches`; no dropout, no jitter, evaluation capacity.
-pub fn evaluate<'a>(
+///
+/// The data-parallel ranks of `mesh` share the micro-batches; every rank gets the same result, which
+/// does not depend on how many they are. A micro-batch that is short is filled with padding.
+///
+/// # Errors
+/// When the ranks cannot finish it together.
+pub fn evaluate(
     model: &SwitchTransformer,
     config: &ModelConfig,
     routing: &RoutingConfig,
-    batches: impl IntoIterator<Item = &'a HostBatch>,
+    batches: &[HostBatch],
     micro_batch_rows: usize,
     rules: EvaluationRules,
-) -> Evaluation {
-    let context = ForwardContext::evaluation(config, routing);
+    mesh: &Mesh,
+) -> Result<Evaluation, CommError> {
+    let context = ForwardContext {
+        dispatcher: mesh.dispatcher(),
+        tensor_parallel: mesh.tensor_parallel(),
+        ..ForwardContext::evaluation(config, routing)
+    };
     // Without this every pass would be recorded for a backward pass that never comes.
     let model = &model.valid();
     let device = model.device();
-    let mut sums = Sums::default();
-    for batch in batches {
-        let shifted = if rules.mismatched_inputs { rotate_inputs(batch) } else { batch.clone() };
-        for start in (0..shifted.rows).step_by(micro_batch_rows) {
-            let micro = shifted.slice(start, micro_batch_rows.min(shifted.rows - start));
-            let micro = micro.padded(routing.group_rows);
-            let tensors = device_batch(&micro, config.pad_token_id as i32, &device);
-            let output = model.loss(&tensors, 0.0, &context);
-            let loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);
-            let correct = with_values(output.cross_entropy.token_correct.clone(), <[f32]>::to_vec);
-            merge_moe(&mut sums.moe, &output);
-            for ((&id, loss), correct) in micro.target_ids.iter().zip(loss).zip(correct) {
-                sums.add(id, f64::from(loss), f64::from(correct), config, rules.first_sentinel);
-            }
-        }
+    let words = Words { pad: config.pad_token_id as i32, eos: config.eos_token_id as i32, rules };
+    let (mut sums, mut moe) = (Vec::new(), Vec::new());
+    for micro in share_of(batches, micro_batch_rows, rules, mesh) {
+        let tensors = device_batch(&micro, words.pad, &device);
+        let output = model.loss(&tensors, 0.0, &context);
+        let loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);
+        let correct = with_values(output.cross_entropy.token_correct.clone(), <[f32]>::to_vec);
+        merge_moe(&mut moe, &output);
+        sums.push(words.sums(&micro.target_ids, &loss, &correct));
+        mesh.check()?;
     }
-    sums.finish()
+    let all = in_batch_order(mesh, &sums)?;
+    sum_moe(mesh, &mut moe)?;
+    let [loss, correct, word_loss, word_correct] =
+        std::array::from_fn(|i| all.iter().map(|row| row[i]).sum());
+    Ok(words.evaluation([loss, correct, word_loss, word_correct], batches, &moe))
+}
+
+/// The micro-batches of this rank: as many as any other has.
+fn share_of(
+    batches: &[HostBatch],
+    micro_batch_rows: usize,
+    rules: EvaluationRules,
+    mesh: &Mesh,
+) -> Vec<HostBatch> {
+    let all = batches.iter().flat_map(|batch| {
+        let shown = if rules.mismatched_inputs { rotate_inputs(batch) } else { batch.clone() };
+        shown.micro_batches(Share::whole(micro_batch_rows))
+    });
+    let mut all: Vec<HostBatch> = all.map(|micro| micro.padded(micro_batch_rows)).collect();
+    let (ranks, rank) = (mesh.shape().data, mesh.at().data);
+    if let Some(first) = all.first() {
+        // Ranks that share experts must come to every one of their messages.
+        let mut empty = first.clone();
+        empty.input_ids.fill(0);
+        empty.target_ids.fill(0);
+        all.resize(all.len().next_multiple_of(ranks), empty);
+    }
+    all.into_iter().skip(rank).step_by(ranks).collect()
 }
 
 /// Row `i` gets the inputs of row `i + rows / 2`.
@@ -97,36 +122,57 @@ fn rotate_inputs(batch: &HostBatch) -> HostBatch {
     rotated
 }
 
-impl Sums {
-    fn add(&mut self, id: i32, loss: f64, correct: f64, config: &ModelConfig, first_sentinel: i32) {
-        if id == config.pad_token_id as i32 {
-            return;
-        }
-        self.loss += loss;
-        self.correct += correct;
-        self.targets += 1;
-        if id != config.eos_token_id as i32 && id < first_sentinel {
-            self.word_loss += loss;
-            self.word_correct += correct;
-            self.word_ids.push(id);
-        }
+/// Which targets are words.
+struct Words {
+    pad: i32,
+    eos: i32,
+    rules: EvaluationRules,
+}
+
+impl Words {
+    fn is_word(&self, id: i32) -> bool {
+        id != self.pad && id != self.eos && id < self.rules.first_sentinel
     }
 
-    fn finish(self) -> Evaluation {
-        let (targets, words) = (self.targets.max(1) as f64, self.word_ids.len().max(1) as f64);
-        let routed: u64 = self.moe.iter().map(|(_, layer)| layer.tokens).sum();
-        let dropped: u64 = self.moe.iter().map(|(_, layer)| layer.dropped).sum();
+    /// Loss and correct targets of one micro-batch, of all targets and of words.
+    fn sums(&self, target_ids: &[i32], loss: &[f32], correct: &[f32]) -> [f64; 4] {
+        let mut sums = [0.0; 4];
+        for ((&id, &loss), &correct) in target_ids.iter().zip(loss).zip(correct) {
+            if id != self.pad {
+                sums[0] += f64::from(loss);
+                sums[1] += f64::from(correct);
+            }
+            if self.is_word(id) {
+                sums[2] += f64::from(loss);
+                sums[3] += f64::from(correct);
+            }
+        }
+        sums
+    }
+
+    fn evaluation(
+        &self,
+        [loss, correct, word_loss, word_correct]: [f64; 4],
+        batches: &[HostBatch],
+        moe: &[(String, LayerMetrics)],
+    ) -> Evaluation {
+        let ids = || batches.iter().flat_map(|batch| &batch.target_ids).copied();
+        let targets = ids().filter(|&id| id != self.pad).count();
+        let word_ids: Vec<i32> = ids().filter(|&id| self.is_word(id)).collect();
+        let (per_target, per_word) = (targets.max(1) as f64, word_ids.len().max(1) as f64);
+        let routed: u64 = moe.iter().map(|(_, layer)| layer.tokens).sum();
+        let dropped: u64 = moe.iter().map(|(_, layer)| layer.dropped).sum();
         Evaluation {
-            loss: self.loss / targets,
-            negative_log_perplexity: -self.loss / targets,
-            token_accuracy: self.correct / targets,
-            word_loss: self.word_loss / words,
-            word_accuracy: self.word_correct / words,
-            word_unigram_entropy: unigram_entropy(&self.word_ids),
-            targets: self.targets,
-            words: self.word_ids.len() as u64,
+            loss: loss / per_target,
+            negative_log_perplexity: -loss / per_target,
+            token_accuracy: correct / per_target,
+            word_loss: word_loss / per_word,
+            word_accuracy: word_correct / per_word,
+            word_unigram_entropy: unigram_entropy(&word_ids),
+            targets: targets as u64,
+            words: word_ids.len() as u64,
             fraction_tokens_dropped: dropped as f64 / routed.max(1) as f64,
-            moe: layer_metrics(&self.moe),
+            moe: layer_metrics(moe),
         }
     }
 }

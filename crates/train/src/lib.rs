@@ -3,6 +3,7 @@
 //! [`train`] is a whole run, [`Learner::step`] one update, [`evaluate::evaluate`] a pass over
 //! held-out text. Prints nothing: an [`Observer`] sees what happens.
 
+mod agreement;
 mod checkpointing;
 mod diagnose;
 mod error;
@@ -11,16 +12,16 @@ mod gradients;
 mod metrics;
 mod optimizer;
 mod parameters;
+mod report;
 mod run_directory;
 pub mod schedule;
 mod step;
 mod train_loop;
 pub mod verify;
 
+pub use agreement::refuse_different_runs;
 pub use error::TrainError;
-pub use gradients::GradientSums;
 pub use metrics::{EvalRecord, LastRecords, MetricsError, MetricsFile, StepRecord};
-pub use optimizer::{Optimizer, StateError, StateLoader};
 pub use parameters::load_model;
 pub use run_directory::{Resume, RunDirectory, RunDirectoryError};
 pub use step::{Learner, NonFinite, StepOutcome};

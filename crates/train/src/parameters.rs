@@ -1,49 +1,101 @@
 //! Models on their way to and from disk, one tensor at a time.
 
-use std::borrow::Cow;
+use switchyard_checkpoint::{Checkpoint, CheckpointError, ModelDirectory, TensorPart};
+use switchyard_config::RunPlan;
+use switchyard_config::parameters::{ParameterSpec, parameters};
+use switchyard_config::partition::held_part;
+use switchyard_model::SwitchTransformer;
+use switchyard_parallel::{Mesh, Unit};
 
 use burn::tensor::Device;
-use switchyard_checkpoint::{CheckpointError, ModelDirectory, TensorSource};
-use switchyard_config::ModelConfig;
-use switchyard_config::parameters::parameters;
-use switchyard_model::SwitchTransformer;
 
-/// Builds the model of a directory on `device`.
+use crate::error::TrainError;
+use crate::step::Learner;
+
+/// Builds the model of a directory on `device`, or this rank's part of it.
 ///
 /// # Errors
 /// When a file cannot be read.
-pub fn load_model(directory: &ModelDirectory, device: &Device) -> Result<SwitchTransformer, CheckpointError> {
-    filled(SwitchTransformer::new(directory.model(), 0, device), directory)
-}
-
-/// `model` with the values of `source`.
-pub(crate) fn filled(
-    model: SwitchTransformer,
-    source: &dyn TensorSource,
+pub fn load_model(
+    directory: &ModelDirectory,
+    device: &Device,
+    mesh: &Mesh,
 ) -> Result<SwitchTransformer, CheckpointError> {
+    let config = directory.model();
+    let specs = parameters(config);
+    let model = SwitchTransformer::part(config, 0, device, mesh.shape(), mesh.at());
     model.with_parameters(|name, len| {
-        let values = source.read(name)?.into_owned();
-        if values.len() == len {
-            return Ok(values);
-        }
-        let reason = format!("it has {} values, the model needs {len}", values.len());
-        Err(CheckpointError::Refused { name: name.to_owned(), reason })
+        let spec = spec_of(&specs, name)?;
+        fitting(name, directory.read_part(name, &held_part(spec, mesh.shape(), mesh.at()))?, len)
     })
 }
 
-/// The parameters of a model, to be written.
-pub(crate) struct ParameterSource<'a> {
-    pub model: &'a SwitchTransformer,
-    pub config: &'a ModelConfig,
+/// Puts a checkpoint's parameters and optimizer state into `learner`, cut for its mesh.
+pub(crate) fn load_parts(
+    checkpoint: &Checkpoint,
+    learner: &mut Learner,
+    plan: &RunPlan,
+    updates: u64,
+) -> Result<(), TrainError> {
+    let specs = parameters(&plan.model);
+    let (shape, at) = (learner.mesh().shape(), learner.mesh().at());
+    learner.replace_model(|model| {
+        model.with_parameters(|name, len| {
+            let spec = spec_of(&specs, name)?;
+            fitting(name, checkpoint.read_part(name, &held_part(spec, shape, at))?, len)
+        })
+    })?;
+    let optimizer = learner.optimizer_mut();
+    optimizer.set_updates(updates);
+    let units = optimizer.units().clone();
+    for (name, values) in optimizer.masters_mut() {
+        *values = checkpoint.read_part(name, &units[name].part)?;
+    }
+    for moment in optimizer.moments() {
+        let missing = |error| match error {
+            CheckpointError::NoTensor { name } => TrainError::OtherOptimizer { name },
+            error => error.into(),
+        };
+        let values = checkpoint.read_part(&moment.name, &moment.part).map_err(missing)?;
+        *moment.values = fitting(&moment.name, values, moment.values.len())?;
+    }
+    Ok(())
 }
 
-impl TensorSource for ParameterSource<'_> {
-    fn specs(&self) -> Vec<(String, Vec<usize>)> {
-        parameters(self.config).into_iter().map(|spec| (spec.name, spec.shape)).collect()
-    }
+/// Copies of the parameters and moments that this rank owns.
+pub(crate) fn snapshot(learner: &mut Learner) -> (Vec<TensorPart>, Vec<TensorPart>) {
+    let mut parameters = Vec::new();
+    let (units, masters) = (learner.optimizer().units(), learner.optimizer().masters());
+    let part_of = |name: &str, unit: &Unit, values: Vec<f32>| TensorPart {
+        name: name.to_owned(),
+        shape: unit.whole.clone(),
+        part: unit.part.clone(),
+        values,
+    };
+    parameters.extend(masters.iter().map(|(name, values)| part_of(name, &units[name], values.clone())));
+    learner.model().visit_parameters(|name, held| {
+        if let Some(unit @ Unit { in_held: Some(start), part, .. }) = units.get(name) {
+            parameters.push(part_of(name, unit, held[*start..start + part.num_elements()].to_vec()));
+        }
+    });
+    let moments = learner.optimizer_mut().moments().map(|moment| TensorPart {
+        name: moment.name,
+        shape: moment.whole,
+        part: moment.part,
+        values: moment.values.clone(),
+    });
+    (parameters, moments.collect())
+}
 
-    fn read(&self, name: &str) -> Result<Cow<'_, [f32]>, CheckpointError> {
-        let values = self.model.parameter(name);
-        values.map(Cow::Owned).map_err(|_| CheckpointError::NoTensor { name: name.to_owned() })
+fn spec_of<'a>(specs: &'a [ParameterSpec], name: &str) -> Result<&'a ParameterSpec, CheckpointError> {
+    let found = specs.iter().find(|spec| spec.name == name);
+    found.ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })
+}
+
+fn fitting(name: &str, values: Vec<f32>, len: usize) -> Result<Vec<f32>, CheckpointError> {
+    if values.len() == len {
+        return Ok(values);
     }
+    let reason = format!("it has {} values, the model needs {len}", values.len());
+    Err(CheckpointError::Refused { name: name.to_owned(), reason })
 }

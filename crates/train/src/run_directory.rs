@@ -49,8 +49,8 @@ pub enum RunDirectoryError {
 #[derive(Debug)]
 pub struct RunDirectory {
     root: PathBuf,
-    /// Locked while the run lives.
-    _lock: File,
+    /// Locked while the run lives, by its first rank.
+    _lock: Option<File>,
 }
 
 impl RunDirectory {
@@ -70,11 +70,16 @@ impl RunDirectory {
             Err(TryLockError::WouldBlock) => return Err(RunDirectoryError::InUse { path: root.to_owned() }),
             Err(TryLockError::Error(source)) => return Err(unwritable(source)),
         }
-        let directory = Self { root: root.to_owned(), _lock: lock };
+        let directory = Self { root: root.to_owned(), _lock: Some(lock) };
         for path in [directory.checkpoints(), directory.logs()] {
             std::fs::create_dir_all(&path).map_err(unwritable)?;
         }
         Ok(directory)
+    }
+
+    /// The directory that the first rank of this job has opened.
+    pub fn join(root: &Path) -> Self {
+        Self { root: root.to_owned(), _lock: None }
     }
 
     /// Writes `config.toml`.

@@ -1,23 +1,24 @@
 //! One update: forward and backward over the micro-batches, clipping, optimizer.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Tensor};
-use switchyard_checkpoint::{CheckpointError, TensorSource};
 use switchyard_config::RunPlan;
 use switchyard_config::plan::RoutingSemantics;
 use switchyard_data::HostBatch;
 use switchyard_kernels::with_values;
 use switchyard_model::moe::LayerMetrics;
-use switchyard_model::{
-    Capacity, ForwardContext, LocalDispatcher, LossOutput, Seq2SeqBatch, SwitchTransformer, WholeTensors,
-};
+use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
+use switchyard_parallel::{Mesh, Owned, OwnerExchange};
 
 use crate::diagnose::first_non_finite;
+use crate::error::TrainError;
 use crate::gradients::GradientSums;
 use crate::optimizer::Optimizer;
-use crate::parameters::filled;
+use crate::report::{MicroLoss, gathered};
 use crate::schedule;
 
-/// What one step did.
+/// What one step did, over all ranks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepOutcome {
     /// Mean cross-entropy of the targets in nats.
@@ -51,96 +52,132 @@ struct Denominators {
 }
 
 impl Denominators {
-    fn of(batch: &HostBatch, plan: &RunPlan) -> Self {
+    /// For a global batch with `targets` targets.
+    fn of(plan: &RunPlan, targets: u64) -> Self {
+        let data = &plan.data;
         let groups = match (plan.routing.semantics, plan.routing.group_rows) {
-            (RoutingSemantics::Hf, _) => batch.rows,
-            (RoutingSemantics::Paper, 0) => batch.rows.div_ceil(plan.data.micro_batch_rows),
-            (RoutingSemantics::Paper, rows) => batch.rows / rows,
+            (RoutingSemantics::Hf, _) => data.batch_rows,
+            (RoutingSemantics::Paper, 0) => data.batch_rows.div_ceil(data.micro_batch_rows),
+            (RoutingSemantics::Paper, rows) => data.batch_rows / rows,
         };
-        Self { targets: batch.num_targets().max(1) as f64, groups: groups as f64 }
+        Self { targets: targets.max(1) as f64, groups: groups as f64 }
     }
 }
 
-/// Model and optimizer of a run.
+/// Model and optimizer of a run: this rank's part of them.
 #[derive(Debug)]
 pub struct Learner {
     /// `None` only while an update moves it.
     model: Option<SwitchTransformer>,
     optimizer: Optimizer,
+    exchange: OwnerExchange,
+    mesh: Arc<Mesh>,
     device: Device,
 }
 
 impl Learner {
     /// A fresh model on `device`, which must differentiate, and fresh optimizer state.
-    pub fn new(plan: &RunPlan, device: &Device) -> Self {
+    pub fn new(plan: &RunPlan, device: &Device, mesh: Arc<Mesh>) -> Self {
+        let exchange = OwnerExchange::new(&plan.model, &mesh);
         Self {
-            model: Some(SwitchTransformer::new(&plan.model, plan.seed, device)),
-            optimizer: Optimizer::new(&plan.optimizer, &plan.model),
+            model: Some(SwitchTransformer::part(&plan.model, plan.seed, device, mesh.shape(), mesh.at())),
+            optimizer: Optimizer::new(plan, exchange.units()),
+            exchange,
+            mesh,
             device: device.clone(),
         }
     }
 
-    /// The model.
+    /// The model, or this rank's part of it.
     pub fn model(&self) -> &SwitchTransformer {
-        self.model.as_ref().expect("only `step` moves the model, and puts it back")
-    }
-
-    /// Replaces every parameter by that of `source`.
-    ///
-    /// # Errors
-    /// When `source` cannot be read; what is left has no model.
-    pub(crate) fn load_parameters(&mut self, source: &dyn TensorSource) -> Result<(), CheckpointError> {
-        let model = self.model.take().expect("every method that takes the model puts it back");
-        self.model = Some(filled(model, source)?);
-        Ok(())
+        self.model.as_ref().expect("every method that takes the model puts it back")
     }
 
     /// The model, for changing single parameters.
     pub fn model_mut(&mut self) -> &mut SwitchTransformer {
-        self.model.as_mut().expect("only `step` moves the model, and puts it back")
+        self.model.as_mut().expect("every method that takes the model puts it back")
+    }
+
+    /// Lets `change` replace the model; after an error there is none and the learner is of no use.
+    pub(crate) fn replace_model<E>(
+        &mut self,
+        change: impl FnOnce(SwitchTransformer) -> Result<SwitchTransformer, E>,
+    ) -> Result<(), E> {
+        let model = self.model.take().expect("every method that takes the model puts it back");
+        self.model = Some(change(model)?);
+        Ok(())
+    }
+
+    /// What this rank owns of one moment of the optimizer, such as `lm_head/v`.
+    pub fn moment(&mut self, name: &str) -> Option<&[f32]> {
+        self.optimizer.moment(name)
     }
 
     /// The optimizer.
-    pub fn optimizer(&self) -> &Optimizer {
+    pub(crate) fn optimizer(&self) -> &Optimizer {
         &self.optimizer
     }
 
     /// The optimizer, for loading.
-    pub fn optimizer_mut(&mut self) -> &mut Optimizer {
+    pub(crate) fn optimizer_mut(&mut self) -> &mut Optimizer {
         &mut self.optimizer
     }
 
-    /// Learns from `batch`, the data of `step`, counted from 0.
+    /// This rank's place in the job.
+    pub fn mesh(&self) -> &Arc<Mesh> {
+        &self.mesh
+    }
+
+    /// Learns from this rank's micro-batches of the global batch of `step`, counted from 0.
     ///
     /// Beyond the order of floating-point sums the result does not depend on how the batch splits into
     /// micro-batches, if `routing.group_rows` is set or the model is dense: by default a micro-batch is
-    /// a routing group, and experts have room by the group.
-    pub fn step(&mut self, plan: &RunPlan, batch: &HostBatch, step: u64) -> StepOutcome {
-        let denominators = Denominators::of(batch, plan);
-        let mut sums = GradientSums::default();
-        let mut report = StepOutcome {
-            loss: 0.0,
-            total_loss: 0.0,
-            grad_norm: 0.0,
+    /// a routing group, and experts have room by the group. It never depends on the mesh; with
+    /// `comm.deterministic` the data and expert axes do not change a bit of it.
+    ///
+    /// # Errors
+    /// [`TrainError::Comm`] when the ranks cannot finish it together; the run is over then.
+    pub fn step(
+        &mut self,
+        plan: &RunPlan,
+        micro_batches: &[HostBatch],
+        step: u64,
+    ) -> Result<StepOutcome, TrainError> {
+        let count = |of: fn(&HostBatch) -> usize| micro_batches.iter().map(of).sum::<usize>() as u64;
+        let counts = [count(HostBatch::num_targets), count(HostBatch::num_tokens)];
+        let [targets, tokens] = self.mesh.sum_over_data(counts)?;
+        let denominators = Denominators::of(plan, targets);
+        let (mut local, mut gradients) = (GradientSums::default(), Owned::new());
+        let mut losses = Vec::with_capacity(micro_batches.len());
+        let mut moe = Vec::new();
+        for micro in micro_batches {
+            losses.push(self.accumulate(plan, micro, step, denominators, &mut local, &mut moe));
+            if plan.comm.deterministic {
+                let segments = self.mesh.shape().expert;
+                self.exchange.reduce(local.take(), segments, &mut gradients)?;
+            }
+            self.mesh.check()?;
+        }
+        if !plan.comm.deterministic {
+            self.exchange.reduce(local.take(), 1, &mut gradients)?;
+        }
+        let MicroLoss { loss, total_loss } = gathered(&self.mesh, &losses, &mut moe)?;
+        let mut outcome = StepOutcome {
+            loss,
+            total_loss,
+            grad_norm: self.exchange.sum_of_squares(&gradients)?.sqrt(),
             learning_rate: plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1),
             skipped: None,
-            tokens: count_tokens(batch),
-            moe: Vec::new(),
+            tokens,
+            moe,
         };
-        for micro in micro_batches(plan, batch) {
-            self.accumulate(plan, &micro, step, denominators, &mut sums, &mut report);
+        if outcome.total_loss.is_finite() && outcome.grad_norm.is_finite() {
+            self.update(plan, &gradients, &outcome)?;
+        } else {
+            let place = first_non_finite(self, plan, micro_batches, step, total_loss, &gradients)?;
+            outcome.skipped = Some(NonFinite { place });
         }
-        report.grad_norm = sums.global_norm();
-        if !report.total_loss.is_finite() || !report.grad_norm.is_finite() {
-            let place = first_non_finite(self.model(), plan, batch, step, report.total_loss, &sums);
-            report.skipped = Some(NonFinite { place });
-            return report;
-        }
-        let clip = plan.optimizer.clip_norm;
-        let scale = if clip > 0.0 { (clip / report.grad_norm.max(f64::MIN_POSITIVE)).min(1.0) } else { 1.0 };
-        let model = self.model.take().expect("only `step` moves the model, and puts it back");
-        self.model = Some(self.optimizer.step(model, &sums, report.learning_rate, scale));
-        report
+        Ok(outcome)
     }
 
     /// Forward and backward of one micro-batch.
@@ -151,32 +188,41 @@ impl Learner {
         step: u64,
         denominators: Denominators,
         sums: &mut GradientSums,
-        report: &mut StepOutcome,
-    ) {
-        let context = training_context(plan, step, micro.first_row);
+        moe: &mut Vec<(String, LayerMetrics)>,
+    ) -> MicroLoss {
+        let context = training_context(plan, &self.mesh, step, micro.first_row);
         let batch = device_batch(micro, plan.model.pad_token_id as i32, &self.device.clone().inner());
         let output = self.model().loss(&batch, plan.trainer.z_loss, &context);
         let loss = total_loss(plan, &output, denominators);
         let token_loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);
         let sum: f64 = token_loss.iter().zip(&batch.weights).map(|(l, w)| f64::from(l * w)).sum();
-        report.loss += sum / denominators.targets;
-        report.total_loss += f64::from(with_values(loss.clone(), |values| values[0]));
-        merge_moe(&mut report.moe, &output);
+        let total = f64::from(with_values(loss.clone(), |values| values[0]));
+        merge_moe(moe, &output);
         let mut gradients = loss.backward();
         drop(output);
         self.model().take_gradients(&mut gradients, |name, gradient| sums.add(name, gradient));
+        MicroLoss { loss: sum / denominators.targets, total_loss: total }
+    }
+
+    /// Clips and applies the gradients; every rank then holds the new values.
+    fn update(&mut self, plan: &RunPlan, gradients: &Owned, outcome: &StepOutcome) -> Result<(), TrainError> {
+        let clip = plan.optimizer.clip_norm;
+        let scale = if clip > 0.0 { (clip / outcome.grad_norm.max(f64::MIN_POSITIVE)).min(1.0) } else { 1.0 };
+        let model = self.model.take().expect("every method that takes the model puts it back");
+        let model = self.optimizer.step(model, gradients, outcome.learning_rate, scale);
+        let (model, spread) = self.exchange.spread(model, self.optimizer.masters());
+        self.model = Some(model);
+        Ok(spread?)
     }
 }
 
-/// The parts of a batch that are computed at once.
-pub(crate) fn micro_batches(plan: &RunPlan, batch: &HostBatch) -> impl Iterator<Item = HostBatch> {
-    let at_once = plan.data.micro_batch_rows;
-    let starts = (0..batch.rows).step_by(at_once);
-    starts.map(move |start| batch.slice(start, at_once.min(batch.rows - start)))
-}
-
-/// Noise, capacity and routing of one micro-batch in training.
-pub(crate) fn training_context(plan: &RunPlan, step: u64, first_row: u32) -> ForwardContext<'_> {
+/// Noise, capacity, routing and seams of one micro-batch in training.
+pub(crate) fn training_context<'a>(
+    plan: &'a RunPlan,
+    mesh: &'a Mesh,
+    step: u64,
+    first_row: u32,
+) -> ForwardContext<'a> {
     ForwardContext {
         model: &plan.model,
         routing: &plan.routing,
@@ -187,8 +233,8 @@ pub(crate) fn training_context(plan: &RunPlan, step: u64, first_row: u32) -> For
         seed: plan.seed,
         step: step as u32,
         first_row,
-        dispatcher: &LocalDispatcher,
-        tensor_parallel: &WholeTensors,
+        dispatcher: mesh.dispatcher(),
+        tensor_parallel: mesh.tensor_parallel(),
     }
 }
 
@@ -233,8 +279,4 @@ pub(crate) fn merge_moe(moe: &mut Vec<(String, LayerMetrics)>, output: &LossOutp
             sum.add(&metrics);
         }
     }
-}
-
-fn count_tokens(batch: &HostBatch) -> u64 {
-    batch.input_ids.iter().chain(&batch.target_ids).filter(|&&id| id != 0).count() as u64
 }

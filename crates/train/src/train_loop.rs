@@ -8,11 +8,12 @@ use std::time::Instant;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 use switchyard_config::RunPlan;
-use switchyard_config::plan::OnCheckpointError;
 use switchyard_data::loader::Prefetched;
-use switchyard_data::{DataSet, HostBatch, LoadError, Prefetcher};
+use switchyard_data::{DataSet, HostBatch, LoadError, Prefetcher, Share};
+use switchyard_parallel::Mesh;
 
-use crate::checkpointing::Checkpoints;
+use crate::agreement::agreed;
+use crate::checkpointing::{Checkpoints, Saved};
 use crate::error::TrainError;
 use crate::evaluate::{EvaluationRules, evaluate};
 use crate::metrics::{EvalRecord, MetricsFile, StepRecord};
@@ -24,6 +25,8 @@ use crate::step::{Learner, StepOutcome};
 pub struct TrainOptions {
     /// Where to compute.
     pub device: Device,
+    /// This rank's place in the job.
+    pub mesh: Arc<Mesh>,
     /// The run's directory, open.
     pub directory: RunDirectory,
     /// What to do with earlier checkpoints.
@@ -89,26 +92,35 @@ pub fn train(
     let mut run = Run::start(plan, data, options, observer)?;
     let end = options.max_steps.unwrap_or(u64::MAX).min(plan.schedule.total_steps);
     let mut batches = run.prefetch(data, end)?;
-    let mut interrupted = options.stop.load(Ordering::Relaxed);
+    let mut interrupted = run.mesh.any(options.stop.load(Ordering::Relaxed))?;
     while !interrupted {
         let started = Instant::now();
-        let Some(Prefetched { batch, waited }) = batches.next_batch()? else { break };
-        let outcome = run.learner.step(plan, &batch, run.progress.step);
-        let record = run.count(&outcome, &batch, started, waited.as_secs_f64())?;
-        interrupted = options.stop.load(Ordering::Relaxed);
+        let Some(Prefetched { micro_batches, waited }) = batches.next_batch()? else { break };
+        let outcome = run.learner.step(plan, &micro_batches, run.progress.step)?;
+        let record = run.count(&outcome, started, waited.as_secs_f64())?;
+        // All ranks stop, and take a save to its next stage, at the same step.
+        let asked = [options.stop.load(Ordering::Relaxed), run.checkpoints.is_busy()];
+        let [stop, busy] = run.mesh.any_of(asked)?;
+        interrupted = stop;
         if run.is_due(plan.trainer.log_every_steps) {
-            run.metrics.write(&record)?;
+            run.write(&record)?;
         }
         observer.step(&record, end);
+        if !busy {
+            let ended = run.checkpoints.advance()?;
+            run.note(ended, observer);
+        }
         // Whoever asked to stop may not wait long: what is due besides is made up for on resume.
-        if interrupted || record.step == end || run.is_due(plan.checkpoint.every_steps) {
-            let must_succeed = interrupted || record.step == end;
-            run.save(must_succeed, observer)?;
+        let last = interrupted || record.step == end;
+        if last || run.is_due(plan.checkpoint.every_steps) {
+            run.save(last, observer)?;
         }
         if !interrupted && run.is_due(plan.eval.every_steps) {
             run.evaluate(observer)?;
         }
     }
+    let ended = run.checkpoints.finish()?;
+    run.note(ended, observer);
     let interrupted = run.progress.step < end;
     Ok(run.outcome(interrupted))
 }
@@ -116,11 +128,13 @@ pub fn train(
 /// A run under way.
 struct Run<'a> {
     plan: &'a RunPlan,
+    mesh: &'a Mesh,
     learner: Learner,
     progress: Progress,
     /// Rows of text learned from.
     samples: u64,
-    metrics: MetricsFile,
+    /// Of the first rank only.
+    metrics: Option<MetricsFile>,
     checkpoints: Checkpoints<'a>,
     held_out: Vec<HostBatch>,
     first_sentinel: i32,
@@ -140,7 +154,8 @@ impl<'a> Run<'a> {
             return Err(TrainError::VocabularyTooSmall { tokenizer, model });
         }
         let checkpoints = Checkpoints::new(plan, data, options);
-        let mut learner = Learner::new(plan, &options.device.clone().autodiff());
+        let mesh = &*options.mesh;
+        let mut learner = Learner::new(plan, &options.device.clone().autodiff(), Arc::clone(&options.mesh));
         let (mut progress, mut samples) = (Progress::default(), 0);
         let mut saved = None;
         if let Some(path) = checkpoints.to_resume()? {
@@ -148,11 +163,12 @@ impl<'a> Run<'a> {
             observer.resumed(progress.step, &path);
             saved = Some(path);
         }
-        let (metrics, last) = MetricsFile::open_after(&options.directory.metrics(), progress.step)?;
-        options.directory.write_config(&options.config)?;
-        data.tokenizer().save(&options.directory.tokenizer()).map_err(LoadError::from)?;
+        let opened =
+            if mesh.is_first() { open_files(data, options, progress.step).map(Some) } else { Ok(None) };
+        let (metrics, evaluated) = agreed(mesh, opened)?.unzip();
         let mut run = Self {
             plan,
+            mesh,
             learner,
             metrics,
             progress,
@@ -164,8 +180,8 @@ impl<'a> Run<'a> {
             evaluation: None,
         };
         // An interrupted run saves first: the evaluation that was due is made up for.
-        let evaluated = last.step.is_none() || last.evaluation == Some(run.progress.step);
-        if !evaluated && run.is_due(plan.eval.every_steps) {
+        let missing = mesh.any(evaluated == Some(false))?;
+        if missing && run.is_due(plan.eval.every_steps) {
             run.evaluate(observer)?;
         }
         Ok(run)
@@ -181,19 +197,23 @@ impl<'a> Run<'a> {
     /// Makes the batches from here to step `end` in the background.
     fn prefetch(&self, data: &Arc<DataSet>, end: u64) -> Result<Prefetcher, TrainError> {
         let steps = end.saturating_sub(self.progress.step);
+        let share = Share {
+            index: self.mesh.at().data,
+            of: self.mesh.shape().data,
+            micro_batch_rows: self.plan.data.micro_batch_rows,
+        };
         let ahead = self.plan.data.prefetch_batches;
-        Ok(Prefetcher::start(Arc::clone(data), self.samples, steps, ahead)?)
+        Ok(Prefetcher::start(Arc::clone(data), share, self.samples, steps, ahead)?)
     }
 
     /// Moves the counters past a step and makes its record.
     fn count(
         &mut self,
         outcome: &StepOutcome,
-        batch: &HostBatch,
         started: Instant,
         waited_s: f64,
     ) -> Result<StepRecord, TrainError> {
-        self.samples += batch.rows as u64;
+        self.samples += self.plan.data.batch_rows as u64;
         let progress = &mut self.progress;
         progress.step += 1;
         progress.tokens += outcome.tokens;
@@ -225,33 +245,49 @@ impl<'a> Run<'a> {
             let rules = EvaluationRules { first_sentinel: self.first_sentinel, mismatched_inputs };
             let (model, plan) = (self.learner.model(), self.plan);
             let rows = plan.data.micro_batch_rows;
-            evaluate(model, &plan.model, &plan.routing, &self.held_out, rows, rules)
+            evaluate(model, &plan.model, &plan.routing, &self.held_out, rows, rules, self.mesh)
         };
         let record = EvalRecord {
             step: self.progress.step,
-            eval: over(false),
-            mismatched_word_loss: over(true).word_loss,
+            eval: over(false)?,
+            mismatched_word_loss: over(true)?.word_loss,
         };
-        self.metrics.write(&record)?;
+        self.write(&record)?;
         observer.evaluation(&record);
         self.evaluation = Some(record);
         Ok(())
     }
 
-    fn save(&mut self, must_succeed: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        self.metrics.sync()?;
-        let warns = self.plan.checkpoint.on_error == OnCheckpointError::Warn && !must_succeed;
-        match self.checkpoints.save(&self.learner, &self.progress, self.samples) {
-            Ok(path) => {
+    /// Writes a record, on the rank that does.
+    fn write(&mut self, record: &impl Serialize) -> Result<(), TrainError> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(record))?;
+        Ok(())
+    }
+
+    /// Begins a checkpoint; the last one of a process is waited for.
+    fn save(&mut self, last: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let synced = self.metrics.as_ref().map_or(Ok(()), MetricsFile::sync);
+        agreed(self.mesh, synced.map_err(TrainError::from))?;
+        let ended = self.checkpoints.begin(&mut self.learner, &self.progress, self.samples, last)?;
+        self.note(ended, observer);
+        if last {
+            let ended = self.checkpoints.finish()?;
+            self.note(ended, observer);
+        }
+        Ok(())
+    }
+
+    /// Takes note of how a save ended.
+    fn note(&mut self, ended: Option<Saved>, observer: &mut dyn Observer) {
+        match ended {
+            Some(Saved::Complete(path)) => {
                 observer.saved(&path);
                 self.saved = Some(path);
-                Ok(())
             }
-            Err(error) if warns => {
+            Some(Saved::Failed(error)) => {
                 tracing::warn!(step = self.progress.step, %error, "checkpoint not written");
-                Ok(())
             }
-            Err(error) => Err(error),
+            None => {}
         }
     }
 
@@ -263,4 +299,13 @@ impl<'a> Run<'a> {
             evaluation: self.evaluation,
         }
     }
+}
+
+/// The run's files besides checkpoints, as the first rank opens them; whether the last evaluation
+/// that was due is in them.
+fn open_files(data: &DataSet, options: &TrainOptions, step: u64) -> Result<(MetricsFile, bool), TrainError> {
+    let (metrics, last) = MetricsFile::open_after(&options.directory.metrics(), step)?;
+    options.directory.write_config(&options.config)?;
+    data.tokenizer().save(&options.directory.tokenizer()).map_err(LoadError::from)?;
+    Ok((metrics, last.step.is_none() || last.evaluation == Some(step)))
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail, ensure};
 
 use crate::say;
+use crate::test::FEATURES;
 
 /// The line of README.md above the command that runs every test.
 const TEST_HEADING: &str = "Run every test:";
@@ -50,6 +51,10 @@ fn steps(root: &Path) -> anyhow::Result<Vec<Step>> {
         step("generated pages", "cargo xtask docs --check"),
         step("tests", test_command(&readme)?),
         step("clippy", "cargo clippy --release --all-targets -- -D warnings"),
+        step(
+            "clippy with MPI",
+            &format!("cargo clippy --release --all-targets --features {FEATURES} -- -D warnings"),
+        ),
         Step {
             environment: &[("RUSTDOCFLAGS", "-D warnings")],
             ..step("documentation", "cargo doc --release --no-deps")
@@ -106,6 +111,6 @@ mod tests {
         for broken in ["# X\n", "Run every test:\n\ncargo test\n", "Run every test:\n```sh\n\n```\n"] {
             assert!(test_command(broken).unwrap_err().to_string().contains("Run every test:"), "{broken}");
         }
-        assert!(test_command(include_str!("../../../README.md")).unwrap().starts_with("cargo test"));
+        assert!(test_command(include_str!("../../../README.md")).unwrap().starts_with("cargo xtask test"));
     }
 }

@@ -3,6 +3,7 @@
 mod bench;
 mod ci;
 mod docs;
+mod test;
 
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,9 @@ struct Arguments {
 enum Command {
     /// Run every check that a change must pass, and print how long each took.
     Ci,
+    /// Run every test, those under mpirun included; installs Open MPI and libclang where it may.
+    #[command(after_help = "Examples:\n  cargo xtask test\n  cargo xtask test -- resume")]
+    Test(test::Options),
     /// Write the generated pages of docs/.
     Docs {
         /// Write nothing; fail when a page is out of date.
@@ -39,6 +43,7 @@ fn main() -> anyhow::Result<()> {
     let root = repository()?;
     match arguments.command {
         Command::Ci => ci::run(&root),
+        Command::Test(options) => test::run(&root, &options),
         Command::Docs { check } => docs::run(&root, check),
         Command::Bench(options) => bench::run(&root, &options),
     }

@@ -231,7 +231,7 @@ impl Files<'_> {
         let mut writer = match self.current.take() {
             Some(writer) if !writer.is_complete() => writer,
             complete => {
-                complete.map_or(Ok(()), ShardWriter::finish)?;
+                complete.map(ShardWriter::finish).transpose()?;
                 let (file, tensors) = self.remaining.pop_front().unwrap_or_default();
                 ShardWriter::create(&self.directory.join(file), &tensors, self.dtype)?
             }
@@ -242,6 +242,6 @@ impl Files<'_> {
     }
 
     fn finish(self) -> Result<(), CheckpointError> {
-        self.current.map_or(Ok(()), ShardWriter::finish)
+        self.current.map_or(Ok(()), |shard| shard.finish().map(drop))
     }
 }

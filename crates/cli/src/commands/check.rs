@@ -1,7 +1,7 @@
 //! `switchyard check`: what an experiment file means, without starting it.
 
 use switchyard_checkpoint::hf;
-use switchyard_config::{resolve, summarize};
+use switchyard_config::{MemorySummary, MeshShape, Resolved, RunPlan, rank_memory, resolve, summarize};
 use switchyard_data::span_corruption::SpanCorruption;
 
 use super::output::{self, bytes, grouped};
@@ -9,14 +9,16 @@ use crate::Outcome;
 use crate::args::CheckArguments;
 
 pub(crate) fn run(arguments: &CheckArguments) -> anyhow::Result<Outcome> {
-    let plan = resolve(&arguments.config, &arguments.set)?.plan;
+    let Resolved { plan, provenance } = resolve(&arguments.config, &arguments.set)?;
     SpanCorruption::check(&plan.data)?;
     if plan.checkpoint.export {
         hf::representable(&plan.model, &plan.routing)?;
     }
     let summary = summarize(&plan);
+    let mesh = arguments.ranks.map(|ranks| MeshShape::of(&plan, ranks, &provenance)).transpose()?;
+    let rank_memory = mesh.map(|mesh| fullest_rank(&plan, mesh));
     if arguments.json {
-        output::json(&serde_json::json!({"plan": plan, "summary": summary}))?;
+        output::json(&serde_json::json!({"plan": plan, "summary": summary, "rank_memory": rank_memory}))?;
         return Ok(Outcome::Done);
     }
     let row = |name: &str, value: String| output::line(format!("{name:<22} {value}"));
@@ -47,15 +49,29 @@ pub(crate) fn run(arguments: &CheckArguments) -> anyhow::Result<Outcome> {
         ),
     )?;
     row("steps", grouped(plan.schedule.total_steps))?;
-    row(
-        "memory",
-        format!(
-            "{} and activations (parameters {}, gradients {}, optimizer {})",
-            bytes(summary.memory.total_bytes()),
-            bytes(summary.memory.parameter_bytes),
-            bytes(summary.memory.gradient_bytes),
-            bytes(summary.memory.optimizer_bytes),
-        ),
-    )?;
+    row("memory", memory(&summary.memory))?;
+    for line in mesh.iter().flat_map(|mesh| mesh.describe(&plan.model)) {
+        let (name, value) = line.split_once(": ").unwrap_or(("", &line));
+        row(name, value.to_owned())?;
+    }
+    if let Some(fullest) = &rank_memory {
+        row("memory of a rank", memory(fullest))?;
+    }
     Ok(Outcome::Done)
+}
+
+/// Memory of the rank that needs most.
+fn fullest_rank(plan: &RunPlan, mesh: MeshShape) -> MemorySummary {
+    let of_ranks = (0..mesh.ranks()).map(|rank| rank_memory(plan, mesh, rank));
+    of_ranks.max_by_key(MemorySummary::total_bytes).unwrap_or(summarize(plan).memory)
+}
+
+fn memory(memory: &MemorySummary) -> String {
+    format!(
+        "{} and activations (parameters {}, gradients {}, optimizer {})",
+        bytes(memory.total_bytes()),
+        bytes(memory.parameter_bytes),
+        bytes(memory.gradient_bytes),
+        bytes(memory.optimizer_bytes),
+    )
 }

@@ -30,8 +30,8 @@ pub(crate) fn run(
     work.busy(&format!("evaluating {} batches", batches.len()));
     let rules =
         EvaluationRules { first_sentinel: tokenizer.first_sentinel_id() as i32, mismatched_inputs: false };
-    let LoadedModel { model, config, routing, .. } = &loaded;
-    let result = evaluate(model, config, routing, &batches, plan.micro_batch_rows, rules);
+    let LoadedModel { model, config, routing, mesh, .. } = &loaded;
+    let result = evaluate(model, config, routing, &batches, plan.micro_batch_rows, rules, mesh)?;
     drop(work);
     if arguments.json {
         output::json(&result)?;

@@ -7,6 +7,7 @@ use switchyard_data::Tokenizer;
 use switchyard_kernels::int_tensor;
 use switchyard_model::generate::greedy;
 use switchyard_model::{Capacity, ForwardContext, SwitchTransformer};
+use switchyard_parallel::Mesh;
 
 /// One text and what became of it.
 #[derive(Debug, Serialize)]
@@ -27,6 +28,7 @@ pub(crate) struct Filler<'a> {
     pub config: &'a ModelConfig,
     pub routing: &'a RoutingConfig,
     pub tokenizer: &'a Tokenizer,
+    pub mesh: &'a Mesh,
 }
 
 impl Filler<'_> {
@@ -75,7 +77,12 @@ impl Filler<'_> {
             RoutingSemantics::Paper => Capacity::Unlimited,
             RoutingSemantics::Hf => Capacity::Evaluation,
         };
-        ForwardContext { capacity, ..ForwardContext::evaluation(self.config, self.routing) }
+        ForwardContext {
+            capacity,
+            dispatcher: self.mesh.dispatcher(),
+            tensor_parallel: self.mesh.tensor_parallel(),
+            ..ForwardContext::evaluation(self.config, self.routing)
+        }
     }
 
     fn filled(&self, prompt: &str, ids: &[i32]) -> anyhow::Result<Filled> {

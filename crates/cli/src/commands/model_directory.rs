@@ -1,6 +1,7 @@
 //! A model from disk, ready to run, with its tokenizer.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use burn::tensor::Device;
@@ -9,6 +10,7 @@ use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingConfig;
 use switchyard_data::Tokenizer;
 use switchyard_model::SwitchTransformer;
+use switchyard_parallel::Mesh;
 use switchyard_train::load_model;
 
 use super::fill::Filler;
@@ -27,19 +29,33 @@ pub(crate) struct LoadedModel {
     pub config: ModelConfig,
     pub routing: RoutingConfig,
     pub directory: ModelDirectory,
+    /// The ranks that share the work, and this rank's part of the model.
+    pub mesh: Arc<Mesh>,
 }
 
 impl LoadedModel {
     /// Opens a run, a checkpoint or a Hugging Face directory and loads its parameters.
     pub(crate) fn open(path: &Path, device: &Device) -> anyhow::Result<Self> {
+        Self::open_part(path, device, Arc::new(Mesh::solo()))
+    }
+
+    /// As [`open`](Self::open), this rank's part of the model.
+    pub(crate) fn open_part(path: &Path, device: &Device, mesh: Arc<Mesh>) -> anyhow::Result<Self> {
         let directory = open_model(path)?;
-        let model = load_model(&directory, device)?;
-        Ok(Self { model, config: directory.model().clone(), routing: directory.routing().clone(), directory })
+        let model = load_model(&directory, device, &mesh)?;
+        let (config, routing) = (directory.model().clone(), directory.routing().clone());
+        Ok(Self { model, config, routing, directory, mesh })
     }
 
     /// The model at work on text.
     pub(crate) fn filler<'a>(&'a self, tokenizer: &'a Tokenizer) -> Filler<'a> {
-        Filler { model: &self.model, config: &self.config, routing: &self.routing, tokenizer }
+        Filler {
+            model: &self.model,
+            config: &self.config,
+            routing: &self.routing,
+            tokenizer,
+            mesh: &self.mesh,
+        }
     }
 
     /// The tokenizer beside the model.

@@ -41,6 +41,7 @@ pub(crate) fn run(
     let config = format!("# switchyard {}\n{}", env!("CARGO_PKG_VERSION"), resolved.to_toml());
     let options = TrainOptions {
         device: device.clone(),
+        mesh: std::sync::Arc::new(switchyard_parallel::Mesh::solo()),
         directory,
         resume,
         max_steps: arguments.max_steps,

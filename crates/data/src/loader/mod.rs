@@ -24,7 +24,7 @@ pub use prefetch::{Prefetched, Prefetcher};
 pub use state::{DataState, SourceState};
 pub use vocabulary::{TrainingText, train_on_texts};
 
-use crate::batch::HostBatch;
+use crate::batch::{HostBatch, Share};
 use crate::cache::{CacheSource, TokenCache};
 use crate::mixture::{Mixture, rates};
 use crate::permutation::{Permutation, StreamTag};
@@ -177,13 +177,26 @@ impl DataSet {
     /// # Errors
     /// As [`Self::batch`].
     pub fn batch_at(&self, first_sample: u64) -> Result<HostBatch, LoadError> {
+        let mut whole = self.micro_batches_at(first_sample, Share::whole(self.batch_rows))?;
+        Ok(whole.remove(0))
+    }
+
+    /// The micro-batches that `share` takes of the global batch that begins with `first_sample`.
+    ///
+    /// # Errors
+    /// As [`Self::batch`].
+    pub fn micro_batches_at(&self, first_sample: u64, share: Share) -> Result<Vec<HostBatch>, LoadError> {
         let rows = self.batch_rows as u64;
-        let Some(end) = first_sample.checked_add(rows) else {
+        if first_sample.checked_add(rows).is_none() {
             return Err(self.step_too_large(first_sample / rows));
+        }
+        let micro_batch = |start: usize| {
+            let end = self.batch_rows.min(start + share.micro_batch_rows);
+            let samples = (start..end).map(|row| first_sample + row as u64);
+            let addresses = samples.map(|sample| self.locate(sample)).collect::<Result<Vec<_>, _>>()?;
+            Ok(HostBatch { first_row: start as u32, ..self.rows(&addresses)? })
         };
-        let samples = first_sample..end;
-        let addresses = samples.map(|sample| self.locate(sample)).collect::<Result<Vec<_>, _>>()?;
-        self.rows(&addresses)
+        share.starts(self.batch_rows).map(micro_batch).collect()
     }
 
     /// Held-out batches, at most `max_batches` and each row once; the last may be short.

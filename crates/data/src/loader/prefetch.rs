@@ -6,30 +6,31 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::{DataSet, LoadError};
-use crate::batch::HostBatch;
+use crate::batch::{HostBatch, Share};
 
-/// A batch and how long the trainer waited for it.
+/// What one trainer learns from in a step, and how long it waited for it.
 #[derive(Debug, Clone)]
 pub struct Prefetched {
-    /// The batch.
-    pub batch: HostBatch,
+    /// Its micro-batches of the global batch.
+    pub micro_batches: Vec<HostBatch>,
     /// Time between asking and having.
     pub waited: Duration,
 }
 
 /// A thread that makes consecutive batches ahead of whoever takes them.
 ///
-/// The batches are those of [`DataSet::batch_at`], in order. Dropping it ends the thread.
+/// The batches are those of [`DataSet::micro_batches_at`], in order. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct Prefetcher {
     /// `None` once dropped, which tells the thread to end.
-    batches: Option<Receiver<Result<HostBatch, LoadError>>>,
+    batches: Option<Receiver<Result<Vec<HostBatch>, LoadError>>>,
     thread: Option<JoinHandle<()>>,
     remaining: u64,
 }
 
 impl Prefetcher {
-    /// Starts with the batch at global sample `first_sample` and stops after `num_batches`.
+    /// Starts with the batch at global sample `first_sample` and stops after `num_batches`; makes what
+    /// `share` takes of each.
     ///
     /// At most `ahead` finished batches wait in memory, at least one.
     ///
@@ -37,6 +38,7 @@ impl Prefetcher {
     /// The thread cannot be started.
     pub fn start(
         data: Arc<DataSet>,
+        share: Share,
         first_sample: u64,
         num_batches: u64,
         ahead: usize,
@@ -46,9 +48,10 @@ impl Prefetcher {
             let rows = data.batch_rows() as u64;
             for number in 0..num_batches {
                 // Saturating ends in the error of a step too large.
-                let batch = data.batch_at(first_sample.saturating_add(number.saturating_mul(rows)));
-                let failed = batch.is_err();
-                if sender.send(batch).is_err() || failed {
+                let at = first_sample.saturating_add(number.saturating_mul(rows));
+                let made = data.micro_batches_at(at, share);
+                let failed = made.is_err();
+                if sender.send(made).is_err() || failed {
                     return;
                 }
             }
@@ -70,11 +73,11 @@ impl Prefetcher {
         }
         let asked = Instant::now();
         let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
-        let Some(batch) = received else {
+        let Some(micro_batches) = received else {
             return Err(LoadError::Thread { message: "ended before the last batch".to_owned() });
         };
         self.remaining -= 1;
-        Ok(Some(Prefetched { batch: batch?, waited: asked.elapsed() }))
+        Ok(Some(Prefetched { micro_batches: micro_batches?, waited: asked.elapsed() }))
     }
 }
 

@@ -162,7 +162,7 @@ fn steps_that_cannot_be_counted_are_refused_by_name() {
     assert!(matches!(example, LoadError::StepTooLarge { step: u64::MAX, batch_rows: 8, .. }), "{example}");
     assert!(matches!(data.example(last + 1, 8), Err(LoadError::StepTooLarge { .. })));
 
-    let mut prefetcher = Prefetcher::start(data, last * 8, u64::MAX, 1).expect("a thread");
+    let mut prefetcher = Prefetcher::start(data, Share::whole(8), last * 8, u64::MAX, 1).expect("a thread");
     prefetcher.next_batch().expect("the last step");
     assert!(matches!(prefetcher.next_batch(), Err(LoadError::StepTooLarge { .. })));
 }
@@ -198,16 +198,20 @@ fn evaluation_shows_every_held_out_row_once_whatever_the_seed() {
 fn prefetching_gives_the_same_batches_from_any_start() {
     let directory = tempfile::tempdir().expect("a directory");
     let data = Arc::new(open(&plan(directory.path())));
-    for (first_step, ahead) in [(0, 1), (7, 4), (13, 0)] {
-        let mut prefetcher =
-            Prefetcher::start(Arc::clone(&data), first_step * 8, 5, ahead).expect("a thread");
+    for (first_step, ahead, share) in [
+        (0, 1, Share::whole(8)),
+        (7, 4, Share::whole(3)),
+        (13, 0, Share { index: 1, of: 2, micro_batch_rows: 2 }),
+    ] {
+        let start = Prefetcher::start(Arc::clone(&data), share, first_step * 8, 5, ahead);
+        let mut prefetcher = start.expect("a thread");
         for step in first_step..first_step + 5 {
             let prefetched = prefetcher.next_batch().expect("it works").expect("five batches");
-            assert_eq!(prefetched.batch, data.batch(step).expect("a batch"));
+            assert_eq!(prefetched.micro_batches, data.batch(step).expect("a batch").micro_batches(share));
         }
         assert!(prefetcher.next_batch().expect("it works").is_none());
     }
-    drop(Prefetcher::start(Arc::clone(&data), 0, u64::MAX, 2).expect("a thread"));
+    drop(Prefetcher::start(Arc::clone(&data), Share::whole(8), 0, u64::MAX, 2).expect("a thread"));
     assert_eq!(Arc::strong_count(&data), 1, "the thread has ended");
 }
 
@@ -218,7 +222,7 @@ fn errors_of_the_thread_reach_the_trainer() {
     let path = data.train[0].cache.directory().join("tokens-00000.bin");
     let file = fs::File::options().write(true).open(path).expect("there");
     file.set_len(0).expect("it can be cut");
-    let mut prefetcher = Prefetcher::start(data, 0, 10, 2).expect("a thread");
+    let mut prefetcher = Prefetcher::start(data, Share::whole(8), 0, 10, 2).expect("a thread");
     let error = prefetcher.next_batch().expect_err("the file is cut");
     assert!(matches!(error, LoadError::Cache(CacheError::Io { .. })), "{error}");
     assert!(matches!(prefetcher.next_batch(), Err(LoadError::Thread { .. })));
@@ -382,10 +386,10 @@ proptest! {
         let state = data.state(first_step * 8);
         let resumed = Arc::new(open(&plan(directory.path())));
         resumed.check_state(&state).expect("the same data");
-        let mut prefetcher = Prefetcher::start(resumed, state.samples_consumed, 3, ahead)?;
+        let mut prefetcher = Prefetcher::start(resumed, Share::whole(8), state.samples_consumed, 3, ahead)?;
         for step in first_step..first_step + 3 {
-            let batch = prefetcher.next_batch()?.expect("three batches").batch;
-            prop_assert_eq!(batch, data.batch(step)?);
+            let batch = prefetcher.next_batch()?.expect("three batches").micro_batches;
+            prop_assert_eq!(batch, [data.batch(step)?]);
         }
     }
 }

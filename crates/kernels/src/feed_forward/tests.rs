@@ -1,8 +1,11 @@
 //! Feed-forward layers beside the same mathematics composed of tensor operations.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Distribution, activation};
 
 use super::*;
+use crate::expert_rows::WeightGradients;
 use crate::noise::TokenPlace;
 use crate::plan::DispatchPlan;
 
@@ -106,7 +109,7 @@ fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
     let device = Device::flex();
     let held: [&[i32]; 3] = [&[2, 0], &[], &[1, 5, 3, 4]];
     let slots = held.iter().flat_map(|tokens| (0..4).map(|i| tokens.get(i).copied().unwrap_or(-1)));
-    let plan = DispatchPlan::new(slots.collect(), 3, 4, 6, &device);
+    let plan = DispatchPlan::new(slots.collect(), 3, 4, true, 6, &device);
     for (kind, gated, rate) in cases() {
         let (wi, gate, wo) = (random([3, 6, 20]), random([3, 6, 20]), random([3, 20, 6]));
         let x: Tensor<3> = random([3, 4, 6]);
@@ -139,7 +142,7 @@ fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
 #[test]
 fn an_expert_without_tokens_stays_zero() {
     let device = Device::flex().autodiff();
-    let plan = DispatchPlan::new(vec![0, 1, -1, -1, -1, -1], 2, 3, 2, &device);
+    let plan = DispatchPlan::new(vec![0, 1, -1, -1, -1, -1], 2, 3, true, 2, &device);
     let weights = ExpertWeights { wi: random([2, 4, 5]), wi_gate: None, wo: random([2, 5, 4]) };
     let (wi, wo) = (weights.wi.clone(), weights.wo.clone());
     let rows = ExpertRows::local(&plan, Some(noise()));
@@ -169,6 +172,7 @@ fn slots_of_several_senders_equal_the_composed_reference() {
         segments: 2,
         used: held.iter().flatten().map(|held| held.len()).collect(),
         places: Some(places.clone().into()),
+        weight_gradients: WeightGradients::Summed,
     };
     let (wi, gate, wo) = (random([2, 6, 20]), random([2, 6, 20]), random([2, 20, 6]));
     for (kind, gated, rate) in cases() {
@@ -199,6 +203,82 @@ fn slots_of_several_senders_equal_the_composed_reference() {
     }
 }
 
+/// Slots of a segment in the test below, and d_model and d_ff of its experts.
+const SEGMENT: usize = 700;
+const WIDTHS: [usize; 2] = [48, 96];
+
+/// Slots in use of three segments of two experts.
+const USED: [[usize; 3]; 2] = [[SEGMENT, 0, 37], [1, 601, 0]];
+
+/// Output, then the gradients of `x`, `wi`, `wi_gate` and `wo`, of the chosen segments of `x`, which is
+/// `[2, 3 * SEGMENT, d]`, when the gradient of the output is `upstream`.
+fn run_segments(
+    x: &[f32],
+    upstream: &[f32],
+    weights: &[Vec<f32>; 3],
+    segments: Range<usize>,
+    (kind, gated, rate): (Activation, bool, f64),
+) -> Vec<Vec<f32>> {
+    let device = Device::flex().autodiff();
+    let ([d, f], slots) = (WIDTHS, segments.len() * SEGMENT);
+    let leaf = |values: &[f32], shape: [usize; 3]| {
+        Tensor::<1>::from_data(values, &device).reshape(shape).detach().require_grad()
+    };
+    let chosen = |all: &[f32]| -> Vec<f32> {
+        let of = |expert: usize| &all[(expert * 3 + segments.start) * SEGMENT * d..][..slots * d];
+        [of(0), of(1)].concat()
+    };
+    let place = |at: usize| TokenPlace { row: (at / SEGMENT) as u32, token: (at % SEGMENT) as u32 };
+    let places = (0..2).flat_map(|expert| {
+        let first = (expert * 3 + segments.start) * SEGMENT;
+        (first..first + slots).map(place)
+    });
+    let rows = ExpertRows {
+        first_expert: 2,
+        segments: segments.len(),
+        used: USED.iter().flat_map(|used| used[segments.clone()].to_vec()).collect(),
+        places: Some(Arc::new(places.collect())),
+        weight_gradients: WeightGradients::PerSegment,
+    };
+    let x = leaf(&chosen(x), [2, slots, d]);
+    let [wi, gate, wo] = [(0, [2, d, f]), (1, [2, d, f]), (2, [2, f, d])].map(|(i, s)| leaf(&weights[i], s));
+    let stack = ExpertWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
+    let out = expert_feed_forward(x.clone(), stack, kind, dropout(rate), rows);
+    let upstream = Tensor::<1>::from_data(chosen(upstream).as_slice(), &device).reshape([2, slots, d]);
+    let gradients = (out.clone() * upstream).sum().backward();
+    let leaves = if gated { vec![x, wi, gate, wo] } else { vec![x, wi, wo] };
+    let values = |tensor: Tensor<3>| host::with_values(tensor, <[f32]>::to_vec);
+    let gradient = |leaf: Tensor<3>| values(leaf.grad(&gradients).expect("leaf"));
+    std::iter::once(values(out)).chain(leaves.into_iter().map(gradient)).collect()
+}
+
+#[test]
+fn weight_gradients_of_a_segment_have_the_bits_of_a_sender_alone() {
+    let [d, f] = WIDTHS;
+    let random = |len: usize| host::with_values(random([len]), <[f32]>::to_vec);
+    let (x, upstream) = (random(6 * SEGMENT * d), random(6 * SEGMENT * d));
+    let weights = [random(2 * d * f), random(2 * d * f), random(2 * f * d)];
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+    for case in [(Activation::Relu, false, 0.0), (Activation::GeluTanh, true, 0.3)] {
+        let run = |threads, segments: Range<usize>| {
+            pool(threads).install(|| run_segments(&x, &upstream, &weights, segments, case))
+        };
+        let alone = [0, 1, 2].map(|segment| run(1, segment..segment + 1));
+        for threads in [1, 2, 5] {
+            let together = run(threads, 0..3);
+            for (number, together) in together.iter().enumerate() {
+                // Experts side by side, the segments of each within.
+                let length = together.len() / 6;
+                for (at, part) in together.chunks(length).enumerate() {
+                    let expected = &alone[at % 3][number][at / 3 * length..][..length];
+                    let equal = part.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(equal, "value {number}, expert {}, segment {}, {case:?}", at / 3, at % 3);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_relu_layer_passes_nan_on() {
     let device = Device::flex();
@@ -214,7 +294,7 @@ fn a_relu_layer_passes_nan_on() {
 #[test]
 fn experts_of_one_token_drop_different_activations() {
     let device = Device::flex();
-    let plan = DispatchPlan::new(vec![0, 0], 2, 1, 1, &device);
+    let plan = DispatchPlan::new(vec![0, 0], 2, 1, true, 1, &device);
     let weights = ExpertWeights {
         wi: Tensor::ones([2, 64, 64], &device),
         wi_gate: None,

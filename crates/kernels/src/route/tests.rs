@@ -192,6 +192,42 @@ proptest! {
     }
 
     #[test]
+    fn a_widened_routing_is_that_of_more_slots(case in cases()) {
+        let device = Device::flex().autodiff();
+        let roomy = case.groups * case.tokens;
+        let weights = random([case.experts, roomy], 5, &device).reshape([case.experts * roomy]);
+        let route = |capacity: Option<usize>| {
+            let logits = case.logits(&device).detach().require_grad();
+            let mask = host::int_tensor(case.mask.clone(), [case.len()], &device.clone().inner());
+            let options = RouteOptions { expert_capacity: capacity, token_mask: Some(mask), ..options(case.groups, 1) };
+            let routing = match case.router {
+                Kind::Top1 => route_top1(logits.clone(), options),
+                Kind::Top2 => route_top2(logits.clone(), options),
+                Kind::ExpertChoice => route_expert_choice(logits.clone(), options),
+            };
+            prop_assert_eq!(routing.plan.fixed_capacity, capacity.is_some());
+            let routing = routing.widened(roomy);
+            let gates = host::with_values(routing.gates.clone(), <[f32]>::to_vec);
+            let gradients = (routing.gates * weights.clone()).sum().backward();
+            let gradient = logits.grad(&gradients).expect("leaf").into_data();
+            Ok((routing.plan, gates, gradient))
+        };
+        let ((wide, gates, gradient), (plan, other_gates, other_gradient)) =
+            (route(None)?, route(Some(case.tokens))?);
+        prop_assert_eq!((wide.num_experts, wide.slots_per_expert), (case.experts, roomy));
+        for of in [
+            |plan: &DispatchPlan| host::integers(&plan.token_of_slot),
+            |plan: &DispatchPlan| host::integers(&plan.slot_offsets),
+            |plan: &DispatchPlan| host::integers(&plan.slots_of_token),
+            |plan: &DispatchPlan| host::integers(&plan.rows_used),
+        ] {
+            prop_assert_eq!(of(&wide), of(&plan));
+        }
+        prop_assert_eq!(gates, other_gates);
+        prop_assert_eq!(gradient, other_gradient);
+    }
+
+    #[test]
     fn ties_go_to_the_lowest_expert(experts in 2_usize..9, tokens in 1_usize..20) {
         let routing = route_top1(Tensor::zeros([tokens, experts], &Device::flex()), options(1, tokens));
         prop_assert!(host::integers(&routing.choice).iter().all(|&expert| expert == 0));

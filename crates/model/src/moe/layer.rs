@@ -57,6 +57,8 @@ impl MoeLayer {
         let logits_ne = self.logits(normed_nd.clone(), layer, inputs, context);
         let options = self.options(inputs, context);
         let routing = router_of(context.routing.router).route(logits_ne.clone(), options);
+        let slots = context.dispatcher.slots(&routing.plan);
+        let routing = routing.widened(slots);
 
         let tokens_nd = context.tensor_parallel.copy_in(normed_nd);
         let hidden = context.noise(inputs.stack, layer, Site::Expert, inputs.row_tokens);

@@ -60,6 +60,32 @@ impl LayerMetrics {
         }
     }
 
+    /// Every sum as a number, so that ranks can add theirs; counts stay exact below 2^53.
+    pub fn to_sums(&self) -> Vec<f64> {
+        let counts = self.tokens_per_expert.iter().chain(&self.kept_per_expert);
+        let totals = [self.tokens, self.dropped, self.groups];
+        let counts = counts.chain(&totals).map(|&count| count as f64);
+        counts.chain([self.gates, self.entropy, self.load_balancing_loss, self.router_z_loss]).collect()
+    }
+
+    /// The metrics of which `sums` came by [`to_sums`](Self::to_sums).
+    pub fn from_sums(sums: &[f64]) -> Self {
+        let num_experts = (sums.len() - 7) / 2;
+        let counts = |sums: &[f64]| sums.iter().map(|&count| count as u64).collect::<Vec<_>>();
+        let rest = &sums[2 * num_experts..];
+        Self {
+            tokens_per_expert: counts(&sums[..num_experts]),
+            kept_per_expert: counts(&sums[num_experts..2 * num_experts]),
+            tokens: rest[0] as u64,
+            dropped: rest[1] as u64,
+            groups: rest[2] as u64,
+            gates: rest[3],
+            entropy: rest[4],
+            load_balancing_loss: rest[5],
+            router_z_loss: rest[6],
+        }
+    }
+
     /// Adds the sums of another micro-batch.
     pub fn add(&mut self, other: &Self) {
         let add = |to: &mut [u64], from: &[u64]| to.iter_mut().zip(from).for_each(|(a, b)| *a += b);

@@ -9,7 +9,7 @@ use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, Switc
 
 use super::{paper_routing, random_batch, random_ids, scalar, shift_right, small_model, values};
 
-fn total(output: &LossOutput) -> Tensor<1> {
+pub(super) fn total(output: &LossOutput) -> Tensor<1> {
     let mut loss = output.cross_entropy.loss_sum.clone();
     for router in &output.router_losses {
         loss = loss + router.load_balancing.clone() * 0.5 + router.z.clone() * 0.1;
@@ -17,7 +17,7 @@ fn total(output: &LossOutput) -> Tensor<1> {
     loss
 }
 
-fn gradients(model: &SwitchTransformer, loss: &Tensor<1>) -> BTreeMap<String, Vec<f32>> {
+pub(super) fn gradients(model: &SwitchTransformer, loss: &Tensor<1>) -> BTreeMap<String, Vec<f32>> {
     let mut found = BTreeMap::new();
     model.take_gradients(&mut loss.backward(), |name, gradient| {
         found.insert(name.to_owned(), gradient);

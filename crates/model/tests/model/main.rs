@@ -13,6 +13,7 @@ mod losses;
 mod metrics;
 mod parameters;
 mod seams;
+mod tensor_parallel;
 
 /// Small, with sparse layers in both stacks; weights large enough to make attention and routing matter.
 fn small_model() -> ModelConfig {

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use switchyard_config::parameters::parameters;
-use switchyard_config::{ModelConfig, preset, preset_names};
+use switchyard_config::partition::held_part;
+use switchyard_config::{Initialization, MeshShape, ModelConfig, preset, preset_names};
 use switchyard_model::{ParameterError, SwitchTransformer};
 
 use super::small_model;
@@ -49,6 +50,34 @@ fn the_modules_of_every_preset_hold_the_parameters_of_the_table() {
     let variants = variants.map(|variant| format!("t5-efficient-{variant}"));
     for name in preset_names().into_iter().chain(variants) {
         assert_equals_table(&preset(&name).unwrap(), &name);
+    }
+}
+
+#[test]
+fn the_model_of_a_rank_is_its_part_of_the_whole_model() {
+    let device = Device::flex();
+    let sparse = ModelConfig { num_heads: 4, init: Initialization::Paper, ..small_model() };
+    let gated = ModelConfig { gated: true, tie_word_embeddings: false, router_bias: true, ..sparse.clone() };
+    for config in [sparse, gated] {
+        let whole = SwitchTransformer::new(&config, 7, &device);
+        for (data, expert, tensor) in [(2, 2, 1), (4, 4, 1), (4, 2, 1), (1, 1, 2), (1, 1, 4), (2, 2, 2)] {
+            let mesh = MeshShape { data, expert, tensor };
+            for at in (0..mesh.ranks()).map(|rank| mesh.coordinates(rank)) {
+                let model = SwitchTransformer::part(&config, 7, &device, mesh, at);
+                let mut shapes = Shapes::default();
+                model.visit(&mut shapes);
+                for spec in parameters(&config) {
+                    let part = held_part(&spec, mesh, at);
+                    assert_eq!(shapes.found[&spec.name], part.shape, "{} of {at:?} on {mesh}", spec.name);
+                    let expected = part.cut(&spec.shape, &whole.parameter(&spec.name).unwrap());
+                    assert!(
+                        model.parameter(&spec.name).unwrap() == expected,
+                        "{} of {at:?} on {mesh}",
+                        spec.name
+                    );
+                }
+            }
+        }
     }
 }
 

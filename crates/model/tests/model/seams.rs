@@ -1,12 +1,17 @@
 //! What the seams promise to devices that hold a part, and what routing asks of its callers.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::{Device, Tensor};
 use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingConfig;
-use switchyard_kernels::{Columns, int_tensor};
-use switchyard_model::{Capacity, ForwardContext, SwitchTransformer, TensorParallel, WholeTensors};
+use switchyard_kernels::{Columns, DispatchPlan, TokenNoise, VocabularyShard, int_tensor};
+use switchyard_model::generate::greedy;
+use switchyard_model::{
+    Capacity, Dispatched, ForwardContext, LocalDispatcher, SwitchTransformer, TensorParallel,
+    TokenDispatcher, WholeTensors,
+};
 
 use super::{paper_routing, random_batch, random_ids, small_model, values};
 
@@ -28,6 +33,14 @@ impl TensorParallel for Part {
 
     fn vocabulary(&self, _: usize) -> Range<usize> {
         self.0.clone()
+    }
+
+    fn vocabulary_shard(&self, vocab_size: usize) -> Option<VocabularyShard> {
+        WholeTensors.vocabulary_shard(vocab_size)
+    }
+
+    fn gather_vocabulary(&self, logits_nv: Tensor<2>) -> Tensor<2> {
+        logits_nv
     }
 
     fn columns(&self, local: usize) -> Columns {
@@ -93,4 +106,56 @@ fn rows_that_are_no_whole_group_are_refused() {
 #[test]
 fn any_number_of_rows_decodes() {
     assert_eq!(encode_three_rows_in_groups_of_two(Capacity::Unlimited), 1);
+}
+
+/// All experts here, beside ranks of which one needs 20 slots an expert and one decodes 7 tokens.
+#[derive(Default)]
+struct Beside {
+    asked: AtomicUsize,
+}
+
+impl TokenDispatcher for Beside {
+    fn slots(&self, plan: &DispatchPlan) -> usize {
+        if plan.fixed_capacity { plan.slots_per_expert } else { plan.slots_per_expert.max(20) }
+    }
+
+    fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan, noise: Option<TokenNoise>) -> Dispatched {
+        let dispatched = LocalDispatcher.dispatch(tokens_nd, plan, noise);
+        assert_eq!(dispatched.slots_lcd.dims(), [4, 20, 16], "ranks send slots of one number");
+        dispatched
+    }
+
+    fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2> {
+        LocalDispatcher.combine(outputs_lcd, gates, plan)
+    }
+
+    fn any(&self, here: bool) -> bool {
+        here || self.asked.fetch_add(1, Ordering::Relaxed) + 1 < 7
+    }
+}
+
+/// Each row's ids and the number of steps that `greedy` reported, when told to stop at `stop_after`.
+fn decode(dispatcher: &dyn TokenDispatcher, stop_after: usize, limit: usize) -> (Vec<Vec<i32>>, usize) {
+    let (config, routing) = (small_model(), paper_routing());
+    let model = SwitchTransformer::new(&config, 3, &Device::flex());
+    let capacity = Capacity::Unlimited;
+    let context = ForwardContext { capacity, dispatcher, ..ForwardContext::evaluation(&config, &routing) };
+    let batch = random_batch(2, 8, 4, 40);
+    let mut steps = 0;
+    let written = greedy(&model, batch.input_ids, batch.input_mask, limit, &context, |_| {
+        steps += 1;
+        steps < stop_after
+    });
+    (written, steps)
+}
+
+#[test]
+fn a_rank_that_is_done_decoding_keeps_the_others_company() {
+    for (stop_after, limit) in [(3, 50), (3, 6), (100, 5)] {
+        let beside = Beside::default();
+        assert_eq!(decode(&beside, stop_after, limit), decode(&LocalDispatcher, stop_after, limit));
+        // Alone it stops after its third step.
+        let asked = if stop_after < limit { 7.min(limit - 2) } else { 0 };
+        assert_eq!(beside.asked.into_inner(), asked, "stop after {stop_after}, limit {limit}");
+    }
 }

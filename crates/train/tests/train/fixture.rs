@@ -7,6 +7,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use switchyard_checkpoint::{ModelDirectory, open_model};
 use switchyard_model::SwitchTransformer;
+use switchyard_parallel::Mesh;
 use switchyard_train::load_model;
 use switchyard_train::verify::{Array, Arrays};
 
@@ -31,7 +32,7 @@ impl Fixture {
     }
 
     pub(crate) fn model(&self, device: &Device) -> SwitchTransformer {
-        load_model(&self.directory, device).expect("every parameter is there")
+        load_model(&self.directory, device, &Mesh::solo()).expect("every parameter is there")
     }
 
     /// An allowed difference that the fixture itself suggests.

@@ -1,9 +1,6 @@
 //! Ten recorded losses: a change of numbers must be meant.
 
-use burn::tensor::Device;
-use switchyard_train::Learner;
-
-use super::{batch, small_plan};
+use super::{batch, small_plan, solo, step};
 
 /// Total losses of ten steps on one generated batch, with dropout, jitter and drops.
 const LOSSES: [f64; 10] =
@@ -14,8 +11,8 @@ fn ten_steps_give_the_recorded_losses() {
     let plan =
         small_plan(&["trainer.dropout_rate=0.1", "trainer.expert_dropout=0.1", "data.micro_batch_rows=4"]);
     let batch = batch(&plan, 1);
-    let mut learner = Learner::new(&plan, &Device::flex().autodiff());
-    let steps: Vec<_> = (0..10).map(|step| learner.step(&plan, &batch, step)).collect();
+    let mut learner = solo(&plan);
+    let steps: Vec<_> = (0..10).map(|number| step(&mut learner, &plan, &batch, number)).collect();
     assert!(steps[0].moe.iter().any(|(_, layer)| layer.dropped > 0));
     let found: Vec<f64> = steps.iter().map(|step| step.total_loss).collect();
     let near = found.iter().zip(LOSSES).all(|(a, b)| (a - b).abs() < 1e-4);

@@ -1,13 +1,19 @@
 //! Training and comparison of whole models.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::sync::Arc;
+
+use burn::tensor::Device;
 use switchyard_config::{RunPlan, resolve_str};
-use switchyard_data::HostBatch;
+use switchyard_data::{HostBatch, Share};
+use switchyard_parallel::Mesh;
 use switchyard_random::Philox;
+use switchyard_train::{Learner, StepOutcome};
 
 mod fixture;
 mod golden;
 mod hf_names;
+mod mesh;
 mod parity;
 mod step;
 mod verify;
@@ -63,4 +69,15 @@ fn batch(plan: &RunPlan, seed: u64) -> HostBatch {
         target_ids: fill(data.targets_length),
         first_row: 0,
     }
+}
+
+/// A learner that is alone.
+fn solo(plan: &RunPlan) -> Learner {
+    Learner::new(plan, &Device::flex().autodiff(), Arc::new(Mesh::solo()))
+}
+
+/// One step of a learner that is alone.
+fn step(learner: &mut Learner, plan: &RunPlan, batch: &HostBatch, step: u64) -> StepOutcome {
+    let micro_batches = batch.micro_batches(Share::whole(plan.data.micro_batch_rows));
+    learner.step(plan, &micro_batches, step).expect("one rank waits for nobody")
 }

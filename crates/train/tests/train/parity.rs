@@ -9,12 +9,11 @@ use switchyard_config::{RunPlan, StackKind};
 use switchyard_data::HostBatch;
 use switchyard_model::moe::RouterOutput;
 use switchyard_model::{ForwardContext, LossOutput};
-use switchyard_train::Learner;
 use switchyard_train::verify::{Array, Tolerances, fixture_batch, verify};
 
 use super::fixture::{Fixture, arrays};
 use super::hf_names::Place;
-use super::small_plan;
+use super::{small_plan, solo, step};
 
 /// Beam search does not exist here: greedy decoding only.
 const BEAM_SEARCH: [&str; 6] = [
@@ -271,7 +270,7 @@ fn training(fixture: &Fixture, optimizer: OptimizerPlan) -> (RunPlan, HostBatch)
     plan.model = fixture.directory.model().clone();
     plan.routing = fixture.directory.routing().clone();
     plan.routing.router_jitter_noise = 0.0;
-    plan.data.micro_batch_rows = batch.rows;
+    (plan.data.batch_rows, plan.data.micro_batch_rows) = (batch.rows, batch.rows);
     plan.optimizer = optimizer;
     (plan, batch)
 }
@@ -279,17 +278,17 @@ fn training(fixture: &Fixture, optimizer: OptimizerPlan) -> (RunPlan, HostBatch)
 /// Five updates; the losses before each, and the weights that the fixture recorded after them.
 fn assert_trains_alike(fixture: &Fixture, which: &str, optimizer: OptimizerPlan) {
     let (plan, batch) = training(fixture, optimizer);
-    let mut learner = Learner::new(&plan, &Device::flex().autodiff());
+    let mut learner = solo(&plan);
     for (name, _) in fixture.directory.specs() {
         let values = fixture.directory.read(&name).unwrap().into_owned();
         learner.model_mut().set_parameter(&name, values).unwrap();
     }
     let expected = &fixture.arrays[&format!("train_{which}_losses")].values;
     let mut worst: f64 = 0.0;
-    for (step, expected) in expected.iter().enumerate() {
-        let found = learner.step(&plan, &batch, step as u64).total_loss;
+    for (number, expected) in expected.iter().enumerate() {
+        let found = step(&mut learner, &plan, &batch, number as u64).total_loss;
         worst = worst.max((found - expected).abs());
-        assert!(worst <= fixture.suggested("loss"), "{which} step {step}: {found}, expected {expected}");
+        assert!(worst <= fixture.suggested("loss"), "{which} step {number}: {found}, expected {expected}");
     }
     let prefix = format!("train_{which}_after.");
     let mut worst_weight: f64 = 0.0;

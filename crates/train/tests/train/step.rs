@@ -1,22 +1,17 @@
 //! One update: how a batch is split does not matter, and nothing else touches training.
 
-use burn::tensor::Device;
-use switchyard_checkpoint::TensorSource;
 use switchyard_config::RunPlan;
 use switchyard_config::parameters::parameters;
+use switchyard_parallel::Mesh;
 use switchyard_train::evaluate::{EvaluationRules, evaluate};
 use switchyard_train::{Learner, StepOutcome};
 
-use super::{batch, small_plan};
-
-fn learner(plan: &RunPlan) -> Learner {
-    Learner::new(plan, &Device::flex().autodiff())
-}
+use super::{batch, small_plan, solo, step};
 
 /// Gradients of the first update: AdamW's first moment is `1 - beta1` of it.
-fn gradients(plan: &RunPlan, learner: &Learner) -> Vec<(String, Vec<f32>)> {
-    let moment = |name: String| {
-        let m = learner.optimizer().read(&format!("{name}/m")).unwrap().into_owned();
+fn gradients(plan: &RunPlan, learner: &mut Learner) -> Vec<(String, Vec<f32>)> {
+    let mut moment = |name: String| {
+        let m = learner.moment(&format!("{name}/m")).unwrap().to_vec();
         (name, m)
     };
     parameters(&plan.model).into_iter().map(|spec| moment(spec.name)).collect()
@@ -61,17 +56,17 @@ fn a_step_does_not_depend_on_micro_batches() {
         };
         let whole_plan = sets(8);
         let batch = batch(&whole_plan, 3);
-        let mut whole = learner(&whole_plan);
-        let expected = whole.step(&whole_plan, &batch, 5);
+        let mut whole = solo(&whole_plan);
+        let expected = step(&mut whole, &whole_plan, &batch, 5);
         if router == "top1" {
             assert!(expected.moe.iter().all(|(_, layer)| layer.dropped > 0), "the capacity cut is met");
         }
         for micro in [4, 2] {
             let plan = sets(micro);
-            let mut split = learner(&plan);
-            assert_same_outcome(&split.step(&plan, &batch, 5), &expected);
+            let mut split = solo(&plan);
+            assert_same_outcome(&step(&mut split, &plan, &batch, 5), &expected);
             for ((name, found), (_, expected)) in
-                gradients(&plan, &split).into_iter().zip(gradients(&plan, &whole))
+                gradients(&plan, &mut split).into_iter().zip(gradients(&plan, &mut whole))
             {
                 let largest = expected.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
                 let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -85,7 +80,7 @@ fn a_step_does_not_depend_on_micro_batches() {
 fn noise_differs_between_steps_and_repeats_within_one() {
     let plan = small_plan(&["trainer.dropout_rate=0.1"]);
     let batch = batch(&plan, 3);
-    let loss = |step| learner(&plan).step(&plan, &batch, step).loss;
+    let loss = |number| step(&mut solo(&plan), &plan, &batch, number).loss;
     assert_eq!(loss(4).to_bits(), loss(4).to_bits());
     assert_ne!(loss(4), loss(5));
 }
@@ -94,14 +89,16 @@ fn noise_differs_between_steps_and_repeats_within_one() {
 fn evaluation_leaves_training_untouched() {
     let plan = small_plan(&["trainer.dropout_rate=0.1"]);
     let rules = EvaluationRules { first_sentinel: 60, mismatched_inputs: false };
-    let (mut plain, mut evaluated) = (learner(&plan), learner(&plan));
-    for step in 0..3 {
-        let held_out = batch(&plan, 100 + step);
-        let run = || evaluate(evaluated.model(), &plan.model, &plan.routing, [&held_out], 4, rules);
+    let (mut plain, mut evaluated) = (solo(&plan), solo(&plan));
+    for number in 0..3 {
+        let held_out = [batch(&plan, 100 + number)];
+        let (config, routing) = (&plan.model, &plan.routing);
+        let run =
+            || evaluate(evaluated.model(), config, routing, &held_out, 4, rules, &Mesh::solo()).unwrap();
         let first = run();
         assert_eq!(run(), first, "evaluation repeats");
         let outcomes =
-            [&mut plain, &mut evaluated].map(|learner| learner.step(&plan, &batch(&plan, step), step));
+            [&mut plain, &mut evaluated].map(|learner| step(learner, &plan, &batch(&plan, number), number));
         assert_eq!(outcomes[0], outcomes[1]);
     }
     for spec in parameters(&plan.model) {
@@ -114,26 +111,26 @@ fn evaluation_leaves_training_untouched() {
 fn a_step_that_is_not_finite_changes_nothing() {
     let plan = small_plan(&["optimizer.kind=\"adamw\""]);
     let batch = batch(&plan, 3);
-    let mut learner = learner(&plan);
-    learner.step(&plan, &batch, 0);
+    let mut learner = solo(&plan);
+    step(&mut learner, &plan, &batch, 0);
     let name = "encoder.final_norm";
     let whole = learner.model().parameter(name).unwrap();
     let mut broken = whole.clone();
     broken[3] = f32::NAN;
     learner.model_mut().set_parameter(name, broken).unwrap();
-    let moments = gradients(&plan, &learner);
+    let moments = gradients(&plan, &mut learner);
     let others = learner.model().parameter("shared.embedding").unwrap();
-    let outcome = learner.step(&plan, &batch, 1);
+    let outcome = step(&mut learner, &plan, &batch, 1);
     assert_eq!(outcome.skipped.map(|at| at.place).as_deref(), Some(name));
-    assert_eq!(gradients(&plan, &learner), moments);
+    assert_eq!(gradients(&plan, &mut learner), moments);
     assert_eq!(learner.model().parameter("shared.embedding").unwrap(), others);
     learner.model_mut().set_parameter(name, whole).unwrap();
-    assert_eq!(learner.step(&plan, &batch, 1).skipped, None, "and training goes on");
+    assert_eq!(step(&mut learner, &plan, &batch, 1).skipped, None, "and training goes on");
 
     let name = "encoder.block.0.feed_forward.wo";
     let len = learner.model().parameter(name).unwrap().len();
     learner.model_mut().set_parameter(name, vec![f32::MAX; len]).unwrap();
-    let outcome = learner.step(&plan, &batch, 2);
+    let outcome = step(&mut learner, &plan, &batch, 2);
     assert_eq!(outcome.skipped.map(|at| at.place).as_deref(), Some("encoder.block.0"));
 }
 
@@ -141,9 +138,9 @@ fn a_step_that_is_not_finite_changes_nothing() {
 fn clipping_scales_the_whole_gradient() {
     let [free, clipped] = ["0.0", "0.25"].map(|norm| {
         let plan = small_plan(&["optimizer.kind=\"adamw\"", &format!("optimizer.clip_norm={norm}")]);
-        let mut learner = learner(&plan);
-        let outcome = learner.step(&plan, &batch(&plan, 3), 0);
-        (outcome.grad_norm, gradients(&plan, &learner))
+        let mut learner = solo(&plan);
+        let outcome = step(&mut learner, &plan, &batch(&plan, 3), 0);
+        (outcome.grad_norm, gradients(&plan, &mut learner))
     });
     assert_eq!(free.0, clipped.0, "the norm before clipping is reported");
     assert!(free.0 > 0.25);
@@ -159,7 +156,7 @@ fn losses_average_over_targets_and_groups_of_the_whole_step() {
     let plan =
         small_plan(&["data.micro_batch_rows=2", "trainer.z_loss=0.0", "routing.router_jitter_noise=0.0"]);
     let batch = batch(&plan, 3);
-    let outcome = learner(&plan).step(&plan, &batch, 0);
+    let outcome = step(&mut solo(&plan), &plan, &batch, 0);
     // With group_rows = 0 a micro-batch is a group: four of them.
     let balance: f64 = outcome.moe.iter().map(|(_, layer)| layer.load_balancing_loss).sum();
     assert!(outcome.moe.iter().all(|(_, layer)| layer.groups == 4));

@@ -1,10 +1,12 @@
 //! Whole training steps: forward, backward, clipping and optimizer on synthetic tokens.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::Device;
 use switchyard_config::{preset, resolve_str};
 use switchyard_data::HostBatch;
+use switchyard_parallel::Mesh;
 use switchyard_train::Learner;
 
 use super::{spread, synthetic_ids};
@@ -38,7 +40,7 @@ pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Re
     );
     let plan = resolve_str(&text, &[])?.plan;
     let vocabulary = plan.model.vocab_size;
-    let mut learner = Learner::new(&plan, &device.clone().autodiff());
+    let mut learner = Learner::new(&plan, &device.clone().autodiff(), Arc::new(Mesh::solo()));
     let mut times = Vec::new();
     let mut loss = f64::NAN;
     let (mut routed, mut dropped) = (0, 0);
@@ -53,7 +55,7 @@ pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Re
             first_row: 0,
         };
         let started = Instant::now();
-        let outcome = learner.step(&plan, &batch, step);
+        let outcome = learner.step(&plan, &[batch], step)?;
         let elapsed_ms = started.elapsed().as_secs_f64() * 1e3;
         loss = outcome.loss;
         if step >= WARM_UP {

@@ -1,0 +1,105 @@
+//! The suite on one rank and on threads, and what only threads can show.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use switchyard_comm::{BufferMut, CommError, Communicator, ReduceOp, Solo, threads};
+
+mod suite;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn on_threads(size: usize, timeout: Duration, rank: impl Fn(Arc<dyn Communicator>) + Sync) {
+    thread::scope(|scope| {
+        for comm in threads(size, timeout) {
+            scope.spawn(|| rank(comm));
+        }
+    });
+}
+
+#[test]
+fn one_rank_does_all_operations() {
+    suite::all_operations(&Solo::new("world"));
+    on_threads(1, PATIENCE, |comm| suite::all_operations(&*comm));
+}
+
+#[test]
+fn threads_do_all_operations() {
+    for size in [2, 3, 4] {
+        on_threads(size, PATIENCE, |comm| suite::all_operations(&*comm));
+    }
+}
+
+#[test]
+fn buffers_that_do_not_fit_are_refused() {
+    suite::refusals(&Solo::new("world"));
+}
+
+#[test]
+fn disagreements_break_the_group_for_all() {
+    for size in [2, 3, 4] {
+        on_threads(size, PATIENCE, |comm| suite::disagreement_in_operation(&*comm));
+        on_threads(size, PATIENCE, |comm| suite::disagreement_in_length(&*comm));
+        on_threads(size, PATIENCE, |comm| suite::disagreement_in_counts(&*comm));
+        on_threads(size, PATIENCE, |comm| suite::wrong_buffer(&*comm));
+    }
+}
+
+#[test]
+fn the_missing_are_named_when_the_deadline_passes() {
+    on_threads(4, Duration::from_millis(200), |comm| {
+        let pair = comm.split(comm.rank() / 2, "pair").expect("all come");
+        if comm.rank() == 3 {
+            thread::sleep(Duration::from_secs(1));
+            // Too late: the others have given up.
+            assert!(matches!(pair.barrier(), Err(CommError::Timeout { .. })));
+        } else if comm.rank() == 2 {
+            let began = Instant::now();
+            let error = pair.barrier().expect_err("rank 3 does not come");
+            assert!(began.elapsed() >= Duration::from_millis(200));
+            assert!(matches!(error, CommError::Timeout { .. }));
+            assert!(error.to_string().contains("barrier of group `pair`"), "{error}");
+            assert!(error.to_string().contains("rank 3 did not come"), "{error}");
+            assert_eq!(pair.barrier(), Err(error));
+        } else {
+            pair.barrier().expect("the other pair is whole");
+        }
+    });
+}
+
+#[test]
+fn a_rank_that_ends_is_lost_at_once() {
+    on_threads(3, PATIENCE, |comm| {
+        let began = Instant::now();
+        if comm.rank() != 1 {
+            let error = comm.all_reduce(BufferMut::U8(&mut [1]), ReduceOp::Sum).expect_err("rank 1 is gone");
+            assert!(matches!(error, CommError::PeerLost { .. }));
+            assert!(error.to_string().contains("rank 1 ended or gave up"), "{error}");
+            assert_eq!(comm.split(0, "later").err(), Some(error));
+        }
+        assert!(began.elapsed() < PATIENCE / 2);
+    });
+}
+
+#[test]
+fn a_rank_may_end_once_all_have_come() {
+    for _ in 0..200 {
+        on_threads(3, PATIENCE, |comm| comm.barrier().expect("all come"));
+    }
+}
+
+#[test]
+fn a_group_that_breaks_wakes_those_who_wait_in_its_parts() {
+    on_threads(3, PATIENCE, |comm| {
+        let pair = comm.split(comm.rank().min(1), "pair").expect("all come");
+        let began = Instant::now();
+        match comm.rank() {
+            // Waits for rank 2 in the pair, which waits for it in the world.
+            1 => assert!(matches!(pair.barrier(), Err(CommError::PeerLost { .. }))),
+            2 => assert!(matches!(comm.barrier(), Err(CommError::PeerLost { .. }))),
+            _ => {}
+        }
+        assert!(began.elapsed() < PATIENCE / 2);
+    });
+}

@@ -1,0 +1,221 @@
+//! Cross-entropy beside the same mathematics composed of tensor operations, whole and split.
+
+use std::ops::Range;
+use std::sync::{Arc, Barrier};
+
+use burn::tensor::{Device, Distribution, activation};
+
+use super::*;
+use crate::vocabulary::VocabularyGroup;
+
+struct Sizes {
+    tokens: usize,
+    d_model: usize,
+    vocabulary: usize,
+}
+
+fn check(sizes: Sizes, rules: CrossEntropy) {
+    let Sizes { tokens, d_model, vocabulary } = sizes;
+    let CrossEntropy { layout, scale, z_coefficient } = rules;
+    let device = Device::flex().autodiff();
+    let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
+    let by_model = layout == HeadLayout::ModelByVocabulary;
+    let hidden = random([tokens, d_model]);
+    let head = random(if by_model { [d_model, vocabulary] } else { [vocabulary, d_model] });
+    let targets: Vec<i32> = (0..tokens).map(|i| (i * 5 % vocabulary) as i32).collect();
+    let weights: Vec<f32> = (0..tokens).map(|i| [1.0, 0.5, 2.0, 0.0][i % 4]).collect();
+    let weights = Tensor::<1>::from_data(weights.as_slice(), &device);
+    let ids = host::int_tensor(targets, [tokens], &device);
+    let fused = cross_entropy(hidden.clone(), head.clone(), ids.clone(), weights.clone(), rules, None);
+
+    let matrix = if by_model { head.clone() } else { head.clone().transpose() };
+    let logits = (hidden.clone() * scale).matmul(matrix);
+    let log_p = activation::log_softmax(logits.clone(), 1);
+    let losses = log_p.gather(1, ids.clone().unsqueeze_dim(1)).neg().squeeze_dim::<1>(1);
+    let z = logits.clone().exp().sum_dim(1).log().square().squeeze_dim::<1>(1);
+    let plain = ((losses.clone() + z.clone() * z_coefficient) * weights).sum();
+
+    let value = |t: Tensor<1>| t.into_scalar::<f32>();
+    let total = value(plain.clone());
+    assert!((value(fused.loss_sum.clone()) - total).abs() < 2e-6 * total.abs().max(1.0));
+    let largest = |a: Tensor<1>, b: Tensor<1>| (a - b.inner()).abs().max().into_scalar::<f32>();
+    assert!(largest(fused.token_loss, losses) < 1e-5);
+    let correct = logits.argmax(1).squeeze_dim::<1>(1).equal(ids).int();
+    let correct: Vec<f32> = correct.into_data().iter::<f32>().collect();
+    assert_eq!(host::with_values(fused.token_correct, <[f32]>::to_vec), correct);
+    let a = (fused.loss_sum * 0.5).backward();
+    let b = (plain * 0.5).backward();
+    for leaf in [&hidden, &head] {
+        let difference = leaf.grad(&a).expect("leaf") - leaf.grad(&b).expect("leaf");
+        assert!(difference.abs().max().into_scalar::<f32>() < 1e-5);
+    }
+}
+
+const LAYOUTS: [HeadLayout; 2] = [HeadLayout::ModelByVocabulary, HeadLayout::VocabularyByModel];
+
+#[test]
+fn equals_the_composed_reference() {
+    for layout in LAYOUTS {
+        for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
+            let sizes = Sizes { tokens: 11, d_model: 6, vocabulary: 37 };
+            check(sizes, CrossEntropy { layout, scale, z_coefficient });
+        }
+    }
+}
+
+#[test]
+fn several_chunks_add_up() {
+    let vocabulary = 50_000;
+    let tokens = 2 * (CHUNK_LOGITS / vocabulary) + 3;
+    for layout in LAYOUTS {
+        let sizes = Sizes { tokens, d_model: 3, vocabulary };
+        check(sizes, CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 });
+    }
+}
+
+#[test]
+fn positions_without_weight_touch_nothing() {
+    let device = Device::flex().autodiff();
+    let hidden = Tensor::<2>::ones([2, 3], &device).require_grad();
+    let head = Tensor::<2>::ones([3, 5], &device).require_grad();
+    let ids = host::int_tensor(vec![1, 2], [2], &device);
+    let rules = CrossEntropy { layout: HeadLayout::ModelByVocabulary, scale: 1.0, z_coefficient: 1e-2 };
+    let out = cross_entropy(hidden.clone(), head, ids, Tensor::zeros([2], &device.inner()), rules, None);
+    assert_eq!(out.loss_sum.clone().into_scalar::<f32>(), 0.0);
+    let gradients = out.loss_sum.backward();
+    assert_eq!(hidden.grad(&gradients).expect("leaf").abs().max().into_scalar::<f32>(), 0.0);
+}
+
+/// Ranks that are threads.
+#[derive(Debug)]
+struct Ranks {
+    barrier: Barrier,
+    values: Mutex<Vec<Vec<f32>>>,
+}
+
+#[derive(Debug)]
+struct Rank {
+    number: usize,
+    ranks: Arc<Ranks>,
+}
+
+impl Rank {
+    fn reduce(&self, values: &mut [f32], join: fn(f32, f32) -> f32) {
+        let all = || self.ranks.values.lock().unwrap();
+        all()[self.number] = values.to_vec();
+        self.ranks.barrier.wait();
+        for (i, value) in values.iter_mut().enumerate() {
+            *value = all().iter().map(|of_rank| of_rank[i]).reduce(join).unwrap();
+        }
+        self.ranks.barrier.wait();
+    }
+}
+
+impl VocabularyGroup for Rank {
+    fn max(&self, values: &mut [f32]) {
+        self.reduce(values, f32::max);
+    }
+
+    fn sum(&self, values: &mut [f32]) {
+        self.reduce(values, |a, b| a + b);
+    }
+}
+
+/// What one call gives, and the gradients of half its loss.
+struct Results {
+    loss: f32,
+    token_loss: Vec<f32>,
+    correct: Vec<f32>,
+    hidden: Vec<f32>,
+    head: Vec<f32>,
+}
+
+/// The operation on the part `[first, first + rows)` of a head `[vocabulary, d_model]`.
+fn run(
+    [hidden, head]: [&Tensor<2>; 2],
+    rows: Range<usize>,
+    rules: CrossEntropy,
+    shard: Option<VocabularyShard>,
+) -> Results {
+    let device = Device::flex().autodiff();
+    let ([tokens, d], [vocabulary, _]) = (hidden.dims(), head.dims());
+    let leaf = |tensor: Tensor<2>| Tensor::from_data(tensor.into_data(), &device).require_grad();
+    let part = head.clone().slice([rows, 0..d]);
+    let by_model = rules.layout == HeadLayout::ModelByVocabulary;
+    let (hidden, head) = (leaf(hidden.clone()), leaf(if by_model { part.transpose() } else { part }));
+    let targets: Vec<i32> = (0..tokens).map(|i| (i * 7 % vocabulary) as i32).collect();
+    let weights: Vec<f32> = (0..tokens).map(|i| [1.0, 0.5, 2.0, 0.0][i % 4]).collect();
+    let weights = Tensor::<1>::from_data(weights.as_slice(), &device.clone().inner());
+    let targets = host::int_tensor(targets, [tokens], &device.clone().inner());
+    let out = cross_entropy(hidden.clone(), head.clone(), targets, weights, rules, shard);
+    let values = |tensor: Tensor<1>| host::with_values(tensor, <[f32]>::to_vec);
+    let gradients = (out.loss_sum.clone() * 0.5).backward();
+    let gradient = |leaf: &Tensor<2>| leaf.grad(&gradients).expect("leaf");
+    let head = gradient(&head);
+    Results {
+        loss: values(out.loss_sum)[0],
+        token_loss: values(out.token_loss),
+        correct: values(out.token_correct),
+        hidden: host::with_values(gradient(&hidden), <[f32]>::to_vec),
+        head: host::with_values(if by_model { head.transpose() } else { head }, <[f32]>::to_vec),
+    }
+}
+
+/// Compares sums over a vocabulary, whose rounding errors grow with its root.
+fn assert_close(a: &[f32], b: &[f32], vocabulary: usize, what: &str) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    let largest = b.iter().fold(0.0_f32, |largest, b| largest.max(b.abs()));
+    let difference = a.iter().zip(b).fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs()));
+    let tolerance = 2e-7 * (vocabulary as f32).sqrt();
+    assert!(difference <= tolerance * largest, "{what}: {difference} of {largest}");
+}
+
+/// A vocabulary split over `count` ranks beside the whole one.
+fn check_split(sizes: Sizes, rules: CrossEntropy, count: usize) {
+    let Sizes { tokens, d_model, vocabulary } = sizes;
+    let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex());
+    let (hidden, head) = (random([tokens, d_model]), random([vocabulary, d_model]));
+    let whole = run([&hidden, &head], 0..vocabulary, rules, None);
+    let ranks = Arc::new(Ranks { barrier: Barrier::new(count), values: Mutex::new(vec![vec![]; count]) });
+    let local = vocabulary / count;
+    let split: Vec<Results> = std::thread::scope(|scope| {
+        let start = |number: usize| {
+            let shard = VocabularyShard {
+                first: number * local,
+                group: Arc::new(Rank { number, ranks: ranks.clone() }),
+            };
+            let (hidden, head) = (&hidden, &head);
+            let rows = shard.first..shard.first + local;
+            scope.spawn(move || run([hidden, head], rows, rules, Some(shard)))
+        };
+        let threads: Vec<_> = (0..count).map(start).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for rank in &split {
+        assert_close(&[rank.loss], &[whole.loss], vocabulary, "loss");
+        assert_close(&rank.token_loss, &whole.token_loss, vocabulary, "loss of a position");
+        assert_eq!(rank.correct, whole.correct);
+        assert_eq!(rank.loss.to_bits(), split[0].loss.to_bits(), "one loss on all ranks");
+    }
+    let hidden: Vec<f32> =
+        (0..tokens * d_model).map(|i| split.iter().map(|rank| rank.hidden[i]).sum()).collect();
+    assert_close(&hidden, &whole.hidden, vocabulary, "gradient of the hidden states");
+    let head: Vec<f32> = split.iter().flat_map(|rank| rank.head.iter().copied()).collect();
+    assert_close(&head, &whole.head, vocabulary, "gradient of the head");
+}
+
+#[test]
+fn a_split_vocabulary_gives_the_loss_and_the_gradients_of_the_whole() {
+    for layout in LAYOUTS {
+        for count in [2, 3] {
+            for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
+                let rules = CrossEntropy { layout, scale, z_coefficient };
+                check_split(Sizes { tokens: 65, d_model: 6, vocabulary: 30 }, rules, count);
+            }
+        }
+        let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 };
+        let tokens_of_chunk = 64;
+        let vocabulary = 2 * CHUNK_LOGITS / tokens_of_chunk;
+        check_split(Sizes { tokens: 2 * tokens_of_chunk + 3, d_model: 3, vocabulary }, rules, 2);
+    }
+}

@@ -1,0 +1,483 @@
+//! Gradients to the owner of each matrix, and its new values back to every holder.
+//!
+//! Owners update whole matrices, so an optimizer never sees a part of one: clipping, parameter
+//! scale and factored moments are those of one rank. Sums are taken in rank order, in buckets that
+//! bound the memory of the exchange.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use switchyard_comm::{CommError, Communicator};
+use switchyard_config::ModelConfig;
+use switchyard_config::parameters::{ParameterSpec, parameters};
+use switchyard_config::partition::{OwnedMatrices, Part, held_part, owners};
+use switchyard_kernels::optimizer::{add_assign, sum_of_squares};
+use switchyard_model::SwitchTransformer;
+
+use crate::mesh::Mesh;
+
+/// Values of the parts that a rank holds, by parameter.
+pub type Values = BTreeMap<String, Vec<f32>>;
+
+/// Values of the matrices that a rank owns, by parameter; row-major in their order.
+pub type Owned = BTreeMap<String, Vec<f32>>;
+
+/// Values that the fullest owner receives in one bucket.
+const BUCKET_VALUES: usize = 1 << 24;
+
+/// Who owns which matrix, and the way between owners and holders.
+#[derive(Debug)]
+pub struct OwnerExchange {
+    units: BTreeMap<String, Unit>,
+    dense: Lane,
+    expert: Lane,
+    world: Arc<dyn Communicator>,
+    /// For each rank, where its matrices stand in the order of all.
+    matrix_order: Vec<Vec<usize>>,
+}
+
+/// The matrices of one parameter that this rank owns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// Shape of the whole parameter.
+    pub whole: Vec<usize>,
+    /// The owned matrices within it.
+    pub part: Part,
+    /// Where they begin within what this rank holds; `None` when it holds only a part of each, so
+    /// that their values are kept beside the model.
+    pub in_held: Option<usize>,
+}
+
+impl Unit {
+    /// Elements of one matrix.
+    pub fn matrix_len(&self) -> usize {
+        self.part.num_elements() / self.matrices()
+    }
+
+    /// Owned matrices.
+    fn matrices(&self) -> usize {
+        if self.part.shape.len() == 3 { self.part.shape[0] } else { 1 }
+    }
+}
+
+/// The parameters that the ranks of one group share.
+#[derive(Debug)]
+struct Lane {
+    group: Arc<dyn Communicator>,
+    buckets: Vec<Bucket>,
+}
+
+/// Matrices, or rows of matrices, that travel together.
+#[derive(Debug, Default)]
+struct Bucket {
+    /// What this rank holds of each owner's matrices, by owner.
+    held: Vec<Vec<Leg>>,
+    /// What each holder has of this rank's matrices, by holder.
+    owned: Vec<Vec<Leg>>,
+}
+
+/// What one holder and one owner share of a parameter.
+#[derive(Debug, Clone)]
+struct Leg {
+    name: String,
+    /// Where it lies in what the holder holds.
+    held: Range<usize>,
+    /// Where it lies in what the owner owns, and the shape of that.
+    landing: Part,
+    unit_shape: Vec<usize>,
+    /// Whether the holder's gradient counts; copies of it on tensor-parallel neighbours do not.
+    adds: bool,
+    /// Whether it is the first that counts.
+    first: bool,
+    /// Whether owner and holder are one rank that keeps the values in the model.
+    stays: bool,
+}
+
+impl OwnerExchange {
+    /// The ways between the ranks of `mesh` for a model.
+    pub fn new(model: &ModelConfig, mesh: &Mesh) -> Self {
+        let specs = parameters(model);
+        let owners = owners(&specs, mesh.shape());
+        let rank = mesh.world().rank();
+        let lane = |group: &Arc<dyn Communicator>, members: Vec<usize>, experts: bool| {
+            let mut builder = LaneBuilder::new(mesh, members);
+            for spec in specs.iter().filter(|spec| spec.kind.is_expert() == experts) {
+                for owned in &owners[&spec.name] {
+                    builder.add(spec, owned);
+                }
+            }
+            Lane { group: Arc::clone(group), buckets: builder.finish() }
+        };
+        let unit_of = |spec: &ParameterSpec| {
+            let mine = owners[&spec.name].iter().find(|owned| owned.owner == rank)?;
+            let held = held_part(spec, mesh.shape(), mesh.at());
+            let part = unit_part(spec, mine);
+            let complete = part.shape[1..] == held.shape[1..] && part.shape[0] <= held.shape[0];
+            let row: usize = held.shape[1..].iter().product();
+            let in_held = complete.then(|| (part.start[0] - held.start[0]) * row);
+            Some((spec.name.clone(), Unit { whole: spec.shape.clone(), part, in_held }))
+        };
+        Self {
+            units: specs.iter().filter_map(unit_of).collect(),
+            dense: lane(mesh.world(), (0..mesh.shape().ranks()).collect(), false),
+            expert: lane(mesh.expert_holders(), mesh.shape().expert_holders(mesh.at().expert), true),
+            world: Arc::clone(mesh.world()),
+            matrix_order: matrix_order(&specs, &owners, mesh.shape().ranks()),
+        }
+    }
+
+    /// What this rank owns, by parameter.
+    pub fn units(&self) -> &BTreeMap<String, Unit> {
+        &self.units
+    }
+
+    /// Adds the gradients of all holders to those that this rank owns.
+    ///
+    /// Gradients of experts hold `segments` summands each, in the order of their senders.
+    ///
+    /// # Errors
+    /// As every collective.
+    pub fn reduce(&self, mut local: Values, segments: usize, into: &mut Owned) -> Result<(), CommError> {
+        for (lane, segments) in [(&self.dense, 1), (&self.expert, segments)] {
+            if lane.group.size() > 1 || segments > 1 {
+                lane.reduce(&local, segments, into, &self.units)?;
+                continue;
+            }
+            let here = lane.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
+            for name in here.map(|leg| &leg.name) {
+                // Parameters without a gradient stay without one; large ones come in several legs.
+                let Some(gradient) = local.remove(name) else { continue };
+                match into.get_mut(name) {
+                    Some(sum) => add_assign(sum, &gradient),
+                    None => drop(into.insert(name.clone(), gradient)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sum of squares over all matrices of all ranks, each counted once and added in one order.
+    ///
+    /// # Errors
+    /// As every collective.
+    pub fn sum_of_squares(&self, owned: &Owned) -> Result<f64, CommError> {
+        let mut squares = Vec::new();
+        for (name, unit) in &self.units {
+            match owned.get(name) {
+                Some(values) => squares.extend(values.chunks(unit.matrix_len()).map(sum_of_squares)),
+                None => squares.resize(squares.len() + unit.matrices(), 0.0),
+            }
+        }
+        let counts: Vec<usize> = self.matrix_order.iter().map(Vec::len).collect();
+        let mut gathered = vec![0.0; counts.iter().sum()];
+        self.world.all_gather_v(squares.as_slice().into(), gathered.as_mut_slice().into(), &counts)?;
+        let mut ordered = vec![0.0; gathered.len()];
+        for (square, &at) in gathered.iter().zip(self.matrix_order.iter().flatten()) {
+            ordered[at] = *square;
+        }
+        Ok(ordered.iter().sum())
+    }
+
+    /// `model` with the values that the owners have now; `masters` holds those that are kept beside
+    /// the model.
+    ///
+    /// # Errors
+    /// As every collective; the model that comes back is then a mixture of old and new.
+    pub fn spread(
+        &self,
+        mut model: SwitchTransformer,
+        masters: &Owned,
+    ) -> (SwitchTransformer, Result<(), CommError>) {
+        for lane in [&self.dense, &self.expert] {
+            let local = lane.group.size() == 1;
+            for bucket in lane.buckets.iter().filter(|bucket| !local || bucket.moves()) {
+                let (next, outcome) = bucket.spread(&*lane.group, model, masters, &self.units);
+                model = next;
+                if outcome.is_err() {
+                    return (model, outcome);
+                }
+            }
+        }
+        (model, Ok(()))
+    }
+}
+
+/// The owned matrices as a part of the whole parameter.
+fn unit_part(spec: &ParameterSpec, owned: &OwnedMatrices) -> Part {
+    let mut part = Part::whole(&spec.shape);
+    if spec.kind.is_expert() {
+        part.start[0] = owned.matrices.start;
+        part.shape[0] = owned.matrices.len();
+    }
+    part
+}
+
+/// For each rank, the places of its matrices in the order of names and matrices.
+fn matrix_order(
+    specs: &[ParameterSpec],
+    owners: &BTreeMap<String, Vec<OwnedMatrices>>,
+    ranks: usize,
+) -> Vec<Vec<usize>> {
+    let experts: BTreeMap<&str, bool> =
+        specs.iter().map(|spec| (spec.name.as_str(), spec.kind.is_expert())).collect();
+    let mut order = vec![Vec::new(); ranks];
+    let mut next = 0;
+    for (name, owned) in owners {
+        let mut all: Vec<(usize, usize)> = owned
+            .iter()
+            .flat_map(|owned| owned.matrices.clone().map(|matrix| (matrix, owned.owner)))
+            .collect();
+        debug_assert!(experts[name.as_str()] || all.len() == 1, "a dense parameter is one matrix");
+        all.sort_unstable();
+        for (_, owner) in all {
+            order[owner].push(next);
+            next += 1;
+        }
+    }
+    order
+}
+
+/// Cuts the matrices of a lane into buckets.
+struct LaneBuilder<'a> {
+    mesh: &'a Mesh,
+    members: Vec<usize>,
+    /// Values that each owner receives in the last bucket.
+    loads: Vec<usize>,
+    buckets: Vec<Bucket>,
+}
+
+impl<'a> LaneBuilder<'a> {
+    fn new(mesh: &'a Mesh, members: Vec<usize>) -> Self {
+        Self { mesh, loads: vec![0; members.len()], members, buckets: Vec::new() }
+    }
+
+    /// Adds owned matrices, in as many pieces along their first axis as buckets need.
+    fn add(&mut self, spec: &ParameterSpec, owned: &OwnedMatrices) {
+        let Some(owner) = self.members.iter().position(|&member| member == owned.owner) else { return };
+        let unit = unit_part(spec, owned);
+        let row: usize = unit.shape[1..].iter().product::<usize>() * self.members.len();
+        let mut start = 0;
+        while start < unit.shape[0] {
+            let room = (BUCKET_VALUES - self.loads[owner].min(BUCKET_VALUES)) / row;
+            if self.buckets.is_empty() || (room == 0 && self.loads[owner] > 0) {
+                let n = self.members.len();
+                self.buckets.push(Bucket { held: vec![Vec::new(); n], owned: vec![Vec::new(); n] });
+                self.loads.fill(0);
+                continue;
+            }
+            let rows = room.clamp(1, unit.shape[0] - start);
+            self.loads[owner] += rows * row;
+            self.add_rows(spec, &unit, owner, start..start + rows);
+            start += rows;
+        }
+    }
+
+    /// Adds `rows` of a unit, counted from its start, to the last bucket.
+    fn add_rows(&mut self, spec: &ParameterSpec, unit: &Part, owner: usize, rows: Range<usize>) {
+        let shape = self.mesh.shape();
+        let owner_rank = self.members[owner];
+        let owner_at = shape.coordinates(owner_rank);
+        let me = self.mesh.world().rank();
+        let mut first_of = BTreeMap::new();
+        for (index, &holder) in self.members.iter().enumerate() {
+            let at = shape.coordinates(holder);
+            let held = held_part(spec, shape, at);
+            let begin = held.start[0].max(unit.start[0] + rows.start);
+            let end = (held.start[0] + held.shape[0]).min(unit.start[0] + rows.end);
+            if begin >= end {
+                continue;
+            }
+            let replicated = held.is_whole(&spec.shape) && shape.tensor > 1;
+            let adds = !replicated || at.tensor == owner_at.tensor;
+            let first = adds && *first_of.entry(at.tensor).or_insert(index) == index;
+            if me != holder && me != owner_rank {
+                continue;
+            }
+            let row: usize = held.shape[1..].iter().product();
+            let mut landing = held.clone();
+            landing.start[0] = begin - unit.start[0];
+            landing.shape[0] = end - begin;
+            let leg = Leg {
+                name: spec.name.clone(),
+                held: (begin - held.start[0]) * row..(end - held.start[0]) * row,
+                stays: holder == owner_rank
+                    && held.shape[1..] == unit.shape[1..]
+                    && held.shape[0] >= unit.shape[0],
+                landing,
+                unit_shape: unit.shape.clone(),
+                adds,
+                first,
+            };
+            let bucket = self.buckets.last_mut().expect("`add` opens a bucket first");
+            if me == holder {
+                bucket.held[owner].push(leg.clone());
+            }
+            if me == owner_rank {
+                bucket.owned[index].push(leg);
+            }
+        }
+    }
+
+    fn finish(self) -> Vec<Bucket> {
+        self.buckets
+    }
+}
+
+impl Lane {
+    fn reduce(
+        &self,
+        local: &Values,
+        segments: usize,
+        into: &mut Owned,
+        units: &BTreeMap<String, Unit>,
+    ) -> Result<(), CommError> {
+        let owned = self.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
+        let fresh: Vec<&str> =
+            owned.map(|leg| leg.name.as_str()).filter(|name| !into.contains_key(*name)).collect();
+        for &name in &fresh {
+            into.entry(name.to_owned()).or_insert_with(|| vec![0.0; units[name].part.num_elements()]);
+        }
+        for bucket in &self.buckets {
+            let received = bucket.send_gradients(&*self.group, local, segments)?;
+            let mut rest = received.as_slice();
+            for leg in bucket.owned.iter().flatten().filter(|leg| leg.adds) {
+                let (piece, after) = rest.split_at(leg.held.len() * segments);
+                rest = after;
+                let sum = into.get_mut(&leg.name).expect("entered above");
+                leg.add(sum, piece, segments, leg.first && fresh.contains(&leg.name.as_str()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Leg {
+    /// Adds a piece to the owner's sum, or begins the sum with it.
+    fn add(&self, sum: &mut [f32], piece: &[f32], segments: usize, begins: bool) {
+        let rows = self.landing.shape[0];
+        // Segments lie inside each expert, so experts go one by one where there are several.
+        let groups = if segments == 1 { 1 } else { rows };
+        let part_len = self.held.len() / groups;
+        for (number, summands) in piece.chunks_exact(part_len * segments).enumerate() {
+            let mut part = self.landing.clone();
+            if groups > 1 {
+                part.start[0] += number;
+                part.shape[0] = 1;
+            }
+            for (segment, summand) in summands.chunks_exact(part_len).enumerate() {
+                let mut rest = summand;
+                for run in part.runs(&self.unit_shape) {
+                    let (values, after) = rest.split_at(run.len());
+                    rest = after;
+                    if begins && segment == 0 {
+                        sum[run].copy_from_slice(values);
+                    } else {
+                        add_assign(&mut sum[run], values);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Bucket {
+    /// Whether anything changes its place.
+    fn moves(&self) -> bool {
+        self.held.iter().flatten().any(|leg| !leg.stays)
+    }
+
+    fn send_gradients(
+        &self,
+        group: &dyn Communicator,
+        local: &Values,
+        segments: usize,
+    ) -> Result<Vec<f32>, CommError> {
+        let count =
+            |legs: &Vec<Leg>| legs.iter().filter(|leg| leg.adds).map(|leg| leg.held.len() * segments).sum();
+        let sends: Vec<usize> = self.held.iter().map(count).collect();
+        let receives: Vec<usize> = self.owned.iter().map(count).collect();
+        let mut sent = Vec::with_capacity(sends.iter().sum());
+        for leg in self.held.iter().flatten().filter(|leg| leg.adds) {
+            match local.get(&leg.name) {
+                Some(values) => {
+                    sent.extend_from_slice(&values[leg.held.start * segments..leg.held.end * segments]);
+                }
+                None => sent.resize(sent.len() + leg.held.len() * segments, 0.0),
+            }
+        }
+        if group.size() == 1 {
+            return Ok(sent);
+        }
+        let mut received = vec![0.0; receives.iter().sum()];
+        group.all_to_all_v(sent.as_slice().into(), &sends, received.as_mut_slice().into(), &receives)?;
+        Ok(received)
+    }
+
+    fn spread(
+        &self,
+        group: &dyn Communicator,
+        model: SwitchTransformer,
+        masters: &Owned,
+        units: &BTreeMap<String, Unit>,
+    ) -> (SwitchTransformer, Result<(), CommError>) {
+        let count = |legs: &Vec<Leg>| legs.iter().filter(|leg| !leg.stays).map(|leg| leg.held.len()).sum();
+        let sends: Vec<usize> = self.owned.iter().map(count).collect();
+        let receives: Vec<usize> = self.held.iter().map(count).collect();
+        let mut sent = vec![0.0; sends.iter().sum()];
+        self.fill(&mut sent, &model, masters, units);
+        let mut received = vec![0.0; receives.iter().sum()];
+        let outcome =
+            group.all_to_all_v(sent.as_slice().into(), &sends, received.as_mut_slice().into(), &receives);
+        if outcome.is_err() {
+            return (model, outcome);
+        }
+        let mut arrived: BTreeMap<&str, Vec<(Range<usize>, &[f32])>> = BTreeMap::new();
+        let mut rest = received.as_slice();
+        for leg in self.held.iter().flatten().filter(|leg| !leg.stays) {
+            let (values, after) = rest.split_at(leg.held.len());
+            rest = after;
+            arrived.entry(&leg.name).or_default().push((leg.held.clone(), values));
+        }
+        let model = model.update_parameters(|name, _, held| {
+            for (range, values) in arrived.get(name).into_iter().flatten() {
+                held[range.clone()].copy_from_slice(values);
+            }
+        });
+        (model, Ok(()))
+    }
+
+    /// Writes what this rank owns into the message to each holder.
+    fn fill(
+        &self,
+        sent: &mut [f32],
+        model: &SwitchTransformer,
+        masters: &Owned,
+        units: &BTreeMap<String, Unit>,
+    ) {
+        let mut targets: BTreeMap<&str, Vec<(&Leg, &mut [f32])>> = BTreeMap::new();
+        let mut rest = sent;
+        for leg in self.owned.iter().flatten().filter(|leg| !leg.stays) {
+            let (here, after) = rest.split_at_mut(leg.held.len());
+            rest = after;
+            targets.entry(&leg.name).or_default().push((leg, here));
+        }
+        let mut write = |name: &str, unit: &[f32]| {
+            for (leg, to) in targets.get_mut(name).into_iter().flatten() {
+                let mut at = 0;
+                for run in leg.landing.runs(&leg.unit_shape) {
+                    to[at..at + run.len()].copy_from_slice(&unit[run.clone()]);
+                    at += run.len();
+                }
+            }
+        };
+        for (name, values) in masters {
+            write(name, values);
+        }
+        model.visit_parameters(|name, held| {
+            if let Some(Unit { part, in_held: Some(start), .. }) = units.get(name) {
+                write(name, &held[*start..start + part.num_elements()]);
+            }
+        });
+    }
+}

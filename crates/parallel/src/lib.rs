@@ -1,0 +1,17 @@
+//! A model spread over ranks: the groups of a job's mesh, and what travels between them.
+//!
+//! Tokens travel to their experts ([`AllToAllDispatcher`]), partial products are summed over the
+//! ranks that split a matrix ([`SplitTensors`]), gradients travel to the owner of each matrix and
+//! its new values back ([`OwnerExchange`]). An axis of size 1 costs no communication.
+
+mod dispatcher;
+mod exchange;
+mod failure;
+mod mesh;
+mod split_tensors;
+
+pub use dispatcher::AllToAllDispatcher;
+pub use exchange::{Owned, OwnerExchange, Unit, Values};
+pub use failure::Failure;
+pub use mesh::{Agreement, Mesh, gather_text};
+pub use split_tensors::SplitTensors;

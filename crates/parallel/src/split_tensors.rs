@@ -1,0 +1,161 @@
+//! Matrices split over the ranks of a tensor-parallel group.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+use switchyard_comm::{Communicator, ReduceOp};
+use switchyard_kernels::{Columns, LinearMap, VocabularyGroup, VocabularyShard, linear_map};
+use switchyard_model::TensorParallel;
+
+use crate::failure::Failure;
+
+/// The borders of split matrices, as sums over a group.
+///
+/// # Source
+/// Shoeybi et al. 2019, "Megatron-LM" (arXiv:1909.08053), section 3.
+#[derive(Debug)]
+pub struct SplitTensors {
+    group: Group,
+}
+
+/// The group, as the operations see it.
+#[derive(Debug, Clone)]
+struct Group {
+    communicator: Arc<dyn Communicator>,
+    failure: Failure,
+}
+
+impl SplitTensors {
+    /// Split over `communicator`; errors go to `failure`.
+    pub fn new(communicator: Arc<dyn Communicator>, failure: Failure) -> Self {
+        Self { group: Group { communicator, failure } }
+    }
+
+    fn rank(&self) -> usize {
+        self.group.communicator.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.group.communicator.size()
+    }
+}
+
+impl Group {
+    fn reduce(&self, values: &mut [f32], op: ReduceOp) {
+        self.failure.keep(self.communicator.all_reduce(values.into(), op), || ());
+    }
+
+    fn summed(&self, values: &[f32]) -> Vec<f32> {
+        let mut sum = values.to_vec();
+        self.reduce(&mut sum, ReduceOp::Sum);
+        sum
+    }
+}
+
+/// Identity forward, sum backward.
+#[derive(Debug)]
+struct CopyIn(Group);
+
+impl LinearMap for CopyIn {
+    fn forward(&self, _: &[f32]) -> Option<Vec<f32>> {
+        None
+    }
+
+    fn backward(&self, gradient: &[f32]) -> Option<Vec<f32>> {
+        Some(self.0.summed(gradient))
+    }
+}
+
+/// Sum forward, identity backward.
+#[derive(Debug)]
+struct ReduceOut(Group);
+
+impl LinearMap for ReduceOut {
+    fn forward(&self, x: &[f32]) -> Option<Vec<f32>> {
+        Some(self.0.summed(x))
+    }
+
+    fn backward(&self, _: &[f32]) -> Option<Vec<f32>> {
+        None
+    }
+}
+
+impl VocabularyGroup for Group {
+    fn max(&self, values: &mut [f32]) {
+        self.reduce(values, ReduceOp::Max);
+    }
+
+    fn sum(&self, values: &mut [f32]) {
+        self.reduce(values, ReduceOp::Sum);
+    }
+}
+
+impl TensorParallel for SplitTensors {
+    fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2> {
+        let shape = x_nd.dims();
+        linear_map(x_nd, Arc::new(CopyIn(self.group.clone())), shape)
+    }
+
+    fn copy_in_gates(&self, gates: Tensor<1>) -> Tensor<1> {
+        let shape = gates.dims();
+        linear_map(gates, Arc::new(CopyIn(self.group.clone())), shape)
+    }
+
+    fn reduce_out(&self, x_nd: Tensor<2>) -> Tensor<2> {
+        let shape = x_nd.dims();
+        linear_map(x_nd, Arc::new(ReduceOut(self.group.clone())), shape)
+    }
+
+    fn vocabulary(&self, vocab_size: usize) -> Range<usize> {
+        let part = vocab_size / self.size();
+        self.rank() * part..(self.rank() + 1) * part
+    }
+
+    fn vocabulary_shard(&self, vocab_size: usize) -> Option<VocabularyShard> {
+        let first = self.vocabulary(vocab_size).start;
+        Some(VocabularyShard { first, group: Arc::new(self.group.clone()) })
+    }
+
+    fn gather_vocabulary(&self, logits_nv: Tensor<2>) -> Tensor<2> {
+        let ([rows, local], size) = (logits_nv.dims(), self.size());
+        linear_map(
+            logits_nv,
+            Arc::new(GatherColumns { group: self.group.clone(), local }),
+            [rows, local * size],
+        )
+    }
+
+    fn columns(&self, local: usize) -> Columns {
+        Columns { first: self.rank() * local, total: self.size() * local }
+    }
+}
+
+/// Joins the columns of all ranks; each takes its own gradient back.
+#[derive(Debug)]
+struct GatherColumns {
+    group: Group,
+    local: usize,
+}
+
+impl LinearMap for GatherColumns {
+    fn forward(&self, x: &[f32]) -> Option<Vec<f32>> {
+        let size = self.group.communicator.size();
+        let mut gathered = vec![0.0; x.len() * size];
+        let outcome = self.group.communicator.all_gather(x.into(), gathered.as_mut_slice().into());
+        self.group.failure.keep(outcome, || ());
+        let mut joined = vec![0.0; gathered.len()];
+        for (rank, part) in gathered.chunks_exact(x.len().max(1)).enumerate() {
+            let rows = joined.chunks_exact_mut(self.local * size).zip(part.chunks_exact(self.local));
+            rows.for_each(|(to, from)| to[rank * self.local..][..self.local].copy_from_slice(from));
+        }
+        Some(joined)
+    }
+
+    fn backward(&self, gradient: &[f32]) -> Option<Vec<f32>> {
+        let communicator = &self.group.communicator;
+        let rows = gradient.chunks_exact(self.local * communicator.size());
+        let first = communicator.rank() * self.local;
+        Some(rows.flat_map(|row| row[first..][..self.local].iter().copied()).collect())
+    }
+}
