@@ -1,13 +1,12 @@
 //! Models on their way to and from disk, one tensor at a time.
 
+use burn::tensor::Device;
 use switchyard_checkpoint::{Checkpoint, CheckpointError, ModelDirectory, TensorPart};
 use switchyard_config::RunPlan;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::held_part;
 use switchyard_model::SwitchTransformer;
 use switchyard_parallel::{Mesh, Unit};
-
-use burn::tensor::Device;
 
 use crate::error::TrainError;
 use crate::step::Learner;
@@ -99,3 +98,6 @@ fn fitting(name: &str, values: Vec<f32>, len: usize) -> Result<Vec<f32>, Checkpo
     let reason = format!("it has {} values, the model needs {len}", values.len());
     Err(CheckpointError::Refused { name: name.to_owned(), reason })
 }
+
+#[cfg(test)]
+mod tests;
