@@ -4,6 +4,7 @@
 
 mod args;
 mod commands;
+mod job;
 mod logging;
 mod memory;
 mod report;

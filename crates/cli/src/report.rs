@@ -15,6 +15,12 @@ pub(crate) fn print(error: &anyhow::Error) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
+/// Prints one line to standard error.
+pub(crate) fn line(text: &str) {
+    // As above.
+    let _ = writeln!(std::io::stderr(), "error: {text}");
+}
+
 fn renderer() -> Renderer {
     if std::io::stderr().is_terminal() { Renderer::styled() } else { Renderer::plain() }
 }

@@ -1,10 +1,11 @@
-//! Ctrl-C and SIGTERM: the first asks the run to finish its step and save, the second stops at once.
+//! Ctrl-C, SIGTERM and SIGUSR1 ask the run to finish its step and save; a second Ctrl-C or SIGTERM stops
+//! at once.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
 /// Exit code of a second signal, as shells report an interrupted program.
@@ -19,5 +20,7 @@ pub(crate) fn stop_flag() -> anyhow::Result<Arc<AtomicBool>> {
             .and_then(|_| flag::register(signal, Arc::clone(&stop)))
             .context("cannot watch for Ctrl-C and SIGTERM")?;
     }
+    // mpirun hands this one on to all ranks, and leaves them the time that they need.
+    flag::register(SIGUSR1, Arc::clone(&stop)).context("cannot watch for SIGUSR1")?;
     Ok(stop)
 }

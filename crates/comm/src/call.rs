@@ -166,6 +166,14 @@ impl Call {
         )
     }
 
+    /// Refuses more values than a library can count.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn at_most(self, limit: usize, values: usize) -> Self {
+        self.require(values <= limit, || {
+            format!("{values} values, but MPI counts to {limit}; split them over several calls")
+        })
+    }
+
     fn require(mut self, fits: bool, problem: impl FnOnce() -> String) -> Self {
         if !fits && self.problem.is_none() {
             self.problem = Some(problem());

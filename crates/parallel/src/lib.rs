@@ -13,5 +13,5 @@ mod split_tensors;
 pub use dispatcher::AllToAllDispatcher;
 pub use exchange::{Owned, OwnerExchange, Unit, Values};
 pub use failure::Failure;
-pub use mesh::{Agreement, Mesh, gather_text};
+pub use mesh::{Agreement, Mesh, agree, gather_text};
 pub use split_tensors::SplitTensors;

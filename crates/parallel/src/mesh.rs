@@ -150,18 +150,7 @@ impl Mesh {
     /// # Errors
     /// As every collective.
     pub fn agree(&self, here: Result<&str, String>) -> Result<Agreement, CommError> {
-        let failed = u8::from(here.is_err());
-        let text = match &here {
-            Ok(text) => text,
-            Err(message) => message.as_str(),
-        };
-        let mut flags = vec![0_u8; self.world.size()];
-        self.world.all_gather([failed].as_slice().into(), flags.as_mut_slice().into())?;
-        let mut texts = self.gather_text(text)?;
-        Ok(match flags.iter().position(|&failed| failed != 0) {
-            Some(rank) => Agreement::Failed { rank, message: texts.swap_remove(rank) },
-            None => Agreement::All(texts),
-        })
+        agree(&*self.world, here)
     }
 
     /// The texts of all ranks, in rank order.
@@ -187,6 +176,25 @@ pub enum Agreement {
     },
 }
 
+/// What all ranks of `group` have, or the first that failed.
+///
+/// # Errors
+/// As every collective.
+pub fn agree(group: &dyn Communicator, here: Result<&str, String>) -> Result<Agreement, CommError> {
+    let failed = u8::from(here.is_err());
+    let text = match &here {
+        Ok(text) => text,
+        Err(message) => message.as_str(),
+    };
+    let mut flags = vec![0_u8; group.size()];
+    group.all_gather([failed].as_slice().into(), flags.as_mut_slice().into())?;
+    let mut texts = gather_text(group, text)?;
+    Ok(match flags.iter().position(|&failed| failed != 0) {
+        Some(rank) => Agreement::Failed { rank, message: texts.swap_remove(rank) },
+        None => Agreement::All(texts),
+    })
+}
+
 /// The texts of all ranks of `group`, in rank order.
 ///
 /// # Errors
@@ -196,6 +204,9 @@ pub fn gather_text(group: &dyn Communicator, text: &str) -> Result<Vec<String>, 
     group.all_gather([text.len() as u64].as_slice().into(), lengths.as_mut_slice().into())?;
     let counts: Vec<usize> = lengths.iter().map(|&length| length as usize).collect();
     let mut bytes = vec![0_u8; counts.iter().sum()];
+    if bytes.is_empty() {
+        return Ok(vec![String::new(); counts.len()]);
+    }
     group.all_gather_v(text.as_bytes().into(), bytes.as_mut_slice().into(), &counts)?;
     let mut rest = bytes.as_slice();
     let next = |&count: &usize| {

@@ -11,7 +11,7 @@ use crate::error::TrainError;
 /// `version` is the program's; `plan` the run as this rank understands it.
 ///
 /// # Errors
-/// [`TrainError::RanksDiffer`] with every key that differs, the same on all ranks.
+/// [`TrainError::RanksDiffer`] with every key that differs, on the first rank.
 pub fn refuse_different_runs(
     world: &dyn Communicator,
     plan: &RunPlan,
@@ -31,13 +31,17 @@ pub fn refuse_different_runs(
             differences.push_str(&format!("\n  {here} on rank 0, {value} on rank {rank}"));
         }
     }
-    if differences.is_empty() { Ok(()) } else { Err(TrainError::RanksDiffer { differences }) }
+    match world.rank() {
+        _ if differences.is_empty() => Ok(()),
+        0 => Err(TrainError::OnAllRanks(Box::new(TrainError::RanksDiffer { differences }))),
+        _ => Err(TrainError::OnRank { rank: 0, message: "the ranks differ".to_owned() }),
+    }
 }
 
 /// What every rank has made, if all of them could.
 ///
 /// # Errors
-/// The error of this rank, if it is the first that failed; else [`TrainError::OnRank`] with the
+/// The error of this rank, if it is the first that failed, as one of all ranks; else [`TrainError::OnRank`] with the
 /// first rank that did.
 pub(crate) fn agreed<T>(mesh: &Mesh, here: Result<T, TrainError>) -> Result<T, TrainError> {
     let told = here.as_ref().map(|_| "").map_err(ToString::to_string);
@@ -73,7 +77,8 @@ pub(crate) fn decided_by_first(
 
 fn own_or_peer(mesh: &Mesh, own: Option<TrainError>, rank: usize, message: String) -> TrainError {
     match own {
-        Some(error) if rank == mesh.world().rank() => error,
+        Some(error) if mesh.world().size() == 1 => error,
+        Some(error) if rank == mesh.world().rank() => TrainError::OnAllRanks(Box::new(error)),
         _ => TrainError::OnRank { rank, message },
     }
 }

@@ -42,6 +42,9 @@ pub enum TrainError {
         /// Keys with the values of two ranks, a line each.
         differences: String,
     },
+    /// Met by this rank first, and the end of all ranks alike.
+    #[error(transparent)]
+    OnAllRanks(Box<TrainError>),
     /// Another rank failed and has said why.
     #[error("rank {rank} failed: {message}")]
     OnRank {
@@ -117,6 +120,10 @@ pub enum TrainError {
 impl TrainError {
     /// Whether a checkpoint could not be written, here or on another rank, and nothing else is amiss.
     pub(crate) fn is_about_saving(&self) -> bool {
-        matches!(self, Self::Checkpoint(_) | Self::OnRank { .. } | Self::Thread(_))
+        match self {
+            Self::OnAllRanks(error) => error.is_about_saving(),
+            Self::Checkpoint(_) | Self::OnRank { .. } | Self::Thread(_) => true,
+            _ => false,
+        }
     }
 }

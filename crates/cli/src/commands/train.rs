@@ -1,21 +1,26 @@
 //! `switchyard train`: a whole run, and at its end what it is good for.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use burn::tensor::Device;
 use switchyard_checkpoint::hf::{self, StoredDtype};
 use switchyard_checkpoint::open_model;
-use switchyard_config::{RunPlan, resolve};
+use switchyard_config::{ConfigError, MeshShape, Resolved, RunPlan, resolve};
 use switchyard_data::DataSet;
+use switchyard_parallel::Mesh;
 use switchyard_train::{
-    EvalRecord, Observer, Resume, RunDirectory, StepRecord, TrainOptions, TrainOutcome, train,
+    EvalRecord, Observer, Resume, RunDirectory, StepRecord, TrainOptions, TrainOutcome,
+    refuse_different_runs, train,
 };
 
 use super::model_directory::{LoadedModel, checkpoint_of};
 use super::progress::Work;
 use super::{data, export, output};
 use crate::args::{TrainArguments, Verbosity};
+use crate::job::{Job, of_all_ranks};
 use crate::{Outcome, logging, signals};
 
 /// Most tokens that are written for a prompt at the end of a run.
@@ -26,33 +31,82 @@ pub(crate) fn run(
     device: &Device,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
-    let resolved = resolve(&arguments.config, &arguments.set)?;
-    let plan = &resolved.plan;
-    let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
-    let resume = resume(&arguments.resume)?;
-    if plan.checkpoint.export {
-        hf::representable(&plan.model, &plan.routing).context("checkpoint.export = true cannot be done")?;
+    let resolved = resolve(&arguments.config, &arguments.set);
+    let seconds = resolved.as_ref().map_or(FIRST_TIMEOUT_S, |resolved| resolved.plan.comm.timeout_s);
+    let job = Job::join(Duration::from_secs(seconds))?;
+    let trained = train_together(arguments, resolved, device, verbosity, &job);
+    let first = job.is_first();
+    // The other ranks are not needed for what comes after training, and must not wait for it.
+    let mut ended = None;
+    let outcome = job.end(trained.map(|trained| {
+        let interrupted = trained.outcome.interrupted || trained.outcome.checkpoint.is_none();
+        ended = Some(trained);
+        if interrupted { Outcome::Interrupted } else { Outcome::Done }
+    }))?;
+    match ended {
+        Some(Trained { plan, root, outcome }) if first => {
+            finish(&plan, &root, &outcome, &continuation(arguments), device)
+        }
+        _ => Ok(outcome),
     }
-    let directory = RunDirectory::open(&root, &resume)?;
-    logging::start(verbosity, Some(&directory.logs().join("rank-0.log")))?;
-    let data = data::open(plan, verbosity.quiet)?;
+}
+
+/// Longest wait for other ranks until the experiment file says it.
+const FIRST_TIMEOUT_S: u64 = 600;
+
+/// A run that came to its end, or was interrupted.
+struct Trained {
+    plan: RunPlan,
+    root: PathBuf,
+    outcome: TrainOutcome,
+}
+
+/// Everything that the ranks do together.
+fn train_together(
+    arguments: &TrainArguments,
+    resolved: Result<Resolved, ConfigError>,
+    device: &Device,
+    verbosity: Verbosity,
+    job: &Job,
+) -> anyhow::Result<Trained> {
+    let resolved = job.agree(resolved.map_err(anyhow::Error::from))?;
+    let plan = &resolved.plan;
+    refuse_different_runs(&**job.communicator(), plan, env!("CARGO_PKG_VERSION")).map_err(of_all_ranks)?;
+    let shape = job.agree(MeshShape::of(plan, job.ranks(), &resolved.provenance).map_err(Into::into))?;
+    let mesh = Arc::new(Mesh::new(Arc::clone(job.communicator()), shape, plan.comm.deterministic)?);
+    let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
+    let opened = job.agree(resume(&arguments.resume).and_then(|resume| {
+        if plan.checkpoint.export {
+            hf::representable(&plan.model, &plan.routing)
+                .context("checkpoint.export = true cannot be done")?;
+        }
+        let directory = if job.is_first() { Some(RunDirectory::open(&root, &resume)?) } else { None };
+        Ok((directory, resume))
+    }));
+    let (directory, resume) = opened?;
+    let directory = directory.unwrap_or_else(|| RunDirectory::join(&root));
+    let log = directory.logs().join(format!("rank-{}.log", job.rank()));
+    let verbosity = if job.is_first() { verbosity } else { Verbosity { quiet: true, verbose: 0 } };
+    job.agree(logging::start(verbosity, Some(&log)))?;
+    for line in shape.describe(&plan.model) {
+        tracing::info!(rank = job.rank(), "{line}");
+    }
+    let data = job.agree(data::open(plan, verbosity.quiet))?;
     // Until here Ctrl-C ends the program at once: what was prepared is kept and nothing was learned.
-    let stop = signals::stop_flag()?;
+    let stop = job.agree(signals::stop_flag())?;
     let config = format!("# switchyard {}\n{}", env!("CARGO_PKG_VERSION"), resolved.to_toml());
     let options = TrainOptions {
         device: device.clone(),
-        mesh: std::sync::Arc::new(switchyard_parallel::Mesh::solo()),
+        mesh,
         directory,
         resume,
         max_steps: arguments.max_steps,
         stop,
         config,
     };
-    let outcome = {
-        let mut screen = Screen::new(plan, &data, verbosity.quiet);
-        train(plan, &data, &options, &mut screen)?
-    };
-    finish(plan, &root, &outcome, &continuation(arguments), device)
+    let screen = Screen::new(plan, &data, verbosity.quiet, shape);
+    let outcome = train(plan, &data, &options, &mut Watched { screen, job }).map_err(of_all_ranks)?;
+    Ok(Trained { plan: resolved.plan, root, outcome })
 }
 
 /// What `--resume` asks for: of a run that is named, its newest checkpoint.
@@ -160,8 +214,11 @@ struct Screen {
 }
 
 impl Screen {
-    fn new(plan: &RunPlan, data: &DataSet, quiet: bool) -> Self {
+    fn new(plan: &RunPlan, data: &DataSet, quiet: bool, mesh: MeshShape) -> Self {
         let work = Work::new(quiet);
+        if mesh.ranks() > 1 {
+            mesh.describe(&plan.model).iter().for_each(|line| work.note(line));
+        }
         work.note(&format!(
             "{}: {} parameters, {} training tokens, {} ids",
             plan.name,
@@ -170,6 +227,38 @@ impl Screen {
             output::grouped(data.tokenizer().size() as u64),
         ));
         Self { work }
+    }
+}
+
+/// Tells the watchdog what this rank is at, and the screen everything.
+struct Watched<'a> {
+    screen: Screen,
+    job: &'a Job,
+}
+
+impl Watched<'_> {
+    fn at(&self, what: &str) {
+        self.job.world().activity().at(what);
+    }
+}
+
+impl Observer for Watched<'_> {
+    fn resumed(&mut self, step: u64, checkpoint: &Path) {
+        self.screen.resumed(step, checkpoint);
+    }
+
+    fn step(&mut self, record: &StepRecord, end: u64) {
+        self.at(&format!("after step {}", record.step));
+        self.screen.step(record, end);
+    }
+
+    fn evaluation(&mut self, record: &EvalRecord) {
+        self.at(&format!("after the evaluation of step {}", record.step));
+        self.screen.evaluation(record);
+    }
+
+    fn saved(&mut self, checkpoint: &Path) {
+        self.screen.saved(checkpoint);
     }
 }
 

@@ -1,0 +1,168 @@
+//! This process among the ranks of its job: how it joins, who speaks, and how all end together.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use switchyard_comm::{
+    Choice, CommError, Communicator, Launch, RESTARTABLE, StartOptions, World, abort, start,
+};
+use switchyard_parallel::{Agreement, agree};
+use switchyard_train::TrainError;
+
+use crate::{Outcome, report};
+
+/// The environment variable that names this machine for the others.
+const ADDRESS: &str = "SWITCHYARD_ADDRESS";
+
+/// A job that this process has joined.
+#[derive(Debug)]
+pub(crate) struct Job {
+    world: World,
+}
+
+/// An error that ends all ranks alike; the first rank that met it tells.
+#[derive(Debug)]
+enum EndsAll {
+    Told,
+    ToTell(anyhow::Error),
+}
+
+impl fmt::Display for EndsAll {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Told => f.write_str("another rank failed"),
+            Self::ToTell(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for EndsAll {}
+
+impl Job {
+    /// Joins the job that the launcher announces; alone without one.
+    ///
+    /// `timeout` is the longest wait in a collective before the job is ended as restartable.
+    pub(crate) fn join(timeout: Duration) -> anyhow::Result<Self> {
+        let launch = Launch::detect(Choice::Automatic, |name| std::env::var(name).ok())?;
+        let options = StartOptions {
+            timeout: Some(timeout),
+            address: std::env::var(ADDRESS).ok(),
+            report: Box::new(report::line),
+        };
+        let job = Self { world: start(&launch, options).context("cannot join the job")? };
+        if job.ranks() > 1 {
+            share_cores(job.world.local_size());
+            abort_on_panic(job.rank());
+        }
+        Ok(job)
+    }
+
+    /// All ranks.
+    pub(crate) fn communicator(&self) -> &Arc<dyn Communicator> {
+        self.world.communicator()
+    }
+
+    /// This rank.
+    pub(crate) fn rank(&self) -> usize {
+        self.communicator().rank()
+    }
+
+    /// Ranks of the job.
+    pub(crate) fn ranks(&self) -> usize {
+        self.communicator().size()
+    }
+
+    /// Whether this rank speaks for the job.
+    pub(crate) fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// The world itself.
+    pub(crate) fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// What every rank has made, if all could; else the first that could not tells why.
+    pub(crate) fn agree<T>(&self, here: anyhow::Result<T>) -> anyhow::Result<T> {
+        if self.ranks() == 1 {
+            return here;
+        }
+        let told = here.as_ref().map(|_| "").map_err(ToString::to_string);
+        match (agree(&**self.communicator(), told)?, here) {
+            (Agreement::All(_), here) => here,
+            (Agreement::Failed { rank, .. }, Err(error)) if rank == self.rank() => {
+                Err(EndsAll::ToTell(error).into())
+            }
+            (Agreement::Failed { .. }, _) => Err(EndsAll::Told.into()),
+        }
+    }
+
+    /// Ends this process's part in the job: in good order when `outcome` is one of all ranks, else by
+    /// ending all others, which may wait for this one.
+    pub(crate) fn end(self, outcome: anyhow::Result<Outcome>) -> anyhow::Result<Outcome> {
+        let rank = self.rank();
+        let error = match outcome {
+            Ok(outcome) => {
+                self.world.finish()?;
+                return Ok(outcome);
+            }
+            Err(error) if self.ranks() == 1 => return Err(error),
+            Err(error) => error,
+        };
+        match error.downcast::<EndsAll>() {
+            Ok(EndsAll::Told) => {
+                self.world.finish()?;
+                Ok(Outcome::Failed)
+            }
+            Ok(EndsAll::ToTell(error)) => {
+                self.world.finish()?;
+                Err(error)
+            }
+            Err(error) => {
+                let lost = error.chain().any(|cause| {
+                    cause.is::<CommError>() || matches!(cause.downcast_ref(), Some(TrainError::Comm(_)))
+                });
+                report::print(&error.context(format!("rank {rank}")));
+                abort(if lost { RESTARTABLE } else { 1 })
+            }
+        }
+    }
+}
+
+/// An error of training as one of all ranks, where it is.
+pub(crate) fn of_all_ranks(error: TrainError) -> anyhow::Error {
+    match error {
+        TrainError::OnRank { .. } => EndsAll::Told.into(),
+        TrainError::OnAllRanks(error) => EndsAll::ToTell((*error).into()).into(),
+        error => error.into(),
+    }
+}
+
+/// Gives this process its share of the machine's cores, unless the user has said how many.
+fn share_cores(local_ranks: usize) {
+    if std::env::var_os("RAYON_NUM_THREADS").is_some() {
+        return;
+    }
+    // Launchers often bind a rank to cores: those are then all that it has.
+    let bound = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = online_cores().map_or(bound, |cores| cores / local_ranks);
+    // Fails only when the pool is there already, which then serves as well.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(share.clamp(1, bound)).build_global();
+}
+
+fn online_cores() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    Some(text.lines().filter(|line| line.starts_with("processor")).count()).filter(|&cores| cores > 0)
+}
+
+/// A panic in one rank would leave the others waiting.
+fn abort_on_panic(rank: usize) {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report::line(&format!("rank {rank} panicked; this is a fault of the program"));
+        print(panic);
+        abort(1);
+    }));
+}
