@@ -5,7 +5,7 @@ use safetensors::tensor::TensorView;
 
 use crate::support::{Place, stderr};
 
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "train",
     "eval",
     "generate",
@@ -20,6 +20,7 @@ const COMMANDS: [&str; 17] = [
     "bench step",
     "bench dispatch",
     "bench data",
+    "bench checkpoint",
     "bench generate",
     "bench",
     "data",
@@ -221,6 +222,10 @@ fn benchmarks_print_their_numbers() {
         "bench generate --preset t5-efficient-tiny-nl1-dm32-ff64-kv8 --inputs-length 8 --new-tokens 4 --json",
     );
     assert!(generate["tokens_per_second"].as_f64().is_some_and(|n| n > 0.0));
+    let checkpoint = place.json("bench checkpoint --megabytes 32 --rounds 1 --json");
+    for key in ["ratio", "bytes"] {
+        assert!(checkpoint[key].as_f64().is_some_and(|n| n > 0.0), "{key}: {checkpoint}");
+    }
     let data = place.json("bench data run.toml --json");
     assert!(data["tokens_per_second"].as_f64().is_some_and(|n| n > 0.0));
 }

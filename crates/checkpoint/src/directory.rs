@@ -11,7 +11,8 @@ use switchyard_config::plan::RoutingConfig;
 use crate::error::CheckpointError;
 use crate::hf::HuggingFaceModel;
 use crate::manifest::Manifest;
-use crate::resume::{Checkpoint, latest_complete};
+use crate::read::Checkpoint;
+use crate::resume::latest_complete;
 use crate::tensors::{TensorSource, parameter_specs};
 
 /// Tokenizer files that may lie beside a model.
@@ -122,21 +123,6 @@ impl ModelDirectory {
         usize::try_from(length).ok()
     }
 
-    /// Values of `part` of a parameter, row-major.
-    ///
-    /// # Errors
-    /// When there is no such parameter or its file cannot be read.
-    pub fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
-        match &self.contents {
-            Contents::Checkpoint(checkpoint) => checkpoint.read_part(name, part),
-            Contents::HuggingFace(model) => {
-                let values = model.read(name)?;
-                let spec = parameter_specs(model.model()).into_iter().find(|(known, _)| known == name);
-                Ok(spec.map_or(values.clone(), |(_, shape)| part.cut(&shape, &values)))
-            }
-        }
-    }
-
     /// What the trainer kept, which is the trainer's to shape; null for a model without a run.
     pub fn trainer(&self) -> &Value {
         &self.trainer
@@ -153,6 +139,13 @@ impl TensorSource for ModelDirectory {
         match &self.contents {
             Contents::Checkpoint(checkpoint) => checkpoint.read(name),
             Contents::HuggingFace(model) => model.read(name).map(Cow::Owned),
+        }
+    }
+
+    fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        match &self.contents {
+            Contents::Checkpoint(checkpoint) => checkpoint.read_part(name, part),
+            Contents::HuggingFace(model) => model.read_part(name, part),
         }
     }
 }

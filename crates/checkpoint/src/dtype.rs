@@ -64,29 +64,39 @@ impl StoredDtype {
 /// Formats that [`decode`] reads, for messages.
 pub(crate) const READABLE: &str = "F32, BF16, F16 or F64";
 
-/// Whether [`decode`] reads `dtype`.
-pub(crate) fn is_readable(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64)
+/// Bytes of a value of format `dtype`; `None` for a format that is not [`READABLE`].
+pub(crate) fn readable_size(dtype: Dtype) -> Option<usize> {
+    match dtype {
+        Dtype::BF16 | Dtype::F16 => Some(2),
+        Dtype::F32 => Some(4),
+        Dtype::F64 => Some(8),
+        _ => None,
+    }
 }
 
-/// Little-endian values of format `dtype` as float32; `None` for a format that is not [`READABLE`].
-pub(crate) fn decode(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
-    fn each<const N: usize>(data: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+/// Puts little-endian values of format `dtype`, which is [`READABLE`], into `out` as float32.
+pub(crate) fn decode(dtype: Dtype, data: &[u8], out: &mut [f32]) {
+    fn each<const N: usize>(data: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -> f32) {
         let (values, _) = data.as_chunks::<N>();
-        values.iter().map(|&bytes| value(bytes)).collect()
+        out.iter_mut().zip(values).for_each(|(out, &bytes)| *out = value(bytes));
     }
-    Some(match dtype {
-        Dtype::F32 => each(data, f32::from_le_bytes),
-        Dtype::BF16 => each(data, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        Dtype::F16 => each(data, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        Dtype::F64 => each(data, |bytes| f64::from_le_bytes(bytes) as f32),
-        _ => return None,
-    })
+    match dtype {
+        Dtype::BF16 => each(data, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        Dtype::F16 => each(data, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        Dtype::F64 => each(data, out, |bytes| f64::from_le_bytes(bytes) as f32),
+        _ => each(data, out, f32::from_le_bytes),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn decoded(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; bytes.len() / readable_size(dtype).unwrap()];
+        decode(dtype, bytes, &mut values);
+        values
+    }
 
     #[test]
     fn every_readable_format_decodes_exactly() {
@@ -98,12 +108,11 @@ mod tests {
             stored.encode(&values, &mut bytes).unwrap();
             assert_eq!(bytes.len(), values.len() * stored.size());
             let expected: Vec<f32> = values.iter().map(|&v| stored.round(v)).collect();
-            assert_eq!(decode(dtype, &bytes).unwrap(), expected);
+            assert_eq!(decoded(dtype, &bytes), expected);
         }
         let doubles: Vec<u8> = values.iter().flat_map(|&v| f64::from(v).to_le_bytes()).collect();
-        assert_eq!(decode(Dtype::F64, &doubles).unwrap(), values);
-        assert_eq!(decode(Dtype::I8, &[1, 2]), None);
-        assert!(!is_readable(Dtype::I8));
+        assert_eq!(decoded(Dtype::F64, &doubles), values);
+        assert_eq!(readable_size(Dtype::I8), None);
     }
 
     #[test]

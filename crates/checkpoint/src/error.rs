@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use switchyard_config::partition::Part;
+
 /// A checkpoint or Hugging Face directory that cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -71,8 +73,8 @@ pub enum CheckpointError {
         /// One line a file or tensor.
         faults: Vec<String>,
     },
-    /// Parameters given to be stored that are not those of the model, all of them.
-    #[error("the parameters do not fit the model:{}", list(faults))]
+    /// Tensors given to be stored that are not those of the model, each value once; all of them.
+    #[error("the tensors do not fit the model:{}", list(faults))]
     WrongParameters {
         /// One line a tensor.
         faults: Vec<String>,
@@ -118,6 +120,11 @@ impl CheckpointError {
 
     pub(crate) fn bad(path: &Path, problem: impl Into<String>) -> Self {
         Self::BadFile { path: path.to_owned(), problem: problem.into() }
+    }
+
+    pub(crate) fn outside(name: &str, shape: &[usize], part: &Part) -> Self {
+        let Part { start, shape: len } = part;
+        Self::refused(name, format!("{len:?} values from {start:?} are not within its shape {shape:?}"))
     }
 
     pub(crate) fn refused(name: &str, reason: impl Into<String>) -> Self {

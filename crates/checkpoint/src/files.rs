@@ -1,12 +1,12 @@
 //! Files that are whole or absent: written beside, synced, renamed.
 
 use std::fs::{self, File};
-use std::io::{BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::path::{Component, Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::error::CheckpointError;
 
@@ -125,10 +125,15 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), CheckpointEr
 
 /// Writes `value` to `path` as JSON with a line feed at the end, and syncs it.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CheckpointError> {
-    let mut text = serde_json::to_string_pretty(value)
+    write_synced(path, &json_bytes(path, value)?)
+}
+
+/// `value` as JSON for `path`, with a line feed at the end.
+pub(crate) fn json_bytes(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, CheckpointError> {
+    let mut text = serde_json::to_vec_pretty(value)
         .map_err(|e| CheckpointError::bad(path, format!("has no JSON form: {e}")))?;
-    text.push('\n');
-    write_synced(path, text.as_bytes())
+    text.push(b'\n');
+    Ok(text)
 }
 
 /// Reads JSON from `path`.
@@ -147,17 +152,29 @@ fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(CheckpointError::io("sync", path))
 }
 
-/// Size and xxh3 of a file.
-pub(crate) fn fingerprint(path: &Path) -> Result<(u64, String), CheckpointError> {
-    let file = File::open(path).map_err(CheckpointError::io("read", path))?;
-    let mut reader = BufReader::with_capacity(1 << 20, file);
+/// Size and xxh3 of a file's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fingerprint {
+    pub(crate) size: u64,
+    pub(crate) xxh3: u64,
+}
+
+impl Fingerprint {
+    pub(crate) fn of(bytes: &[u8]) -> Self {
+        Self { size: bytes.len() as u64, xxh3: xxh3_64(bytes) }
+    }
+}
+
+/// Reads a file for its fingerprint.
+pub(crate) fn fingerprint(path: &Path) -> Result<Fingerprint, CheckpointError> {
+    let mut file = File::open(path).map_err(CheckpointError::io("read", path))?;
     let mut hash = Xxh3::new();
     let mut buffer = vec![0; 1 << 20];
     let mut size = 0;
     loop {
-        let read = reader.read(&mut buffer).map_err(CheckpointError::io("read", path))?;
+        let read = file.read(&mut buffer).map_err(CheckpointError::io("read", path))?;
         if read == 0 {
-            return Ok((size, format!("{:016x}", hash.digest())));
+            return Ok(Fingerprint { size, xxh3: hash.digest() });
         }
         hash.update(&buffer[..read]);
         size += read as u64;

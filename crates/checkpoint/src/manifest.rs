@@ -1,12 +1,14 @@
 //! `manifest.json`: what a checkpoint holds, written last; without it there is no checkpoint.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use switchyard_config::partition::Part;
 
 use crate::error::CheckpointError;
-use crate::files;
+use crate::files::{self, Fingerprint};
 
 /// Version of the layout.
 const FORMAT: u32 = 1;
@@ -66,7 +68,6 @@ pub struct FileEntry {
 impl Manifest {
     pub(crate) const NAME: &'static str = "manifest.json";
 
-    /// The manifest of these tensors and files.
     pub(crate) fn new(step: u64, tensors: Vec<TensorEntry>, files: Vec<FileEntry>) -> Self {
         Self { format: FORMAT, step, tensors, files }
     }
@@ -88,82 +89,85 @@ impl Manifest {
             );
             return Err(CheckpointError::bad(&path, problem));
         }
-        let slices = manifest.tensors.iter().flat_map(|tensor| &tensor.slices).map(|slice| &slice.file);
-        let mut names = manifest.files.iter().map(|file| &file.name).chain(slices);
-        if let Some(name) = names.find(|name| !files::is_plain_name(name)) {
-            let problem =
-                format!("names {name:?}, which is no file of this directory; use another checkpoint");
-            return Err(CheckpointError::bad(&path, problem));
-        }
+        manifest
+            .check_names()
+            .map_err(|problem| CheckpointError::bad(&path, format!("{problem}; use another checkpoint")))?;
         Ok(manifest)
     }
 
-    /// Compares every `of`-th file, from number `share` on, with its size and checksum.
-    pub(crate) fn verify(&self, directory: &Path, share: usize, of: usize) -> Result<(), CheckpointError> {
-        let entries = self.files.par_iter().skip(share).step_by(of);
-        let checks: Vec<_> = entries.map(|entry| entry.verify(directory)).collect();
+    fn check_names(&self) -> Result<(), String> {
+        let listed: BTreeSet<&str> = self.files.iter().map(|file| file.name.as_str()).collect();
+        let slices =
+            || self.tensors.iter().flat_map(|tensor| &tensor.slices).map(|slice| slice.file.as_str());
+        if let Some(name) = listed.iter().copied().chain(slices()).find(|name| !files::is_plain_name(name)) {
+            return Err(format!("names {name:?}, which is no file of this directory"));
+        }
+        match slices().find(|name| !listed.contains(name)) {
+            Some(name) => Err(format!("has tensors in {name} without its checksum")),
+            None => Ok(()),
+        }
+    }
+
+    /// Compares the files whose names `wanted` accepts with their sizes, and those of them whose number
+    /// in the list is `share` modulo `of` with their checksums.
+    pub(crate) fn verify(
+        &self,
+        directory: &Path,
+        wanted: impl Fn(&str) -> bool + Sync,
+        (share, of): (usize, usize),
+    ) -> Result<(), CheckpointError> {
+        let entries = self.files.par_iter().enumerate().filter(|(_, entry)| wanted(&entry.name));
+        let checks: Vec<_> =
+            entries
+                .map(|(number, entry)| {
+                    if number % of == share { entry.verify(directory) } else { entry.verify_size(directory) }
+                })
+                .collect();
         checks.into_iter().collect()
     }
 }
 
-impl TensorEntry {
-    /// Optimizer tensors carry the moment after a slash.
-    pub(crate) fn is_parameter(&self) -> bool {
-        !self.name.contains('/')
-    }
-
-    /// Why the slices do not make up the tensor, each element once; `None` when they do.
-    pub(crate) fn fault_of_slices(&self) -> Option<String> {
-        let Self { name, shape, slices, .. } = self;
-        let inside = |slice: &Slice| {
-            let axes = slice.start.iter().zip(&slice.shape).zip(shape);
-            slice.start.len() == shape.len()
-                && slice.shape.len() == shape.len()
-                && axes.into_iter().all(|((start, length), whole)| {
-                    start.checked_add(*length).is_some_and(|end| end <= *whole)
-                })
-        };
-        if let Some(slice) = slices.iter().find(|slice| !inside(slice)) {
-            let Slice { file, start, shape: of } = slice;
-            return Some(format!("the slice of `{name}` in {file} ({start:?} + {of:?}) exceeds {shape:?}"));
-        }
-        for (number, a) in slices.iter().enumerate() {
-            if let Some(b) = slices[..number].iter().find(|b| a.overlaps(b)) {
-                return Some(format!("the slices of `{name}` in {} and {} overlap", b.file, a.file));
-            }
-        }
-        let count = |shape: &[usize]| shape.iter().map(|&length| length as u128).product::<u128>();
-        let (held, whole) = (slices.iter().map(|slice| count(&slice.shape)).sum::<u128>(), count(shape));
-        (held != whole).then(|| format!("the slices of `{name}` hold {held} of its {whole} values"))
-    }
-}
-
 impl Slice {
-    fn overlaps(&self, other: &Self) -> bool {
-        let ends = |slice: &Self, axis: usize| slice.start[axis] + slice.shape[axis];
-        (0..self.start.len())
-            .all(|axis| self.start[axis] < ends(other, axis) && other.start[axis] < ends(self, axis))
+    /// The box that it is.
+    pub fn part(&self) -> Part {
+        Part { start: self.start.clone(), shape: self.shape.clone() }
+    }
+
+    /// The rank that wrote it; `None` for a file that is not named as a rank's.
+    pub fn rank(&self) -> Option<usize> {
+        self.file.strip_suffix(".safetensors")?.rsplit_once('-')?.1.parse().ok()
     }
 }
 
 impl FileEntry {
+    pub(crate) fn new(name: &str, Fingerprint { size, xxh3 }: Fingerprint) -> Self {
+        Self { name: name.to_owned(), size, xxh3: format!("{xxh3:016x}") }
+    }
+
     /// Compares the file in `directory` with its size and checksum.
     ///
     /// # Errors
     /// [`CheckpointError::Damaged`] tells what differs.
     pub fn verify(&self, directory: &Path) -> Result<(), CheckpointError> {
+        self.verify_size(directory)?;
         let path = directory.join(&self.name);
-        let damaged = |what, expected: String, found: String| {
-            Err(CheckpointError::Damaged { path: path.clone(), what, expected, found })
-        };
-        let size = std::fs::metadata(&path).map_err(CheckpointError::io("read", &path))?.len();
-        if size != self.size {
-            return damaged("size", format!("{} bytes", self.size), format!("{size} bytes"));
-        }
-        let (_, xxh3) = files::fingerprint(&path)?;
-        if xxh3 != self.xxh3 {
-            return damaged("checksum", self.xxh3.clone(), xxh3);
-        }
-        Ok(())
+        let found = Self::new(&self.name, files::fingerprint(&path)?);
+        compare(path, "checksum", self.xxh3.clone(), found.xxh3)
     }
+
+    /// Compares the size only.
+    pub(crate) fn verify_size(&self, directory: &Path) -> Result<(), CheckpointError> {
+        let path = directory.join(&self.name);
+        let size = std::fs::metadata(&path).map_err(CheckpointError::io("read", &path))?.len();
+        compare(path, "size", format!("{} bytes", self.size), format!("{size} bytes"))
+    }
+}
+
+fn compare(
+    path: PathBuf,
+    what: &'static str,
+    expected: String,
+    found: String,
+) -> Result<(), CheckpointError> {
+    if expected == found { Ok(()) } else { Err(CheckpointError::Damaged { path, what, expected, found }) }
 }

@@ -2,17 +2,21 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensors};
-use xxhash_rust::xxh3::Xxh3;
+use switchyard_config::partition::Part;
 
-use crate::dtype::{READABLE, StoredDtype, decode};
+use crate::block_file::BlockFile;
+use crate::dtype::{READABLE, StoredDtype, decode, readable_size};
 use crate::error::CheckpointError;
+use crate::files::Fingerprint;
+use crate::slices::paired_runs;
 
 /// Name and shape of a tensor.
 pub(crate) type Spec = (String, Vec<usize>);
@@ -20,32 +24,20 @@ pub(crate) type Spec = (String, Vec<usize>);
 /// Values converted at once while writing.
 const PIECE: usize = 1 << 16;
 
+/// Bytes from which a system call for their pages pays.
+#[cfg(unix)]
+const WORTH_RELEASING: usize = 1 << 19;
+
+/// Bytes around a page that Linux may map together with it.
+#[cfg(unix)]
+const MAPPED_AT_ONCE: usize = 2 << 20;
+
 /// Writes one file: the header first, then each tensor in the order announced.
 pub(crate) struct ShardWriter {
-    path: PathBuf,
-    out: BufWriter<Hashing>,
+    out: BlockFile,
     dtype: StoredDtype,
+    /// Tensors still to be written and how many of their values.
     expected: VecDeque<(String, usize)>,
-}
-
-/// A file that knows its size and checksum without being read again.
-struct Hashing {
-    file: File,
-    hash: Xxh3,
-    size: u64,
-}
-
-impl Write for Hashing {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let written = self.file.write(bytes)?;
-        self.hash.update(&bytes[..written]);
-        self.size += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.file.flush()
-    }
 }
 
 impl ShardWriter {
@@ -62,32 +54,33 @@ impl ShardWriter {
             let entry =
                 serde_json::json!({"dtype": dtype.name(), "shape": shape, "data_offsets": [offset, end]});
             header.insert(name.clone(), entry);
-            expected.push_back((name.clone(), len));
+            if len > 0 {
+                expected.push_back((name.clone(), len));
+            }
             offset = end;
         }
         let mut header = serde_json::Value::Object(header).to_string().into_bytes();
         header.resize(header.len().next_multiple_of(8), b' ');
-        let file = File::create(path).map_err(CheckpointError::io("create", path))?;
-        let hashing = Hashing { file, hash: Xxh3::new(), size: 0 };
-        let mut out = BufWriter::with_capacity(1 << 20, hashing);
-        out.write_all(&(header.len() as u64).to_le_bytes())
-            .and_then(|()| out.write_all(&header))
-            .map_err(CheckpointError::io("write", path))?;
-        Ok(Self { path: path.to_owned(), out, dtype, expected })
+        let mut out = BlockFile::create(path)?;
+        out.write(&(header.len() as u64).to_le_bytes())?;
+        out.write(&header)?;
+        Ok(Self { out, dtype, expected })
     }
 
-    /// Appends the values of the next tensor, which must be `name`.
+    /// Appends values of the next tensor, which must be `name`: all of them, or those that follow.
     pub(crate) fn write(&mut self, name: &str, values: &[f32]) -> Result<(), CheckpointError> {
-        let (next, len) = self.expected.pop_front().unwrap_or_default();
-        if next != name || len != values.len() {
-            let reason =
-                format!("it has {} values; `{next}` with {len} values was announced next", values.len());
+        let next = self.expected.front_mut();
+        let Some((_, left)) = next.filter(|(next, left)| next == name && *left >= values.len()) else {
+            let (next, left) = self.expected.front().cloned().unwrap_or_default();
+            let reason = format!("it has {} values; `{next}` with {left} values comes next", values.len());
             return Err(CheckpointError::refused(name, reason));
+        };
+        *left -= values.len();
+        if *left == 0 {
+            self.expected.pop_front();
         }
         if self.dtype == StoredDtype::F32 && cfg!(target_endian = "little") {
-            // The bytes in memory are those of the format.
-            let bytes = bytemuck::cast_slice(values);
-            return self.out.write_all(bytes).map_err(CheckpointError::io("write", &self.path));
+            return self.out.write(bytemuck::cast_slice(values));
         }
         let mut bytes = Vec::with_capacity(PIECE * self.dtype.size());
         for piece in values.chunks(PIECE) {
@@ -99,7 +92,7 @@ impl ShardWriter {
                     format!("{value:e} is infinite in {format}; store F32 instead"),
                 )
             })?;
-            self.out.write_all(&bytes).map_err(CheckpointError::io("write", &self.path))?;
+            self.out.write(&bytes)?;
         }
         Ok(())
     }
@@ -109,16 +102,12 @@ impl ShardWriter {
         self.expected.is_empty()
     }
 
-    /// Syncs the file; returns its size and xxh3.
-    pub(crate) fn finish(self) -> Result<(u64, String), CheckpointError> {
-        let Self { path, out, mut expected, .. } = self;
-        if let Some((name, _)) = expected.pop_front() {
-            return Err(CheckpointError::NoTensor { name });
+    /// Waits until the file is on the disk.
+    pub(crate) fn finish(mut self) -> Result<Fingerprint, CheckpointError> {
+        match self.expected.pop_front() {
+            Some((name, _)) => Err(CheckpointError::NoTensor { name }),
+            None => self.out.finish(),
         }
-        let Hashing { file, hash, size } =
-            out.into_inner().map_err(|e| CheckpointError::io("write", &path)(e.into_error()))?;
-        file.sync_all().map_err(CheckpointError::io("write", &path))?;
-        Ok((size, format!("{:016x}", hash.digest())))
     }
 }
 
@@ -153,48 +142,73 @@ impl ShardReader {
         &self.tensors
     }
 
+    fn info(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {
+        self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })
+    }
+
     /// Format and bytes of one tensor.
     pub(crate) fn bytes(&self, name: &str) -> Result<(Dtype, &[u8]), CheckpointError> {
-        let missing = || CheckpointError::NoTensor { name: name.to_owned() };
-        let info = self.tensors.get(name).ok_or_else(missing)?;
+        let info = self.info(name)?;
         let (start, end) = info.data_offsets;
         Ok((info.dtype, &self.map[self.data_start + start..self.data_start + end]))
     }
 
-    /// The values of one tensor, of which parts can be read; only float32 has them in place.
-    pub(crate) fn values(&self, name: &str) -> Result<StoredValues<'_>, CheckpointError> {
-        match self.bytes(name)? {
-            (Dtype::F32, bytes) => Ok(StoredValues::InPlace(bytes)),
-            _ => self.read(name).map(StoredValues::Converted),
-        }
-    }
-
     /// Values of one tensor as float32.
     pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        self.read_part(name, &Part::whole(&self.info(name)?.shape))
+    }
+
+    /// Values of a part of one tensor as float32.
+    pub(crate) fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        let mut values = vec![0.0; part.num_elements()];
+        self.copy_part(name, part, &Part::whole(&part.shape), &part.shape, &mut values)?;
+        Ok(values)
+    }
+
+    /// Copies the part `from` of one tensor to the part `to`, of the same shape, of `out`, a tensor of
+    /// `out_shape`. Both must lie within their tensors.
+    pub(crate) fn copy_part(
+        &self,
+        name: &str,
+        from: &Part,
+        to: &Part,
+        out_shape: &[usize],
+        out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let shape = &self.info(name)?.shape;
         let (dtype, data) = self.bytes(name)?;
-        decode(dtype, data).ok_or_else(|| {
+        let size = readable_size(dtype).ok_or_else(|| {
             let problem = format!("tensor `{name}` has type {dtype:?}; expected {READABLE}");
             CheckpointError::bad(&self.path, problem)
-        })
+        })?;
+        let mut touched = 0..0;
+        paired_runs(from.runs(shape), to.runs(out_shape), |from, to| {
+            let bytes = from.start * size..from.end * size;
+            decode(dtype, &data[bytes.clone()], &mut out[to]);
+            touched = if touched.is_empty() { bytes } else { touched.start..bytes.end };
+        });
+        self.release(name, touched)
     }
-}
 
-/// Values of a stored tensor, in the file or converted.
-pub(crate) enum StoredValues<'a> {
-    InPlace(&'a [u8]),
-    Converted(Vec<f32>),
-}
-
-impl StoredValues<'_> {
-    /// Copies the values at `from` to `to`, which is as long.
-    pub(crate) fn copy(&self, from: Range<usize>, to: &mut [f32]) {
-        match self {
-            Self::Converted(values) => to.copy_from_slice(&values[from]),
-            Self::InPlace(bytes) => {
-                let (values, _) = bytes[4 * from.start..4 * from.end].as_chunks::<4>();
-                to.iter_mut().zip(values).for_each(|(to, value)| *to = f32::from_le_bytes(*value));
-            }
+    /// Lets go of the mapped pages of some bytes of a tensor: a model that is read part by part would
+    /// else count as held by this process once it has passed. The system keeps them cached.
+    #[cfg(unix)]
+    fn release(&self, name: &str, bytes: Range<usize>) -> Result<(), CheckpointError> {
+        if bytes.len() < WORTH_RELEASING {
+            return Ok(());
         }
+        let tensor = self.data_start + self.info(name)?.data_offsets.0;
+        let start = (tensor + bytes.start) / MAPPED_AT_ONCE * MAPPED_AT_ONCE;
+        let end = (tensor + bytes.end).next_multiple_of(MAPPED_AT_ONCE).min(self.map.len());
+        // SAFETY: the map is shared and never written, so that a page that is read again is the file's.
+        let released =
+            unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        released.map_err(CheckpointError::io("read", &self.path))
+    }
+
+    #[cfg(not(unix))]
+    fn release(&self, _name: &str, _bytes: Range<usize>) -> Result<(), CheckpointError> {
+        Ok(())
     }
 }
 
@@ -229,6 +243,8 @@ mod tests {
         assert_eq!(reader.tensors().keys().collect::<Vec<_>>(), ["a", "b"]);
         assert_eq!(reader.tensors()["a"].shape, [2, 2]);
         assert_eq!(reader.read("a").unwrap(), [1.0, 2.0, 3.0, 4.0]);
+        let column = Part { start: vec![0, 1], shape: vec![2, 1] };
+        assert_eq!(reader.read_part("a", &column).unwrap(), [2.0, 4.0]);
         assert_eq!(reader.read("b").unwrap()[2].to_bits(), (-0.0_f32).to_bits());
         assert!(matches!(reader.read("c"), Err(CheckpointError::NoTensor { name }) if name == "c"));
     }
@@ -239,10 +255,13 @@ mod tests {
         let path = dir.path().join("x.safetensors");
         let begin = || ShardWriter::create(&path, &specs(), StoredDtype::F32).unwrap();
         let refused = |name: &str, values: &[f32]| begin().write(name, values).unwrap_err().to_string();
-        assert!(refused("b", &[0.0; 3]).contains("`a` with 4 values was announced"));
-        assert!(refused("a", &[0.0; 3]).contains("it has 3 values"));
+        assert!(refused("b", &[0.0; 3]).contains("`a` with 4 values comes next"));
+        assert!(refused("a", &[0.0; 5]).contains("it has 5 values"));
         let mut writer = begin();
-        writer.write("a", &[0.0; 4]).unwrap();
+        writer.write("a", &[0.0; 3]).unwrap();
+        let message = writer.write("a", &[0.0; 2]).unwrap_err().to_string();
+        assert!(message.contains("`a` with 1 values comes next"), "{message}");
+        writer.write("a", &[0.0]).unwrap();
         assert!(matches!(writer.finish(), Err(CheckpointError::NoTensor { name }) if name == "b"));
         let mut writer = ShardWriter::create(&path, &specs(), StoredDtype::F16).unwrap();
         let message = writer.write("a", &[0.0, 1e6, 0.0, 0.0]).unwrap_err().to_string();

@@ -1,13 +1,16 @@
-//! Where tensors come from and go to, one at a time, so that no model is held twice.
+//! Where tensors come from, one or a part of one at a time, so that no model is held twice.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use switchyard_config::ModelConfig;
 use switchyard_config::parameters::parameters;
+use switchyard_config::partition::Part;
 
 use crate::error::CheckpointError;
+use crate::manifest::TensorEntry;
 use crate::shard::Spec;
+use crate::slices::is_within;
 
 /// Gives tensors by name.
 pub trait TensorSource {
@@ -19,6 +22,24 @@ pub trait TensorSource {
     /// # Errors
     /// When there is none of that name.
     fn read(&self, name: &str) -> Result<Cow<'_, [f32]>, CheckpointError>;
+
+    /// Values of a part of one tensor, row-major.
+    ///
+    /// # Errors
+    /// When there is no tensor of that name, or it does not have that part.
+    fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        let known = self.specs().into_iter().find(|(known, _)| known == name);
+        let (_, shape) = known.ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })?;
+        if !is_within(part, &shape) {
+            return Err(CheckpointError::outside(name, &shape, part));
+        }
+        let values = self.read(name)?;
+        if values.len() != shape.iter().product::<usize>() {
+            let reason = format!("it has {} values; its shape is {shape:?}", values.len());
+            return Err(CheckpointError::refused(name, reason));
+        }
+        Ok(part.cut(&shape, &values))
+    }
 }
 
 /// Tensors in memory.
@@ -57,12 +78,29 @@ pub(crate) fn parameter_specs(model: &ModelConfig) -> Vec<Spec> {
     parameters(model).into_iter().map(|spec| (spec.name, spec.shape)).collect()
 }
 
+/// Whether `name` is a parameter's: those of the optimizer carry the moment after a slash.
+pub(crate) fn is_parameter(name: &str) -> bool {
+    !name.contains('/')
+}
+
+/// The parameter to which a tensor of the optimizer belongs; of a parameter itself its name.
+pub(crate) fn parameter_of(name: &str) -> &str {
+    name.split_once('/').map_or(name, |(parameter, _)| parameter)
+}
+
 /// A tensor that was found somewhere.
 pub(crate) struct Found<'a> {
     pub(crate) name: &'a str,
     pub(crate) shape: &'a [usize],
     /// The file that holds it, if it is in one.
     pub(crate) file: Option<&'a str>,
+}
+
+impl TensorEntry {
+    pub(crate) fn found(&self) -> Found<'_> {
+        let file = self.slices.first().map(|slice| slice.file.as_str());
+        Found { name: &self.name, shape: &self.shape, file }
+    }
 }
 
 /// Every difference between the tensors that a model needs and those that were found, a line each.
@@ -124,11 +162,18 @@ mod tests {
     #[test]
     fn a_map_is_a_source() {
         let mut map = TensorMap::default();
-        map.insert("w", &[1, 2], vec![1.0, 2.0]);
+        map.insert("w", &[2, 2], vec![1.0, 2.0, 3.0, 4.0]);
         map.insert("v", &[1], vec![3.0]);
-        assert_eq!(map.specs(), [("v".to_owned(), vec![1]), ("w".to_owned(), vec![1, 2])]);
+        assert_eq!(map.specs(), [("v".to_owned(), vec![1]), ("w".to_owned(), vec![2, 2])]);
         assert_eq!(map.take("v"), Some(vec![3.0]));
         assert!(matches!(map.read("v"), Err(CheckpointError::NoTensor { .. })));
-        assert_eq!(map.read("w").unwrap(), &[1.0, 2.0][..]);
+        let column = Part { start: vec![0, 1], shape: vec![2, 1] };
+        assert_eq!(map.read_part("w", &column).unwrap(), [2.0, 4.0]);
+        let beyond = Part { start: vec![1, 1], shape: vec![2, 1] };
+        let message = map.read_part("w", &beyond).unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "tensor `w` was refused: [2, 1] values from [1, 1] are not within its shape [2, 2]"
+        );
     }
 }

@@ -4,6 +4,7 @@ use switchyard_config::plan::{CapacityRounding, RouterKind, RoutingConfig, Routi
 use switchyard_config::{Activation, Initialization, ModelConfig};
 
 use crate::tensors::{TensorMap, TensorSource, parameter_specs};
+use crate::write::TensorPart;
 
 /// T5 v1.0: ReLU, tied, no experts.
 pub(crate) fn dense() -> ModelConfig {
@@ -87,6 +88,14 @@ pub(crate) fn filled(model: &ModelConfig) -> TensorMap {
         map.insert(&name, &shape, values);
     }
     map
+}
+
+/// The tensors of `source` for a rank that owns them all.
+pub(crate) fn whole_parts(source: &dyn TensorSource) -> Vec<TensorPart> {
+    let part = |(name, shape): (String, Vec<usize>)| {
+        TensorPart::whole(&name, &shape, source.read(&name).unwrap().into_owned())
+    };
+    source.specs().into_iter().map(part).collect()
 }
 
 /// Panics unless the two hold the same bits under the same names.

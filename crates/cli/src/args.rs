@@ -76,7 +76,7 @@ pub(crate) enum Command {
     /// What is inside a checkpoint.
     #[command(subcommand)]
     Inspect(InspectCommand),
-    /// Measure this machine: training steps, dispatch, data.
+    /// Measure this machine: training steps, dispatch, data, checkpoints.
     #[command(subcommand)]
     Bench(BenchCommand),
 }
@@ -313,7 +313,7 @@ pub(crate) struct CheckArguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum InspectCommand {
-    /// Tensors, shards and sizes of a checkpoint.
+    /// Tensors with the moments kept beside them, shards, ranks of experts, sizes of a checkpoint.
     #[command(after_help = "Example:\n  switchyard inspect checkpoint runs/quickstart")]
     Checkpoint {
         /// Run or checkpoint directory.
@@ -359,6 +359,9 @@ pub(crate) enum BenchCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Shards of a synthetic checkpoint beside plain writes of as many bytes, and reading them.
+    #[command(after_help = "Example:\n  switchyard bench checkpoint --megabytes 300 --dir runs")]
+    Checkpoint(BenchCheckpointArguments),
     /// Greedy decoding with cached keys and values.
     #[command(after_help = "Example:\n  switchyard bench generate --preset tiny --batch 8")]
     Generate {
@@ -410,6 +413,23 @@ pub(crate) struct BenchStepArguments {
     /// Steps that are measured, after three that are not.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     pub steps: u64,
+    /// Print a JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Size and place of a checkpoint that is written and read.
+#[derive(Debug, Args)]
+pub(crate) struct BenchCheckpointArguments {
+    /// Size, about.
+    #[arg(long, default_value_t = 300, value_parser = count_from(32))]
+    pub megabytes: usize,
+    /// Times that each way is measured.
+    #[arg(long, default_value_t = 7, value_parser = count())]
+    pub rounds: usize,
+    /// Directory on the disk to measure; what is written there is removed.
+    #[arg(long, default_value = ".")]
+    pub dir: PathBuf,
     /// Print a JSON object.
     #[arg(long)]
     pub json: bool,

@@ -36,8 +36,8 @@ pub fn collectives(
     measure(comm, bytes, rounds, &[None, None, None])
 }
 
-/// As [`collectives`], each round followed by one of `MPI_Allreduce`, `MPI_Alltoall` or
-/// `MPI_Allgather` on the same buffers.
+/// As [`collectives`], in turns with `MPI_Allreduce`, `MPI_Alltoall` and `MPI_Allgather` on the same
+/// buffers.
 ///
 /// # Collective
 /// Every rank of `world` must call it alike; all get the same results.
@@ -49,7 +49,7 @@ pub fn collectives_beside_bare(
     bytes: &[usize],
     rounds: usize,
 ) -> Result<Vec<Measurement>, CommError> {
-    use crate::mpi::raw::{Combine, Fault};
+    use crate::mpi::raw::Fault;
 
     let comm = world.communicator();
     let Some(handle) = world.mpi_handle() else { return collectives(&**comm, bytes, rounds) };
@@ -61,7 +61,7 @@ pub fn collectives_beside_bare(
         bytes,
         rounds,
         &[
-            Some(&|from, to| fault("MPI_Allreduce", handle.all_reduce(from, to, Combine::Sum))),
+            Some(&|from, to| fault("MPI_Allreduce", handle.sum(from, to))),
             Some(&|from, to| fault("MPI_Alltoall", handle.all_to_all(from, to))),
             Some(&|from, to| fault("MPI_Allgather", handle.all_gather(&from[..to.len() / comm.size()], to))),
         ],
@@ -94,12 +94,14 @@ fn measure(
             let mut times = vec![Vec::with_capacity(rounds); contenders.len()];
             // The first round touches fresh memory.
             for round in 0..=rounds {
-                for (contender, times) in contenders.iter().zip(&mut times) {
+                for turn in 0..contenders.len() {
+                    // Who comes first changes, since what a call leaves in the caches helps the next.
+                    let contender = (turn + round) % contenders.len();
                     comm.barrier()?;
                     let began = Instant::now();
-                    contender(&input, &mut output)?;
+                    contenders[contender](&input, &mut output)?;
                     if round > 0 {
-                        times.push(began.elapsed().as_secs_f64());
+                        times[contender].push(began.elapsed().as_secs_f64());
                     }
                     // Sums must stay numbers of ordinary size.
                     output.fill(1.0);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use switchyard_comm::{BufferMut, CommError, Communicator, ReduceOp, Solo, threads};
+use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, ReduceOp, Solo, threads};
 
 mod suite;
 
@@ -33,7 +33,20 @@ fn threads_do_all_operations() {
 
 #[test]
 fn buffers_that_do_not_fit_are_refused() {
-    suite::refusals(&Solo::new("world"));
+    let solo = Solo::new("world");
+    let wrong = |found: Result<(), CommError>| {
+        assert!(matches!(found, Err(CommError::WrongBuffer { .. })), "{found:?}");
+    };
+    let (four, mut three) = ([1.0_f32; 4], [0.0_f32; 3]);
+    wrong(solo.broadcast(BufferMut::F32(&mut three), 1));
+    wrong(solo.all_gather(Buffer::F32(&four), BufferMut::F32(&mut three)));
+    wrong(solo.all_gather(Buffer::F64(&[0.0; 3]), BufferMut::F32(&mut three)));
+    wrong(solo.all_to_all(Buffer::F32(&four), BufferMut::F32(&mut three)));
+    wrong(solo.reduce_scatter(Buffer::F32(&four), BufferMut::F32(&mut three), ReduceOp::Sum));
+    wrong(solo.all_gather_v(Buffer::F32(&four[..3]), BufferMut::F32(&mut three), &[2]));
+    wrong(solo.all_gather_v(Buffer::F32(&four[..3]), BufferMut::F32(&mut three), &[]));
+    wrong(solo.all_to_all_v(Buffer::F32(&four[..3]), &[3, 0], BufferMut::F32(&mut three), &[3]));
+    wrong(solo.all_to_all_v(Buffer::F32(&four[..3]), &[3], BufferMut::F32(&mut three), &[usize::MAX]));
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Models on their way to and from disk, one tensor at a time.
 
+use std::sync::Arc;
+
 use burn::tensor::Device;
-use switchyard_checkpoint::{Checkpoint, CheckpointError, ModelDirectory, TensorPart};
+use switchyard_checkpoint::{Checkpoint, CheckpointError, ModelDirectory, TensorPart, TensorSource};
 use switchyard_config::RunPlan;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::held_part;
@@ -69,7 +71,7 @@ pub(crate) fn snapshot(learner: &mut Learner) -> (Vec<TensorPart>, Vec<TensorPar
         name: name.to_owned(),
         shape: unit.whole.clone(),
         part: unit.part.clone(),
-        values,
+        values: Arc::new(values),
     };
     parameters.extend(masters.iter().map(|(name, values)| part_of(name, &units[name], values.clone())));
     learner.model().visit_parameters(|name, held| {
@@ -81,7 +83,7 @@ pub(crate) fn snapshot(learner: &mut Learner) -> (Vec<TensorPart>, Vec<TensorPar
         name: moment.name,
         shape: moment.whole,
         part: moment.part,
-        values: moment.values.clone(),
+        values: Arc::new(moment.values.clone()),
     });
     (parameters, moments.collect())
 }

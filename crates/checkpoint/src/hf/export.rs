@@ -1,10 +1,11 @@
-//! Writes a Hugging Face directory, one tensor in memory at a time.
+//! Writes a Hugging Face directory, a band of one tensor in memory at a time.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 use switchyard_config::ModelConfig;
+use switchyard_config::partition::Part;
 use switchyard_config::plan::{RoutingConfig, RoutingSemantics};
 
 use super::names::{Translation, table};
@@ -14,6 +15,9 @@ use crate::error::CheckpointError;
 use crate::files::{PendingDirectory, copy_synced, write_json, write_synced};
 use crate::shard::{ShardWriter, Spec};
 use crate::tensors::{TensorSource, check_parameters};
+
+/// Values that are read at once; a row or column that is longer is read whole.
+const BAND: usize = 1 << 21;
 
 /// How a model is exported.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -195,27 +199,38 @@ impl Shards {
         let mut out = Files { directory, dtype, remaining: self.files.into(), current: None };
         let mut turned = Vec::new();
         for entry in table {
-            let name = &entry.logical.name;
-            let values = source.read(name)?;
-            if values.len() as u64 != entry.logical.num_elements() {
-                let reason =
-                    format!("it has {} values; its shape is {:?}", values.len(), entry.logical.shape);
-                return Err(CheckpointError::refused(name, reason));
-            }
-            let foreign_shape = entry.foreign_shape();
             for (index, name) in entry.names.iter().enumerate() {
-                let piece = &values[entry.piece(index)];
-                if entry.transposed {
-                    turned.resize(piece.len(), 0.0);
-                    transpose(piece, foreign_shape[1], foreign_shape[0], &mut turned);
+                for band in bands(entry, index) {
+                    let values = source.read_part(&entry.logical.name, &band)?;
+                    if !entry.transposed {
+                        out.write(name, &values)?;
+                        continue;
+                    }
+                    let columns = band.shape[band.shape.len() - 1];
+                    turned.resize(values.len(), 0.0);
+                    transpose(&values, values.len() / columns, columns, &mut turned);
                     out.write(name, &turned)?;
-                } else {
-                    out.write(name, piece)?;
                 }
             }
         }
         out.finish()
     }
+}
+
+/// The piece called `names[index]` cut into parts that follow each other in the file: of a matrix
+/// that is turned, columns.
+fn bands(entry: &Translation, index: usize) -> impl Iterator<Item = Part> {
+    let piece = entry.piece(index);
+    let last = piece.shape.len() - 1;
+    let axis = if entry.transposed { last } else { 0 };
+    let length = piece.shape[axis];
+    let step = (BAND * length / entry.piece_len().max(1)).clamp(1, length.max(1));
+    (0..length).step_by(step).map(move |start| {
+        let mut band = piece.clone();
+        band.start[axis] = start;
+        band.shape[axis] = step.min(length - start);
+        band
+    })
 }
 
 /// Writes tensors to one file after the other.
@@ -242,6 +257,6 @@ impl Files<'_> {
     }
 
     fn finish(self) -> Result<(), CheckpointError> {
-        self.current.map_or(Ok(()), |shard| shard.finish().map(drop))
+        self.current.map(ShardWriter::finish).transpose().map(drop)
     }
 }

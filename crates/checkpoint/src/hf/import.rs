@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use switchyard_config::ModelConfig;
+use switchyard_config::partition::Part;
 use switchyard_config::plan::RoutingConfig;
 
 use super::config::HfConfig;
 use super::names::{EMBEDDING, HEAD, REDUNDANT, Translation, table};
 use super::transpose::transpose;
 use super::{CONFIG, INDEX, SINGLE_FILE};
-use crate::dtype::{READABLE, is_readable};
+use crate::dtype::{READABLE, readable_size};
 use crate::error::CheckpointError;
 use crate::files::{is_plain_name, read_json};
 use crate::shard::{ShardReader, Spec};
+use crate::slices::is_within;
 use crate::tensors::{Found, differences};
 
 /// An opened Hugging Face directory, its tensors checked against its config.
@@ -59,17 +61,34 @@ impl HuggingFaceModel {
 
     /// Values of one logical tensor: pieces turned and stacked.
     pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
-        let entry =
-            self.table.get(name).ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })?;
-        if !entry.transposed {
-            return self.shards.read(&entry.names[0]);
+        self.read_part(name, &Part::whole(&self.entry(name)?.logical.shape))
+    }
+
+    /// Values of a part of one logical tensor.
+    pub(crate) fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        let entry = self.entry(name)?;
+        if !is_within(part, &entry.logical.shape) {
+            return Err(CheckpointError::outside(name, &entry.logical.shape, part));
         }
-        let mut values = vec![0.0; entry.logical.num_elements() as usize];
-        let (outs, ins) = (entry.foreign_shape()[0], entry.piece_shape()[0]);
-        for (index, name) in entry.names.iter().enumerate() {
-            transpose(&self.shards.read(name)?, outs, ins, &mut values[entry.piece(index)]);
+        if !entry.transposed {
+            return self.shards.read_part(&entry.names[0], part);
+        }
+        let stacked = usize::from(entry.logical.kind.is_expert());
+        let (mut start, mut shape) = (part.start[stacked..].to_vec(), part.shape[stacked..].to_vec());
+        let (rows, columns) = (shape[0], shape[1]);
+        start.reverse();
+        shape.reverse();
+        let turned = Part { start, shape };
+        let pieces = if stacked == 1 { part.start[0]..part.start[0] + part.shape[0] } else { 0..1 };
+        let mut values = vec![0.0; part.num_elements()];
+        for (name, out) in entry.names[pieces].iter().zip(values.chunks_mut((rows * columns).max(1))) {
+            transpose(&self.shards.read_part(name, &turned)?, columns, rows, out);
         }
         Ok(values)
+    }
+
+    fn entry(&self, name: &str) -> Result<&Translation, CheckpointError> {
+        self.table.get(name).ok_or_else(|| CheckpointError::NoTensor { name: name.to_owned() })
     }
 }
 
@@ -151,6 +170,10 @@ impl Shards {
         self.holder(name)?.read(name)
     }
 
+    fn read_part(&self, name: &str, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        self.holder(name)?.read_part(name, part)
+    }
+
     /// Whether the head is a tensor of its own: stored, and not a copy of the embedding.
     fn head_is_separate(&self, config: &HfConfig) -> Result<bool, CheckpointError> {
         if !self.places.contains_key(HEAD) || !self.places.contains_key(EMBEDDING) {
@@ -200,7 +223,7 @@ impl Shards {
         for (file, reader) in &self.readers {
             for (name, info) in reader.tensors().iter().filter(|(name, _)| !redundant(name)) {
                 found.push(Found { name, shape: &info.shape, file: Some(file) });
-                if !is_readable(info.dtype) {
+                if readable_size(info.dtype).is_none() {
                     faults.push(format!("`{name}` in {file} has type {:?}; expected {READABLE}", info.dtype));
                 }
             }

@@ -1,9 +1,8 @@
 //! The one table between logical tensors and those of transformers: names, shapes, orientation.
 
-use std::ops::Range;
-
 use switchyard_config::ModelConfig;
 use switchyard_config::parameters::{ParameterKind, ParameterSpec, parameters};
+use switchyard_config::partition::Part;
 
 use super::Family;
 
@@ -54,10 +53,14 @@ impl Translation {
         self.piece_shape().iter().product()
     }
 
-    /// Where the piece called `names[index]` lies in the values of the logical tensor.
-    pub(super) fn piece(&self, index: usize) -> Range<usize> {
-        let start = if self.logical.kind.is_expert() { index * self.piece_len() } else { 0 };
-        start..start + self.piece_len()
+    /// Where the piece called `names[index]` lies in the logical tensor.
+    pub(super) fn piece(&self, index: usize) -> Part {
+        let mut piece = Part::whole(&self.logical.shape);
+        if self.logical.kind.is_expert() {
+            piece.start[0] = index;
+            piece.shape[0] = 1;
+        }
+        piece
     }
 
     /// Names of further copies of the whole tensor.

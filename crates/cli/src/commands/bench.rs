@@ -1,5 +1,6 @@
 //! `switchyard bench`: the numbers of docs/benchmarks.md.
 
+mod checkpoint;
 mod data;
 mod dispatch;
 mod generate;
@@ -17,6 +18,7 @@ pub(crate) fn run(command: &BenchCommand, device: &Device, verbosity: Verbosity)
             dispatch::run(*tokens, *d_model, experts, *json, device)
         }
         BenchCommand::Data { config, set, json } => data::run(config, set, *json, verbosity),
+        BenchCommand::Checkpoint(arguments) => checkpoint::run(arguments),
         BenchCommand::Generate { preset, batch, inputs_length, new_tokens, json } => {
             generate::run(preset, *batch, *inputs_length, *new_tokens, *json, device)
         }

@@ -1,7 +1,10 @@
 //! `switchyard inspect`: what is inside a checkpoint.
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use anyhow::Context;
-use switchyard_checkpoint::Manifest;
+use switchyard_checkpoint::{Manifest, Slice, TensorEntry};
 
 use super::model_directory::checkpoint_of;
 use super::output;
@@ -22,21 +25,69 @@ pub(crate) fn run(command: &InspectCommand) -> anyhow::Result<Outcome> {
             "damages": damages.iter().flatten().collect::<Vec<_>>(),
         }))?;
     } else {
-        output::line(format!("{}, step {}", checkpoint.display(), output::grouped(manifest.step)))?;
-        for entry in &manifest.tensors {
-            let files: Vec<&str> = entry.slices.iter().map(|slice| slice.file.as_str()).collect();
-            output::line(format!(
-                "{:<52} {:<5} {:?}  {}",
-                entry.name,
-                entry.dtype,
-                entry.shape,
-                files.join(", ")
-            ))?;
-        }
-        for (file, damage) in manifest.files.iter().zip(&damages) {
-            let state = damage.as_deref().unwrap_or("whole");
-            output::line(format!("{:<52} {:>10}  {state}", file.name, output::bytes(file.size)))?;
-        }
+        print(&checkpoint, &manifest, &damages)?;
     }
     Ok(if whole { Outcome::Done } else { Outcome::Failed })
+}
+
+fn print(path: &Path, manifest: &Manifest, damages: &[Option<String>]) -> anyhow::Result<()> {
+    output::line(format!("{}, step {}", path.display(), output::grouped(manifest.step)))?;
+    let mut moments: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (parameter, moment) in manifest.tensors.iter().filter_map(|entry| entry.name.split_once('/')) {
+        moments.entry(parameter).or_default().push(moment);
+    }
+    for TensorEntry { name, dtype, shape, slices } in &manifest.tensors {
+        if !name.contains('/') {
+            let moments =
+                moments.get(name.as_str()).map_or(String::new(), |m| format!(" + {}", m.join(", ")));
+            output::line(format!("{name:<52} {dtype:<5} {shape:?}  {}{moments}", shards(slices)))?;
+        }
+    }
+    for (ranges, stacks) in placements(&manifest.tensors) {
+        let more = match stacks.len() {
+            1 => String::new(),
+            count => format!(" and {} tensors more", count - 1),
+        };
+        output::line(format!("{}{more}", stacks[0]))?;
+        ranges.lines().try_for_each(|line| output::line(format!("  {line}")))?;
+    }
+    for (file, damage) in manifest.files.iter().zip(damages) {
+        let state = damage.as_deref().unwrap_or("whole");
+        output::line(format!("{:<52} {:>10}  {state}", file.name, output::bytes(file.size)))?;
+    }
+    Ok(())
+}
+
+/// The file that holds a tensor, or how many do.
+fn shards(slices: &[Slice]) -> String {
+    match slices {
+        [slice] => slice.file.clone(),
+        slices => format!("{} shards", slices.len()),
+    }
+}
+
+/// Which experts lie with which rank, a line each, and the stacks of experts that lie so.
+fn placements(tensors: &[TensorEntry]) -> Vec<(String, Vec<&str>)> {
+    let mut found: Vec<(String, Vec<&str>)> = Vec::new();
+    let mut places = BTreeMap::new();
+    for entry in tensors.iter().filter(|entry| entry.name.contains(".experts.") && entry.shape.len() > 1) {
+        let ranges = ranges(entry);
+        let place = *places.entry(ranges.clone()).or_insert(found.len());
+        match found.get_mut(place) {
+            Some((_, stacks)) => stacks.push(&entry.name),
+            None => found.push((ranges, vec![&entry.name])),
+        }
+    }
+    found
+}
+
+fn ranges(entry: &TensorEntry) -> String {
+    let mut lines = Vec::new();
+    for slice in &entry.slices {
+        let (Some(first), Some(count)) = (slice.start.first(), slice.shape.first()) else { continue };
+        let place = slice.rank().map_or_else(|| slice.file.clone(), |rank| format!("rank {rank}"));
+        let range = format!("experts {first}..={}", (first + count).saturating_sub(1));
+        lines.push(format!("{range:<20} {place}"));
+    }
+    lines.join("\n")
 }

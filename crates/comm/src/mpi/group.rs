@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::activity::{Activity, GroupName};
-use crate::buffer::{Buffer, BufferMut, Element, ElementType, with_values};
+use crate::buffer::{Buffer, BufferMut, Element, with_values};
 use crate::call::{self, Call, Words};
 use crate::communicator::{Communicator, ReduceOp};
 use crate::error::CommError;
-use crate::mpi::raw::{Combine, Fault, Handle, Parts, Wire};
+use crate::mpi::raw::{Fault, Handle, Parts, Wire};
 use crate::mpi::scratch::{Pooled, Scratch};
 use crate::reduce::Reduce;
 
@@ -143,18 +143,14 @@ impl Group {
         self.run(call, |_| work().map_err(Failure::from))
     }
 
-    /// Combines in rank order, or by the library where the order makes no difference.
+    /// Combines in rank order, which the library promises for no type; Open MPI 4.1 also lets sums of
+    /// bytes saturate where they should wrap around.
     fn all_reduce_values<T: Work>(&self, values: &mut [T], op: ReduceOp) -> Result<(), Fault> {
         if self.size() == 1 {
             return Ok(());
         }
         for piece in values.chunks_mut(PIECE / size_of::<T>()) {
-            if let Some(op) = by_library::<T>(op) {
-                self.shared.scratch.lend(piece.len(), |copy: &mut [T]| {
-                    copy.copy_from_slice(piece);
-                    self.handle.all_reduce(copy, piece, op)
-                })?;
-            } else if size_of_val(piece) <= SMALL {
+            if size_of_val(piece) <= SMALL {
                 self.gather_and_combine(piece, op)?;
             } else {
                 let equal = piece.len() - piece.len() % self.size();
@@ -258,18 +254,6 @@ impl Group {
 /// Types that a group works on.
 trait Work: Wire + Pooled + Reduce {}
 impl<T: Wire + Pooled + Reduce> Work for T {}
-
-/// The library's operation, where any order of combining gives the same bits.
-fn by_library<T: Element>(op: ReduceOp) -> Option<Combine> {
-    match T::TYPE {
-        ElementType::F32 | ElementType::F64 | ElementType::Bf16 => None,
-        ElementType::I32 | ElementType::U64 | ElementType::U8 => Some(match op {
-            ReduceOp::Sum => Combine::Sum,
-            ReduceOp::Max => Combine::Max,
-            ReduceOp::Min => Combine::Min,
-        }),
-    }
-}
 
 /// Combines equally long parts that lie one after the other.
 fn combine<T: Reduce>(op: ReduceOp, parts: &[T], output: &mut [T]) {

@@ -27,6 +27,8 @@ pub(crate) enum Message {
     Status(Status),
     /// The rank leaves the job in good order.
     Bye,
+    /// The rank has said why the job must end, and ends it.
+    Ending,
 }
 
 /// What a rank does.

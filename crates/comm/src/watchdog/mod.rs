@@ -28,6 +28,9 @@ const HUBS: usize = 2;
 /// How long a connection to a hub may take to open, by one of its addresses.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a rank that ends the job has for it before the others try.
+const ENDING_GRACE: Duration = Duration::from_secs(5);
+
 /// A rank's place among the watchdogs, before they know each other.
 #[derive(Debug)]
 pub(crate) struct Post {
@@ -85,6 +88,7 @@ impl Post {
             table,
             limits,
             activity,
+            judge_from: Instant::now(),
         };
         let stop = Arc::new(Stop::default());
         let thread = thread::Builder::new().name("watchdog".to_owned()).spawn({
@@ -143,6 +147,8 @@ struct Rounds {
     table: Table,
     limits: Limits,
     activity: Arc<Activity>,
+    /// Before then what this rank knows may be old, or another rank ends the job.
+    judge_from: Instant,
 }
 
 impl Rounds {
@@ -152,23 +158,29 @@ impl Rounds {
             let pause = last.elapsed().saturating_sub(self.limits.interval);
             last = Instant::now();
             if pause > self.limits.interval * 2 {
-                // This process was stopped, perhaps with all others: what it sees is old.
+                // This process was stopped, perhaps with all others, perhaps alone so that they wait
+                // for it: what it sees now is old.
                 self.activity.forgive(pause);
                 self.table.forgive(pause, last);
+                self.judge_from = last + self.limits.interval * 4;
             }
             self.greet();
             self.listen();
             let status = Status::of(&self.activity, self.limits.interval);
-            for (_, link) in &mut self.links {
-                link.send(&Message::Status(status.clone()));
-            }
+            self.send_all(&Message::Status(status.clone()));
             self.table.heard(self.own, status, Instant::now());
-            if let Some(trouble) = self.table.trouble(Instant::now()) {
+            let now = Instant::now();
+            if let Some(trouble) = self.table.trouble(now).filter(|_| now >= self.judge_from) {
+                self.send_all(&Message::Ending);
                 return end(trouble);
             }
         }
+        self.send_all(&Message::Bye);
+    }
+
+    fn send_all(&mut self, message: &Message) {
         for (_, link) in &mut self.links {
-            link.send(&Message::Bye);
+            link.send(message);
         }
     }
 
@@ -195,6 +207,10 @@ impl Rounds {
                     }
                     (Message::Status(status), Some(rank)) => table.heard(rank, status, now),
                     (Message::Bye, Some(rank)) => table.finished(rank),
+                    (Message::Ending, Some(rank)) => {
+                        table.finished(rank);
+                        self.judge_from = now + ENDING_GRACE;
+                    }
                     // A stranger.
                     _ => return false,
                 }

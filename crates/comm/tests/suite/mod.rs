@@ -265,20 +265,3 @@ fn broken(comm: &dyn Communicator, child: &Arc<dyn Communicator>, error: &CommEr
     assert_eq!(child.barrier().as_ref(), Err(error));
     assert_eq!(comm.split(0, "later").err().as_ref(), Some(error));
 }
-
-/// The refusals that need no peers.
-pub(crate) fn refusals(solo: &dyn Communicator) {
-    let wrong = |found: Result<(), CommError>| {
-        assert!(matches!(found, Err(CommError::WrongBuffer { .. })), "{found:?}");
-    };
-    let (four, mut three) = ([1.0_f32; 4], [0.0_f32; 3]);
-    wrong(solo.broadcast(BufferMut::F32(&mut three), 1));
-    wrong(solo.all_gather(Buffer::F32(&four), BufferMut::F32(&mut three)));
-    wrong(solo.all_gather(Buffer::F64(&[0.0; 3]), BufferMut::F32(&mut three)));
-    wrong(solo.all_to_all(Buffer::F32(&four), BufferMut::F32(&mut three)));
-    wrong(solo.reduce_scatter(Buffer::F32(&four), BufferMut::F32(&mut three), ReduceOp::Sum));
-    wrong(solo.all_gather_v(Buffer::F32(&four[..3]), BufferMut::F32(&mut three), &[2]));
-    wrong(solo.all_gather_v(Buffer::F32(&four[..3]), BufferMut::F32(&mut three), &[]));
-    wrong(solo.all_to_all_v(Buffer::F32(&four[..3]), &[3, 0], BufferMut::F32(&mut three), &[3]));
-    wrong(solo.all_to_all_v(Buffer::F32(&four[..3]), &[3], BufferMut::F32(&mut three), &[usize::MAX]));
-}

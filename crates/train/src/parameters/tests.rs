@@ -69,7 +69,7 @@ fn save(directory: &Path, shape: MeshShape, plan: &RunPlan) -> PathBuf {
         let fill = |parts: Vec<TensorPart>| -> Vec<TensorPart> {
             let filled = |mut part: TensorPart| {
                 let places = part.part.runs(&part.shape).flatten();
-                part.values = places.map(|at| drawn(&part.name, at)).collect();
+                part.values = Arc::new(places.map(|at| drawn(&part.name, at)).collect());
                 part
             };
             parts.into_iter().map(filled).collect()
