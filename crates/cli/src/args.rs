@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use switchyard_config::plan::ParallelPlan;
 
 /// Pretrains, evaluates and runs Switch Transformers and T5.
 #[derive(Debug, Parser)]
@@ -38,6 +39,12 @@ fn count() -> impl TypedValueParser<Value = usize> {
 /// A size from `least` that memory may hold.
 fn count_from(least: u64) -> impl TypedValueParser<Value = usize> {
     RangedU64ValueParser::<usize>::new().range(least..=1 << 24)
+}
+
+/// A size in MiB.
+fn mebibytes(text: &str) -> Result<f64, String> {
+    let size: f64 = text.parse().map_err(|_| format!("`{text}` is no number"))?;
+    if size > 0.0 && size <= 65536.0 { Ok(size) } else { Err("must be above 0 and at most 65536".to_owned()) }
 }
 
 /// The device of a name, if this build has it.
@@ -79,6 +86,13 @@ pub(crate) enum Command {
     /// Measure this machine: training steps, dispatch, data, checkpoints.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// What this machine and build can do, and what is missing; under mpirun also the ranks.
+    #[command(after_help = "Examples:\n  switchyard doctor\n  mpirun -n 4 switchyard doctor")]
+    Doctor {
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Train a model from an experiment file: evaluates, saves and resumes exactly.
@@ -106,12 +120,32 @@ pub(crate) struct TrainArguments {
     pub max_steps: Option<u64>,
 }
 
+/// How the ranks of a job share a model.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct MeshArguments {
+    /// Under mpirun or srun: ranks over which the experts are spread.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count())]
+    pub expert_parallel_size: usize,
+    /// Under mpirun or srun: ranks over which every matrix is split.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count())]
+    pub tensor_parallel_size: usize,
+}
+
+impl MeshArguments {
+    /// The sizes as an experiment file would hold them.
+    pub(crate) fn plan(self) -> ParallelPlan {
+        let Self { expert_parallel_size, tensor_parallel_size } = self;
+        ParallelPlan { data_parallel_size: 0, expert_parallel_size, tensor_parallel_size }
+    }
+}
+
 /// Loss, negative log perplexity, accuracy and router metrics of a model on text.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   switchyard eval --model runs/quickstart --data sample:validation
-  switchyard eval --model exported --data 'c4/en/c4-validation.*.json.gz' --batches 50 --json")]
+  switchyard eval --model exported --data 'c4/en/c4-validation.*.json.gz' --batches 50 --json
+  mpirun -n 4 switchyard eval --model runs/large --data sample:validation --expert-parallel-size 4")]
 pub(crate) struct EvalArguments {
     /// Run, checkpoint or Hugging Face directory.
     #[arg(long)]
@@ -135,6 +169,8 @@ pub(crate) struct EvalArguments {
     /// Directory for tokenised text and the sample corpus.
     #[arg(long, default_value = "cache")]
     pub cache_dir: PathBuf,
+    #[command(flatten)]
+    pub mesh: MeshArguments,
     /// Print a JSON object.
     #[arg(long)]
     pub json: bool,
@@ -145,7 +181,8 @@ pub(crate) struct EvalArguments {
 #[command(after_help = "\
 Examples:
   switchyard generate --model runs/quickstart --prompt \"This function <extra_id_0> the length of the slice.\"
-  switchyard generate --model exported --input prompts.txt --max-new-tokens 64 --json")]
+  switchyard generate --model exported --input prompts.txt --max-new-tokens 64 --json
+  mpirun -n 4 switchyard generate --model runs/large --input prompts.txt --expert-parallel-size 2")]
 pub(crate) struct GenerateArguments {
     /// Run, checkpoint or Hugging Face directory.
     #[arg(long)]
@@ -159,6 +196,8 @@ pub(crate) struct GenerateArguments {
     /// Most tokens to write.
     #[arg(long, default_value_t = 64, value_parser = count())]
     pub max_new_tokens: usize,
+    #[command(flatten)]
+    pub mesh: MeshArguments,
     /// Print a JSON object for each text.
     #[arg(long)]
     pub json: bool,
@@ -322,6 +361,23 @@ pub(crate) enum InspectCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Which rank of a job would hold which experts, and how much memory it would need.
+    #[command(
+        after_help = "Example:\n  switchyard inspect topology configs/switch-base-8-c4.toml --ranks 8 --set parallel.expert_parallel_size=4"
+    )]
+    Topology {
+        /// Experiment file.
+        config: PathBuf,
+        /// Change a key.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+        /// Ranks of the job.
+        #[arg(long, value_parser = count())]
+        ranks: usize,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -331,8 +387,24 @@ pub(crate) enum BenchCommand {
         after_help = "Example:\n  switchyard bench step --preset tiny --experts 8 --optimizer adamw --json"
     )]
     Step(BenchStepArguments),
-    /// Plan, dispatch and combine of one sparse layer, by number of experts.
-    #[command(after_help = "Example:\n  switchyard bench dispatch --tokens 2048 --experts 8,128")]
+    /// Sums, all-to-alls and all-gathers of the ranks under mpirun, beside the MPI library's own.
+    #[command(after_help = "Example:\n  mpirun -n 4 switchyard bench collectives --mebibytes 1,64")]
+    Collectives {
+        /// Sizes of a rank's buffer.
+        #[arg(long, value_delimiter = ',', default_value = "0.0625,1,64", value_parser = mebibytes)]
+        mebibytes: Vec<f64>,
+        /// Times that each is measured.
+        #[arg(long, default_value_t = 15, value_parser = count())]
+        rounds: usize,
+        /// Print a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Plan, dispatch and combine of one sparse layer, by number of experts; under mpirun the experts
+    /// are spread over the ranks, and every rank has the tokens.
+    #[command(
+        after_help = "Examples:\n  switchyard bench dispatch --tokens 2048 --experts 8,128\n  mpirun -n 4 switchyard bench dispatch --experts 8,128"
+    )]
     Dispatch {
         /// Tokens of the layer.
         #[arg(long, default_value_t = 2048, value_parser = count())]
@@ -401,7 +473,7 @@ pub(crate) struct BenchStepArguments {
     /// Slots of all experts together, relative to tokens.
     #[arg(long, default_value_t = 1.25)]
     pub capacity_factor: f64,
-    /// Rows of a batch.
+    /// Rows of a batch, which data-parallel ranks share evenly.
     #[arg(long, default_value_t = 16, value_parser = count())]
     pub rows: usize,
     /// Encoder length.
@@ -413,6 +485,8 @@ pub(crate) struct BenchStepArguments {
     /// Steps that are measured, after three that are not.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     pub steps: u64,
+    #[command(flatten)]
+    pub mesh: MeshArguments,
     /// Print a JSON object.
     #[arg(long)]
     pub json: bool,

@@ -8,9 +8,11 @@ use anyhow::Context;
 use switchyard_comm::{
     Choice, CommError, Communicator, Launch, RESTARTABLE, StartOptions, World, abort, start,
 };
-use switchyard_parallel::{Agreement, agree};
+use switchyard_config::{MeshShape, ModelConfig};
+use switchyard_parallel::{Agreement, Mesh, agree};
 use switchyard_train::TrainError;
 
+use crate::args::{MeshArguments, Verbosity};
 use crate::{Outcome, report};
 
 /// The environment variable that names this machine for the others.
@@ -40,6 +42,9 @@ impl fmt::Display for EndsAll {
 
 impl std::error::Error for EndsAll {}
 
+/// Longest wait for other ranks where no experiment file says it.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(600);
+
 impl Job {
     /// Joins the job that the launcher announces; alone without one.
     ///
@@ -57,6 +62,17 @@ impl Job {
             abort_on_panic(job.rank());
         }
         Ok(job)
+    }
+
+    /// The mesh on which the ranks use a model of `model` together.
+    pub(crate) fn mesh(&self, model: &ModelConfig, sizes: MeshArguments) -> anyhow::Result<Arc<Mesh>> {
+        let shape = MeshShape::of_model(model, &sizes.plan(), self.ranks()).map_err(report::in_options);
+        Ok(Arc::new(Mesh::new(Arc::clone(self.communicator()), self.agree(shape)?, false)?))
+    }
+
+    /// How much the terminal is told by this rank.
+    pub(crate) fn verbosity(&self, asked: Verbosity) -> Verbosity {
+        if self.is_first() { asked } else { Verbosity { quiet: true, verbose: 0 } }
     }
 
     /// All ranks.

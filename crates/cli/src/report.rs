@@ -47,7 +47,9 @@ fn config_error(error: &ConfigError) -> String {
 }
 
 /// Options of commands without an experiment file, and the keys that they stand for.
-const OPTIONS: [(&str, &str); 5] = [
+const OPTIONS: [(&str, &str); 7] = [
+    ("parallel.expert_parallel_size", "--expert-parallel-size"),
+    ("parallel.tensor_parallel_size", "--tensor-parallel-size"),
     ("data.text_column", "--text-column"),
     ("data.inputs_length", "--inputs-length"),
     ("data.train_tokenizer_vocab_size", "--vocab-size"),

@@ -7,7 +7,7 @@ use std::fmt;
 use crate::plan::{CommPlan, ParallelPlan, RunPlan};
 use crate::provenance::Provenance;
 use crate::validate::{Conflict, located};
-use crate::{ConfigError, ModelConfig};
+use crate::{ConfigError, ErrorKind, ModelConfig};
 
 /// Sizes of the axes of a job's mesh; a job has `data * tensor` ranks.
 ///
@@ -49,6 +49,22 @@ impl MeshShape {
             Ok(mesh)
         };
         sized().map_err(|conflict| located(conflict, plan, provenance))
+    }
+
+    /// The mesh of `ranks` ranks that use a model of `model` together.
+    ///
+    /// # Errors
+    /// When the sizes do not divide the ranks or the model; names the keys.
+    pub fn of_model(model: &ModelConfig, parallel: &ParallelPlan, ranks: usize) -> Result<Self, ConfigError> {
+        let sized = || {
+            divide_the_model(model, parallel)?;
+            let mesh = Self::sized(parallel, ranks)?;
+            mesh.expert_groups_fit()?;
+            Ok(mesh)
+        };
+        sized().map_err(|Conflict { message, help, .. }: Conflict| {
+            ConfigError::new(ErrorKind::Conflict { message }).help(help)
+        })
     }
 
     fn sized(parallel: &ParallelPlan, ranks: usize) -> Result<Self, Conflict> {
@@ -160,7 +176,20 @@ impl fmt::Display for MeshShape {
 
 /// Refuses axes that do not divide the model, whatever the number of ranks.
 pub(crate) fn axes_divide_the_model(plan: &RunPlan) -> Result<(), Conflict> {
-    let (model, parallel) = (&plan.model, &plan.parallel);
+    let parallel = &plan.parallel;
+    divide_the_model(&plan.model, parallel)?;
+    if parallel.data_parallel_size == 0 {
+        return Ok(());
+    }
+    let mesh = MeshShape {
+        data: parallel.data_parallel_size,
+        expert: parallel.expert_parallel_size,
+        tensor: parallel.tensor_parallel_size,
+    };
+    mesh.check(plan)
+}
+
+fn divide_the_model(model: &ModelConfig, parallel: &ParallelPlan) -> Result<(), Conflict> {
     let tensor = ("parallel.tensor_parallel_size", parallel.tensor_parallel_size);
     let expert = ("parallel.expert_parallel_size", parallel.expert_parallel_size);
     if model.num_experts == 0 && expert.1 > 1 {
@@ -185,11 +214,7 @@ pub(crate) fn axes_divide_the_model(plan: &RunPlan) -> Result<(), Conflict> {
             });
         }
     }
-    if parallel.data_parallel_size == 0 {
-        return Ok(());
-    }
-    let mesh = MeshShape { data: parallel.data_parallel_size, expert: expert.1, tensor: tensor.1 };
-    mesh.check(plan)
+    Ok(())
 }
 
 /// Refuses times that are none.

@@ -1,6 +1,7 @@
 //! `switchyard bench`: the numbers of docs/benchmarks.md.
 
 mod checkpoint;
+mod collectives;
 mod data;
 mod dispatch;
 mod generate;
@@ -14,6 +15,7 @@ use crate::args::{BenchCommand, Verbosity};
 pub(crate) fn run(command: &BenchCommand, device: &Device, verbosity: Verbosity) -> anyhow::Result<Outcome> {
     match command {
         BenchCommand::Step(arguments) => step::run(arguments, device),
+        BenchCommand::Collectives { mebibytes, rounds, json } => collectives::run(mebibytes, *rounds, *json),
         BenchCommand::Dispatch { tokens, d_model, experts, json } => {
             dispatch::run(*tokens, *d_model, experts, *json, device)
         }

@@ -3,17 +3,19 @@
 use anyhow::Context;
 use burn::tensor::Device;
 use serde::Deserialize;
+use switchyard_checkpoint::open_model;
 use switchyard_config::plan::{DataPlan, SourcePlan};
 use switchyard_config::resolve_str;
 use switchyard_data::span_corruption::ChunkLengths;
 use switchyard_data::{DataSet, HostBatch, Tokenizer};
-use switchyard_train::evaluate::{EvaluationRules, evaluate};
+use switchyard_train::evaluate::{Evaluation, EvaluationRules, evaluate};
 
 use super::model_directory::LoadedModel;
 use super::output;
 use super::progress::Work;
 use crate::Outcome;
 use crate::args::{EvalArguments, Verbosity};
+use crate::job::{Job, TIMEOUT};
 use crate::report::in_options;
 
 pub(crate) fn run(
@@ -21,20 +23,48 @@ pub(crate) fn run(
     device: &Device,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
-    let loaded = LoadedModel::open(&arguments.model, device)?;
-    let tokenizer = loaded.tokenizer()?;
-    let plan = data_plan(arguments, &loaded, &tokenizer)?;
+    let job = Job::join(TIMEOUT)?;
+    let first = job.is_first();
+    let evaluated = evaluate_together(arguments, device, job.verbosity(verbosity), &job);
+    let mut result = None;
+    let outcome = job.end(evaluated.map(|evaluation| {
+        result = Some(evaluation);
+        Outcome::Done
+    }))?;
+    match result {
+        Some(result) if first => show(arguments, &result),
+        _ => Ok(outcome),
+    }
+}
+
+fn evaluate_together(
+    arguments: &EvalArguments,
+    device: &Device,
+    verbosity: Verbosity,
+    job: &Job,
+) -> anyhow::Result<Evaluation> {
+    let directory = job.agree(open_model(&arguments.model).map_err(Into::into))?;
+    let mesh = job.mesh(directory.model(), arguments.mesh)?;
+    let prepared = LoadedModel::of(directory, device, mesh).and_then(|loaded| {
+        let tokenizer = loaded.tokenizer()?;
+        let plan = data_plan(arguments, &loaded, &tokenizer)?;
+        let work = Work::new(verbosity.quiet);
+        let data = DataSet::open(&plan, 0, &|report| work.data(report)).map_err(in_options)?;
+        let batches = data.evaluation_batches(arguments.batches).collect::<Result<Vec<HostBatch>, _>>()?;
+        Ok((loaded, tokenizer, plan, batches))
+    });
+    let (loaded, tokenizer, plan, batches) = job.agree(prepared)?;
     let work = Work::new(verbosity.quiet);
-    let data = DataSet::open(&plan, 0, &|report| work.data(report)).map_err(in_options)?;
-    let batches = data.evaluation_batches(arguments.batches).collect::<Result<Vec<HostBatch>, _>>()?;
     work.busy(&format!("evaluating {} batches", batches.len()));
     let rules =
         EvaluationRules { first_sentinel: tokenizer.first_sentinel_id() as i32, mismatched_inputs: false };
     let LoadedModel { model, config, routing, mesh, .. } = &loaded;
-    let result = evaluate(model, config, routing, &batches, plan.micro_batch_rows, rules, mesh)?;
-    drop(work);
+    Ok(evaluate(model, config, routing, &batches, plan.micro_batch_rows, rules, mesh)?)
+}
+
+fn show(arguments: &EvalArguments, result: &Evaluation) -> anyhow::Result<Outcome> {
     if arguments.json {
-        output::json(&result)?;
+        output::json(result)?;
         return Ok(Outcome::Done);
     }
     let row = |name: &str, value: String| output::line(format!("{name:<24} {value}"));

@@ -65,6 +65,7 @@ impl Filler<'_> {
                 failure.is_none()
             },
         );
+        self.mesh.check()?;
         if let Some(error) = failure {
             return Err(error);
         }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use switchyard_checkpoint::{Manifest, Slice, TensorEntry};
+use switchyard_config::{MeshShape, Resolved, rank_memory, resolve};
 
 use super::model_directory::checkpoint_of;
 use super::output;
@@ -12,14 +13,50 @@ use crate::Outcome;
 use crate::args::InspectCommand;
 
 pub(crate) fn run(command: &InspectCommand) -> anyhow::Result<Outcome> {
-    let InspectCommand::Checkpoint { path, json } = command;
+    match command {
+        InspectCommand::Checkpoint { path, json } => checkpoint(path, *json),
+        InspectCommand::Topology { config, set, ranks, json } => topology(config, set, *ranks, *json),
+    }
+}
+
+/// Which rank would hold what.
+fn topology(config: &Path, set: &[String], ranks: usize, json: bool) -> anyhow::Result<Outcome> {
+    let Resolved { plan, provenance } = resolve(config, set)?;
+    let mesh = MeshShape::of(&plan, ranks, &provenance)?;
+    let experts = plan.model.num_experts / mesh.expert;
+    let of_rank = |rank: usize| {
+        let at = mesh.coordinates(rank);
+        serde_json::json!({
+            "rank": rank, "data": at.data, "expert": at.expert, "tensor": at.tensor,
+            "first_expert": at.expert * experts, "experts": experts,
+            "memory_bytes": rank_memory(&plan, mesh, rank).total_bytes(),
+        })
+    };
+    if json {
+        output::json(&(0..ranks).map(of_rank).collect::<Vec<_>>())?;
+        return Ok(Outcome::Done);
+    }
+    mesh.describe(&plan.model).iter().try_for_each(output::line)?;
+    output::line("rank  data  tensor  experts        memory without activations")?;
+    for rank in 0..ranks {
+        let at = mesh.coordinates(rank);
+        let first = at.expert * experts;
+        let held =
+            if experts == 0 { "none".to_owned() } else { format!("{first}..={}", first + experts - 1) };
+        let memory = output::bytes(rank_memory(&plan, mesh, rank).total_bytes());
+        output::line(format!("{rank:>4}  {:>4}  {:>6}  {held:<13}  {memory}", at.data, at.tensor))?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn checkpoint(path: &Path, json: bool) -> anyhow::Result<Outcome> {
     let checkpoint = checkpoint_of(path)?
         .with_context(|| format!("{} is neither a checkpoint nor a run with one", path.display()))?;
     let manifest = Manifest::read(&checkpoint)?;
     let damages: Vec<Option<String>> =
         manifest.files.iter().map(|file| file.verify(&checkpoint).err().map(|e| e.to_string())).collect();
     let whole = damages.iter().all(Option::is_none);
-    if *json {
+    if json {
         output::json(&serde_json::json!({
             "path": checkpoint, "whole": whole, "manifest": manifest,
             "damages": damages.iter().flatten().collect::<Vec<_>>(),

@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod data;
+mod doctor;
 mod eval;
 mod export;
 mod fill;
@@ -36,6 +37,7 @@ pub(crate) fn run(command: &Command, device: &Device, verbosity: Verbosity) -> a
         Command::Tokenizer(command) => tokenizer::run(command, verbosity),
         Command::Check(arguments) => check::run(arguments),
         Command::Inspect(command) => inspect::run(command),
+        Command::Doctor { json } => doctor::run(*json),
         Command::Bench(command) => bench::run(command, device, verbosity),
     }
 }

@@ -36,12 +36,11 @@ pub(crate) struct LoadedModel {
 impl LoadedModel {
     /// Opens a run, a checkpoint or a Hugging Face directory and loads its parameters.
     pub(crate) fn open(path: &Path, device: &Device) -> anyhow::Result<Self> {
-        Self::open_part(path, device, Arc::new(Mesh::solo()))
+        Self::of(open_model(path)?, device, Arc::new(Mesh::solo()))
     }
 
-    /// As [`open`](Self::open), this rank's part of the model.
-    pub(crate) fn open_part(path: &Path, device: &Device, mesh: Arc<Mesh>) -> anyhow::Result<Self> {
-        let directory = open_model(path)?;
+    /// Loads this rank's part of an opened model.
+    pub(crate) fn of(directory: ModelDirectory, device: &Device, mesh: Arc<Mesh>) -> anyhow::Result<Self> {
         let model = load_model(&directory, device, &mesh)?;
         let (config, routing) = (directory.model().clone(), directory.routing().clone());
         Ok(Self { model, config, routing, directory, mesh })

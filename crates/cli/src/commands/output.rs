@@ -21,11 +21,6 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value).context("a result has no JSON form")?)
 }
 
-/// Writes `value` as JSON on one line.
-pub(crate) fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
-    line(serde_json::to_string(value).context("a result has no JSON form")?)
-}
-
 /// `1_234_567` as `1,234,567`.
 pub(crate) fn grouped(number: u64) -> String {
     let digits = number.to_string();

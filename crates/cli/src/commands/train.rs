@@ -20,7 +20,7 @@ use super::model_directory::{LoadedModel, checkpoint_of};
 use super::progress::Work;
 use super::{data, export, output};
 use crate::args::{TrainArguments, Verbosity};
-use crate::job::{Job, of_all_ranks};
+use crate::job::{Job, TIMEOUT, of_all_ranks};
 use crate::{Outcome, logging, signals};
 
 /// Most tokens that are written for a prompt at the end of a run.
@@ -32,8 +32,8 @@ pub(crate) fn run(
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
     let resolved = resolve(&arguments.config, &arguments.set);
-    let seconds = resolved.as_ref().map_or(FIRST_TIMEOUT_S, |resolved| resolved.plan.comm.timeout_s);
-    let job = Job::join(Duration::from_secs(seconds))?;
+    let timeout = |resolved: &Resolved| Duration::from_secs(resolved.plan.comm.timeout_s);
+    let job = Job::join(resolved.as_ref().map_or(TIMEOUT, timeout))?;
     let trained = train_together(arguments, resolved, device, verbosity, &job);
     let first = job.is_first();
     // The other ranks are not needed for what comes after training, and must not wait for it.
@@ -50,9 +50,6 @@ pub(crate) fn run(
         _ => Ok(outcome),
     }
 }
-
-/// Longest wait for other ranks until the experiment file says it.
-const FIRST_TIMEOUT_S: u64 = 600;
 
 /// A run that came to its end, or was interrupted.
 struct Trained {
@@ -86,7 +83,7 @@ fn train_together(
     let (directory, resume) = opened?;
     let directory = directory.unwrap_or_else(|| RunDirectory::join(&root));
     let log = directory.logs().join(format!("rank-{}.log", job.rank()));
-    let verbosity = if job.is_first() { verbosity } else { Verbosity { quiet: true, verbose: 0 } };
+    let verbosity = job.verbosity(verbosity);
     job.agree(logging::start(verbosity, Some(&log)))?;
     for line in shape.describe(&plan.model) {
         tracing::info!(rank = job.rank(), "{line}");

@@ -1,13 +1,19 @@
 //! Plan, dispatch and combine, forward and backward, without router product and experts.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
-use switchyard_kernels::{RouteOptions, combine, dispatch, route_top1};
+use serde_json::Value;
+use switchyard_config::MeshShape;
+use switchyard_kernels::{RouteOptions, route_top1};
+use switchyard_model::TokenDispatcher;
+use switchyard_parallel::Mesh;
 
 use super::spread;
 use crate::Outcome;
 use crate::commands::output;
+use crate::job::{Job, TIMEOUT};
 
 /// Runs that are timed for each number of experts.
 const RUNS: usize = 30;
@@ -19,35 +25,75 @@ pub(crate) fn run(
     json: bool,
     device: &Device,
 ) -> anyhow::Result<Outcome> {
-    let device = device.clone().autodiff();
+    let job = Job::join(TIMEOUT)?;
+    let first = job.is_first();
+    let measured = measure(&job, tokens, d_model, experts, &device.clone().autodiff());
+    let mut rows = Vec::new();
+    let outcome = job.end(measured.map(|measured| {
+        rows = measured;
+        Outcome::Done
+    }))?;
+    if !first {
+        return Ok(outcome);
+    }
+    if json {
+        output::json(&rows)?;
+        return Ok(outcome);
+    }
+    for row in rows {
+        let number = |name: &str| row[name].as_f64().unwrap_or(f64::NAN);
+        let (median, min, max) = (number("median_ms"), number("min_ms"), number("max_ms"));
+        output::line(format!("{:>5} experts  {median:7.3} ms  ({min:.3} to {max:.3})", number("experts")))?;
+    }
+    Ok(outcome)
+}
+
+/// Figures for each number of experts, measured in turn.
+fn measure(
+    job: &Job,
+    tokens: usize,
+    d_model: usize,
+    experts: &[usize],
+    device: &Device,
+) -> anyhow::Result<Vec<Value>> {
+    let ranks = job.ranks();
+    let fitting = experts.iter().find(|&experts| !experts.is_multiple_of(ranks)).map_or(Ok(()), |experts| {
+        Err(anyhow::anyhow!(
+            "{ranks} ranks cannot share {experts} experts evenly; choose multiples with --experts"
+        ))
+    });
+    job.agree(fitting)?;
+    let shape = MeshShape { data: ranks, expert: ranks, tensor: 1 };
+    let mesh = Mesh::new(Arc::clone(job.communicator()), shape, false)?;
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); experts.len()];
     for run in 0..RUNS + 2 {
         for (times, &experts) in times.iter_mut().zip(experts) {
-            let elapsed_ms = once(tokens, d_model, experts, &device);
+            mesh.world().barrier()?;
+            let elapsed_ms = once(tokens, d_model, experts, device, mesh.dispatcher());
+            mesh.check()?;
             if run >= 2 {
                 times.push(elapsed_ms);
             }
         }
     }
-    let mut rows = Vec::new();
-    for (times, experts) in times.into_iter().zip(experts) {
+    let row = |(times, experts): (Vec<f64>, &usize)| {
         let [median, min, max] = spread(times);
-        rows.push(serde_json::json!({
-            "experts": experts, "tokens": tokens, "d_model": d_model,
+        serde_json::json!({
+            "experts": experts, "ranks": ranks, "tokens": tokens, "d_model": d_model,
             "median_ms": median, "min_ms": min, "max_ms": max,
-        }));
-        if !json {
-            output::line(format!("{experts:>5} experts  {median:7.3} ms  ({min:.3} to {max:.3})"))?;
-        }
-    }
-    if json {
-        output::json(&rows)?;
-    }
-    Ok(Outcome::Done)
+        })
+    };
+    Ok(times.into_iter().zip(experts).map(row).collect())
 }
 
 /// One forward and backward at capacity factor 1.25, in milliseconds.
-fn once(tokens: usize, d_model: usize, experts: usize, device: &Device) -> f64 {
+fn once(
+    tokens: usize,
+    d_model: usize,
+    experts: usize,
+    device: &Device,
+    dispatcher: &dyn TokenDispatcher,
+) -> f64 {
     let values = |count: usize, salt: u32| -> Vec<f32> {
         let mut random = switchyard_random::Philox::new(7).stream([salt, 0, 0]);
         (0..count).map(|_| switchyard_random::unit_f32(random.next_u32()) * 2.0 - 1.0).collect()
@@ -62,8 +108,8 @@ fn once(tokens: usize, d_model: usize, experts: usize, device: &Device) -> f64 {
     let expert_capacity = Some(expert_capacity);
     let options = RouteOptions { groups: 1, expert_capacity, token_mask: None, force_balanced: false };
     let routing = route_top1(logits, options);
-    let slots = dispatch(x, &routing.plan);
-    let out = combine(slots, routing.gates.clone(), &routing.plan);
+    let slots_lcd = dispatcher.dispatch(x, &routing.plan, None).slots_lcd;
+    let out = dispatcher.combine(slots_lcd, routing.gates.clone(), &routing.plan);
     drop(out.sum().backward());
     started.elapsed().as_secs_f64() * 1e3
 }

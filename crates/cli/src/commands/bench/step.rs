@@ -4,43 +4,83 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use switchyard_config::{preset, resolve_str};
-use switchyard_data::HostBatch;
+use switchyard_config::{MeshShape, Resolved, preset, resolve_str};
+use switchyard_data::{HostBatch, Share};
 use switchyard_parallel::Mesh;
 use switchyard_train::Learner;
 
 use super::{spread, synthetic_ids};
 use crate::args::BenchStepArguments;
 use crate::commands::output;
+use crate::job::{Job, TIMEOUT};
+use crate::report::in_options;
 use crate::{Outcome, memory};
 
 /// Steps before the clock starts: buffers and threads exist after them.
 const WARM_UP: u64 = 3;
 
 pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Result<Outcome> {
+    let job = Job::join(TIMEOUT)?;
+    let first = job.is_first();
+    let measured = measure(arguments, device, &job);
+    let mut figures = None;
+    let outcome = job.end(measured.map(|measured| {
+        figures = Some(measured);
+        Outcome::Done
+    }))?;
+    match figures {
+        Some(figures) if first => show(arguments, &figures),
+        _ => Ok(outcome),
+    }
+}
+
+/// What the steps cost.
+struct Figures {
+    parameters: u64,
+    mesh: MeshShape,
+    /// Median, smallest and largest.
+    step_ms: [f64; 3],
+    loss: f64,
+    fraction_tokens_dropped: f64,
+}
+
+fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow::Result<Figures> {
     preset(&arguments.preset)?;
     let sparse = if arguments.experts == 0 {
         "num_experts = 0\nexpert_layer_every = 0".to_owned()
     } else {
         format!("num_experts = {}", arguments.experts)
     };
+    let data_ranks = (job.ranks() / arguments.mesh.tensor_parallel_size).max(1);
+    job.agree(if arguments.rows.is_multiple_of(data_ranks) {
+        Ok(())
+    } else {
+        Err(anyhow::anyhow!("--rows {} cannot be shared by {data_ranks} data-parallel ranks", arguments.rows))
+    })?;
     let text = format!(
         "name = \"bench\"\n[model]\npreset = \"{}\"\n{sparse}\n[precision]\nmode = \"{}\"\n\
          [optimizer]\nkind = \"{}\"\nlearning_rate = 1e-4\n[schedule]\nkind = \"constant\"\nwarmup_steps = 0\n\
          [routing]\ncapacity_factor = {:?}\n\
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
-         batch_rows = {rows}\nmicro_batch_rows = {rows}\n",
+         batch_rows = {rows}\nmicro_batch_rows = {micro_rows}\n\
+         [parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n",
         arguments.preset,
         arguments.precision,
         arguments.optimizer,
         arguments.capacity_factor,
         arguments.inputs_length,
         arguments.targets_length,
+        arguments.mesh.expert_parallel_size,
+        arguments.mesh.tensor_parallel_size,
         rows = arguments.rows,
+        micro_rows = arguments.rows / data_ranks,
     );
-    let plan = resolve_str(&text, &[])?.plan;
+    let Resolved { plan, provenance } = job.agree(resolve_str(&text, &[]).map_err(in_options))?;
+    let shape = job.agree(MeshShape::of(&plan, job.ranks(), &provenance).map_err(in_options))?;
+    let mesh = Arc::new(Mesh::new(Arc::clone(job.communicator()), shape, false)?);
+    let share = Share { index: mesh.at().data, of: shape.data, micro_batch_rows: plan.data.micro_batch_rows };
     let vocabulary = plan.model.vocab_size;
-    let mut learner = Learner::new(&plan, &device.clone().autodiff(), Arc::new(Mesh::solo()));
+    let mut learner = Learner::new(&plan, &device.clone().autodiff(), Arc::clone(&mesh));
     let mut times = Vec::new();
     let mut loss = f64::NAN;
     let (mut routed, mut dropped) = (0, 0);
@@ -54,8 +94,10 @@ pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Re
             target_ids: synthetic_ids(arguments.rows * arguments.targets_length, vocabulary, salt + 1),
             first_row: 0,
         };
+        let micro_batches = batch.micro_batches(share);
+        mesh.world().barrier()?;
         let started = Instant::now();
-        let outcome = learner.step(&plan, &[batch], step)?;
+        let outcome = learner.step(&plan, &micro_batches, step)?;
         let elapsed_ms = started.elapsed().as_secs_f64() * 1e3;
         loss = outcome.loss;
         if step >= WARM_UP {
@@ -64,15 +106,27 @@ pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Re
             dropped += outcome.moe.iter().map(|(_, layer)| layer.dropped).sum::<u64>();
         }
     }
-    let [step_ms, min_ms, max_ms] = spread(times);
+    Ok(Figures {
+        parameters: plan.model.num_parameters(),
+        mesh: shape,
+        step_ms: spread(times),
+        loss,
+        fraction_tokens_dropped: dropped as f64 / routed.max(1) as f64,
+    })
+}
+
+fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Outcome> {
+    let Figures { parameters, mesh, step_ms: [step_ms, min_ms, max_ms], loss, fraction_tokens_dropped } =
+        figures;
     let tokens = arguments.rows * (arguments.inputs_length + arguments.targets_length);
     let tokens_per_second = tokens as f64 / step_ms * 1e3;
-    let fraction_tokens_dropped = dropped as f64 / routed.max(1) as f64;
     let peak = memory::peak_bytes();
     if arguments.json {
         output::json(&serde_json::json!({
             "preset": arguments.preset, "experts": arguments.experts, "optimizer": arguments.optimizer,
-            "precision": arguments.precision, "parameters": plan.model.num_parameters(),
+            "precision": arguments.precision, "parameters": parameters,
+            "data_parallel_size": mesh.data, "expert_parallel_size": mesh.expert,
+            "tensor_parallel_size": mesh.tensor,
             "step_ms": step_ms, "min_ms": min_ms, "max_ms": max_ms,
             "tokens_per_second": tokens_per_second, "peak_memory_bytes": peak, "loss": loss,
             "fraction_tokens_dropped": fraction_tokens_dropped,
