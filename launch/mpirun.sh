@@ -42,8 +42,7 @@ if ! command -v "$program" >/dev/null; then
   exit 1
 fi
 
-# Ranks get their time to save before mpirun kills them.
-command=(mpirun --mca odls_base_sigkill_timeout 300)
+command=(mpirun)
 [ -n "$ranks" ] && command+=(-n "$ranks")
 [ -n "$hostfile" ] && command+=(--hostfile "$hostfile")
 # Options are words: they are meant to split.
