@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod cli;
+#[cfg(feature = "mpi")]
+mod distributed;
 mod resume;
 mod support;
 mod train;
