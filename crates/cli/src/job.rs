@@ -128,13 +128,13 @@ impl Job {
             Err(error) => error,
         };
         match error.downcast::<EndsAll>() {
-            Ok(EndsAll::Told) => {
+            Ok(ends_all) => {
+                // Before any rank can leave: launchers end all ranks as soon as one has failed.
+                if let EndsAll::ToTell(error) = ends_all {
+                    report::print(&error);
+                }
                 self.world.finish()?;
                 Ok(Outcome::Failed)
-            }
-            Ok(EndsAll::ToTell(error)) => {
-                self.world.finish()?;
-                Err(error)
             }
             Err(error) => {
                 let lost = error.chain().any(|cause| {
