@@ -1,5 +1,6 @@
 //! Jobs of several ranks under mpirun: the same run on any mesh, and nothing lost by any fault.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -205,10 +206,13 @@ fn killed_and_restarted(place: &Place, kills: usize, log: bool) {
         if log {
             let (steps, seconds) = (lines_logged(place, "killed"), killed.elapsed().as_secs_f64());
             let newest = checkpoints(place, "killed").into_iter().max().unwrap_or_default();
-            println!(
+            let mut out = std::io::stdout();
+            let said = writeln!(
+                out,
                 "kill {kill}: rank {rank} after {pause:?}, {steps} lines logged, ended with {code:?} in {seconds:.1} s, \
                  newest of checkpoints {newest}"
             );
+            said.expect("a terminal");
         }
     }
     job(place, 4, &format!("{run} --run-dir killed --resume auto"), 0);

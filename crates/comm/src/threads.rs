@@ -19,7 +19,7 @@ use crate::reduce::Reduce;
 /// it began.
 pub fn threads(size: usize, timeout: Duration) -> Vec<Arc<dyn Communicator>> {
     let group = Arc::new(Group::new((0..size).collect(), timeout));
-    (0..size).map(|rank| Rank::new(&group, rank, "world")).collect()
+    (0..size).map(|rank| Rank::member(&group, rank, "world")).collect()
 }
 
 /// One rank's place in a group.
@@ -218,7 +218,7 @@ impl Group {
 }
 
 impl Rank {
-    fn new(group: &Arc<Group>, rank: usize, label: &str) -> Arc<dyn Communicator> {
+    fn member(group: &Arc<Group>, rank: usize, label: &str) -> Arc<dyn Communicator> {
         Arc::new(Self { group: Arc::clone(group), rank, label: label.to_owned(), calls: Mutex::new(0) })
     }
 
@@ -342,7 +342,7 @@ impl Communicator for Rank {
         let group = &meeting.groups[&color];
         let job_rank = self.group.members[self.rank];
         let rank = group.members.iter().position(|&member| member == job_rank);
-        Ok(Self::new(group, rank.expect("a rank is in the group of its color"), label))
+        Ok(Self::member(group, rank.expect("a rank is in the group of its color"), label))
     }
 }
 

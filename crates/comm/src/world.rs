@@ -173,15 +173,10 @@ impl World {
     /// Every rank must call it, or drop its world.
     /// # Errors
     /// [`CommError`] if the world is broken; the job is then not left.
-    #[cfg_attr(not(feature = "mpi"), expect(unused_mut, reason = "a world of one has nothing to leave"))]
     pub fn finish(mut self) -> Result<(), CommError> {
         self.leave()
     }
 
-    #[cfg_attr(
-        not(feature = "mpi"),
-        expect(clippy::unnecessary_wraps, clippy::needless_pass_by_ref_mut, reason = "MPI can fail")
-    )]
     fn leave(&mut self) -> Result<(), CommError> {
         match &mut self.part {
             Part::Solo(_) => Ok(()),

@@ -162,13 +162,13 @@ mod tests {
         assert_eq!(part.cut(&shape, &whole), [13, 14, 17, 18, 21, 22]);
         let rows = Part { start: vec![0, 1, 0], shape: vec![2, 2, 4] };
         assert_eq!(rows.runs(&shape).collect::<Vec<_>>(), [4..12, 16..24]);
-        assert_eq!(Part::whole(&shape).runs(&shape).collect::<Vec<_>>(), [0..24]);
+        assert!(Part::whole(&shape).runs(&shape).eq(std::iter::once(0..24)));
         let mut empty = vec![0; 24];
         rows.paste(&shape, &mut empty, &rows.cut(&shape, &whole));
         assert_eq!(rows.cut(&shape, &empty), rows.cut(&shape, &whole));
         assert_eq!(empty[..4], [0; 4]);
         let vector = Part { start: vec![2], shape: vec![3] };
-        assert_eq!(vector.runs(&[6]).collect::<Vec<_>>(), [2..5]);
+        assert!(vector.runs(&[6]).eq(std::iter::once(2..5)));
     }
 
     #[test]

@@ -77,6 +77,9 @@ struct Bucket {
     owned: Vec<Vec<Leg>>,
 }
 
+/// Where new values of a parameter go in what this rank holds, and the values.
+type Arrival<'a> = (Range<usize>, &'a [f32]);
+
 /// What one holder and one owner share of a parameter.
 #[derive(Debug, Clone)]
 struct Leg {
@@ -432,7 +435,7 @@ impl Bucket {
         if outcome.is_err() {
             return (model, outcome);
         }
-        let mut arrived: BTreeMap<&str, Vec<(Range<usize>, &[f32])>> = BTreeMap::new();
+        let mut arrived: BTreeMap<&str, Vec<Arrival<'_>>> = BTreeMap::new();
         let mut rest = received.as_slice();
         for leg in self.held.iter().flatten().filter(|leg| !leg.stays) {
             let (values, after) = rest.split_at(leg.held.len());

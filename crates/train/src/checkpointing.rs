@@ -48,7 +48,7 @@ struct Writing {
 
 enum Stage {
     /// Every rank writes its shards; the first has what it needs to finish.
-    Shards(JoinHandle<Result<ShardReport, CheckpointError>>, Option<Finish>),
+    Shards(JoinHandle<Result<ShardReport, CheckpointError>>, Option<Box<Finish>>),
     /// The first rank finishes, the others wait.
     Commit(Option<JoinHandle<Result<PathBuf, CheckpointError>>>),
 }
@@ -164,13 +164,13 @@ impl<'a> Checkpoints<'a> {
                 data: self.data.state(samples),
                 plan: self.plan.clone(),
             };
-            let ready = finish.insert(Finish {
+            let ready = finish.insert(Box::new(Finish {
                 pending: PendingCheckpoint::begin(&self.directory, progress.step)?,
                 checkpoints: self.directory.clone(),
                 plan: self.plan.clone(),
                 trainer: serde_json::to_value(&state).map_err(TrainError::NoJson)?,
                 tokenizer_files: self.tokenizer_files(),
-            });
+            }));
             Ok(ready.pending.path().to_string_lossy().into_owned())
         });
         let directory = match self.tolerated(begun, must_succeed)? {

@@ -28,6 +28,9 @@ struct Trained {
 /// Parts of whole tensors, as one rank has them.
 type Parts = Vec<Vec<(Part, Vec<f32>)>>;
 
+/// Steps, parameters, first moments and evaluation of one rank.
+type RankTrained = (Vec<StepOutcome>, Parts, Parts, Evaluation);
+
 fn plan(mesh: MeshShape, sets: &[&str]) -> RunPlan {
     let sizes = [
         format!("parallel.expert_parallel_size={}", mesh.expert),
@@ -65,7 +68,7 @@ fn train(mesh: MeshShape, sets: &[&str], steps: u64) -> Trained {
         assert_eq!(found.0, *outcome, "rank {rank} of {mesh} reports the same steps");
         assert_eq!(found.3, ranks[0].3, "rank {rank} of {mesh} reports the same evaluation");
     }
-    let parts = |pick: fn(&(Vec<StepOutcome>, Parts, Parts, Evaluation)) -> &Parts| {
+    let parts = |pick: fn(&RankTrained) -> &Parts| {
         let of = |(number, spec): (usize, &ParameterSpec)| {
             joined(spec, ranks.iter().flat_map(|rank| &pick(rank)[number]))
         };
@@ -95,7 +98,7 @@ fn joined<'a>(spec: &ParameterSpec, parts: impl Iterator<Item = &'a (Part, Vec<f
     whole.into_iter().map(|bits| f32::from_bits(bits.expect("every element has a holder"))).collect()
 }
 
-fn train_rank(plan: &RunPlan, mesh: Arc<Mesh>, steps: u64) -> (Vec<StepOutcome>, Parts, Parts, Evaluation) {
+fn train_rank(plan: &RunPlan, mesh: Arc<Mesh>, steps: u64) -> RankTrained {
     let (shape, at) = (mesh.shape(), mesh.at());
     let specs = parameters(&plan.model);
     let mut learner = Learner::new(plan, &Device::flex().autodiff(), Arc::clone(&mesh));
