@@ -1,0 +1,246 @@
+//! Ranks that die, stop, fail or are slow.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::{
+    EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, lines_logged, mpirun,
+    mpirun_each, signal, wait_for, wait_often_for,
+};
+use crate::support::{Place, for_many_ranks, stderr};
+
+/// Numbers that look random, the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// When a rank is killed.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// Any time after the ranks exist.
+    Start,
+    /// Any time after a step of this start: within or between steps, evaluations and saves.
+    Training,
+    /// As soon as a checkpoint has been begun.
+    Saving,
+}
+
+fn is_saving(place: &Place, run: &str) -> bool {
+    checkpoints(place, run).iter().any(|name| name.starts_with(".tmp-"))
+}
+
+fn newest(place: &Place, run: &str) -> String {
+    let complete = checkpoints(place, run).into_iter().filter(|name| name.starts_with("step-"));
+    complete.max().unwrap_or_else(|| "none".to_owned())
+}
+
+/// Kills ranks of a run until it has been killed `kills` times, then lets it end; returns how many kills
+/// left a checkpoint half written.
+fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> usize {
+    // Enough weights that a checkpoint takes a while to write.
+    let size = "--set model.d_ff=256 --set model.num_experts=8";
+    let run =
+        format!("{SHARED} {EXPERTS} {size} --set schedule.total_steps=150 --set checkpoint.every_steps=5");
+    job(place, 4, &format!("{run} --run-dir whole"), 0);
+    let again = format!("{run} --run-dir killed --resume auto");
+    let mut random = Random(4_711);
+    let mut half_written = 0;
+    for kill in 0..kills {
+        let moment = [Moment::Saving, Moment::Training, Moment::Start][(kill % 3) as usize];
+        let (before, resumed) = (lines_logged(place, "killed"), newest(place, "killed"));
+        let child = Job::start(mpirun(place, "-n 4", &again));
+        let ranks = child.ranks(4);
+        let pause = Duration::from_micros(match moment {
+            Moment::Start => random.below(300_000),
+            Moment::Training => random.below(100_000),
+            Moment::Saving => random.below(3_000),
+        });
+        match moment {
+            Moment::Start => {}
+            Moment::Training => wait_for("a step", || lines_logged(place, "killed") != before),
+            Moment::Saving => {
+                // What an earlier kill left is cleared first.
+                wait_for("the start of training", || {
+                    lines_logged(place, "killed") > 0 && !is_saving(place, "killed")
+                });
+                wait_often_for("a save", Duration::from_micros(100), || is_saving(place, "killed"));
+            }
+        }
+        std::thread::sleep(pause);
+        let rank = random.below(4) as usize;
+        signal(ranks[rank], "-KILL");
+        let killed = Instant::now();
+        let output = child.ended();
+        let seconds = killed.elapsed().as_secs_f64();
+        let code = output.status.code();
+        assert!(matches!(code, Some(75 | 137)), "{code:?} {}", stderr(&output));
+        assert_gone(&ranks);
+        half_written += usize::from(is_saving(place, "killed"));
+        if tell {
+            let moment = format!("{moment:?}");
+            let left = if is_saving(place, "killed") { ", a save half written" } else { "" };
+            let line = format!(
+                "kill {kill:2}: {moment:8} + {:5.1} ms, rank {rank}, resumed from {resumed}, exit code {}, ended in \
+                 {seconds:.1} s, newest {}{left}",
+                pause.as_secs_f64() * 1e3,
+                code.expect("checked"),
+                newest(place, "killed"),
+            );
+            writeln!(std::io::stdout(), "{line}").expect("a terminal");
+        }
+    }
+    job(place, 4, &again, 0);
+    assert_same_end(place, "whole", "killed");
+    let left = checkpoints(place, "killed");
+    assert!(left.iter().all(|name| name.starts_with("step-")), "{left:?}");
+    half_written
+}
+
+#[test]
+fn kills_of_any_rank_at_any_moment_change_nothing() {
+    let half_written = killed_and_restarted(&Place::with_experiment(), 6, false);
+    assert!(half_written > 0, "no kill came within a save");
+}
+
+#[test]
+#[ignore = "minutes; `cargo xtask test -- --ignored fifty_kills --nocapture` prints its log"]
+fn fifty_kills_change_nothing() {
+    killed_and_restarted(&Place::with_experiment(), 50, true);
+}
+
+#[test]
+fn a_rank_that_stops_is_named_and_the_job_ends() {
+    let place = Place::with_experiment();
+    let run = format!("{SHARED} {EXPERTS} --set schedule.total_steps=5000 --set comm.timeout_s=3");
+    for stopped in [2, 0] {
+        let name = format!("stopped-{stopped}");
+        let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir {name}")));
+        let ranks = child.ranks(4);
+        wait_for("some steps", || lines_logged(&place, &name) > 3);
+        signal(ranks[stopped], "-STOP");
+        let since = Instant::now();
+        let output = child.ended();
+        let said = stderr(&output);
+        assert!(since.elapsed() < Duration::from_secs(33), "{:?}: {said}", since.elapsed());
+        assert_eq!(output.status.code(), Some(75), "{said}");
+        let told: Vec<&str> = said.lines().filter(|line| line.contains("has not finished for")).collect();
+        let [line] = told.as_slice() else { panic!("one line says it: {said}") };
+        let process = format!("missing: rank {stopped} (host ");
+        assert!(line.contains(&process) && line.contains(&format!("pid {})", ranks[stopped])), "{line}");
+        assert!(line.contains("has been silent for"), "{line}");
+        let operation = line.trim_start_matches("error: ").split(' ').next().expect("a word");
+        let known = ["all_reduce", "all_gather", "all_to_all", "reduce_scatter", "broadcast", "barrier"];
+        assert!(known.iter().any(|name| operation.starts_with(name)), "names the operation: {line}");
+        assert_gone(&ranks);
+    }
+}
+
+#[test]
+fn a_rank_that_is_slow_but_alive_changes_nothing() {
+    let place = Place::with_experiment();
+    let run = format!("{SHARED} {EXPERTS} --set comm.timeout_s=30");
+    job(&place, 4, &format!("{run} --run-dir quick"), 0);
+    for slow in [1, 0] {
+        let name = format!("slow-{slow}");
+        let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir {name}")));
+        let ranks = child.ranks(4);
+        wait_for("a step", || lines_logged(&place, &name) > 0);
+        signal(ranks[slow], "-STOP");
+        std::thread::sleep(Duration::from_secs(2));
+        signal(ranks[slow], "-CONT");
+        let output = child.ended();
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_same_end(&place, "quick", &name);
+    }
+}
+
+#[test]
+fn a_signal_to_one_rank_saves_on_all() {
+    let place = Place::with_experiment();
+    let run = format!("{SHARED} {EXPERTS} --set schedule.total_steps=200 --set checkpoint.every_steps=0");
+    job(&place, 4, &format!("{run} --run-dir whole"), 0);
+    let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir asked")));
+    let ranks = child.ranks(4);
+    wait_for("some steps", || lines_logged(&place, "asked") > 3);
+    signal(ranks[2], "-TERM");
+    let output = child.ended();
+    assert_eq!(output.status.code(), Some(75), "{}", stderr(&output));
+    assert_eq!(checkpoints(&place, "asked").len(), 1);
+    job(&place, 4, &format!("{run} --run-dir asked --resume auto"), 0);
+    assert_same_end(&place, "whole", "asked");
+}
+
+/// Two ranks of which `limited` may write no file above 8 KiB: it fails where it writes more, or, with
+/// `deadly`, it is ended there by the system.
+fn with_a_limit(place: &Place, limited: usize, deadly: bool, arguments: &str) -> std::process::Command {
+    let ignore = if deadly { "" } else { "trap '' XFSZ; " };
+    // In blocks of 512 bytes.
+    let limit = format!("{ignore}ulimit -f 16; exec \"$0\" \"$@\"");
+    let mut command = std::process::Command::new("mpirun");
+    command.arg("--oversubscribe");
+    for rank in 0..2 {
+        command.args((rank > 0).then_some(":")).args(["-n", "1"]);
+        if rank == limited {
+            command.args(["sh", "-c", &limit]);
+        }
+        command.arg(env!("CARGO_BIN_EXE_switchyard")).args(arguments.split_whitespace());
+    }
+    for_many_ranks(&mut command, place);
+    command
+}
+
+#[test]
+fn a_rank_that_cannot_write_ends_the_job_with_its_reason() {
+    let place = Place::with_experiment();
+    place.run("train run.toml --run-dir caches --max-steps 1");
+    let run = format!("{SHARED} --set checkpoint.every_steps=10");
+    let stop = format!("{run} --run-dir stop --set checkpoint.on_error=\"stop\"");
+    let said = ends_with(with_a_limit(&place, 1, false, &stop), 1);
+    assert_eq!(said.matches("File too large").count(), 1, "said once: {said}");
+    assert!(said.contains(".safetensors") && said.contains("step-000010"), "names the file: {said}");
+    assert!(checkpoints(&place, "stop").is_empty(), "{:?}", checkpoints(&place, "stop"));
+
+    // The first rank alone writes the metrics, and nobody else knows of that.
+    let said = ends_with(with_a_limit(&place, 0, false, &format!("{run} --run-dir unlogged")), 1);
+    assert!(said.contains("metrics.jsonl") && said.contains("File too large"), "{said}");
+    assert_eq!(said.matches("File too large").count(), 1, "said once: {said}");
+}
+
+#[test]
+fn a_rank_that_is_ended_while_it_writes_loses_nothing() {
+    let place = Place::with_experiment();
+    let run = format!("{SHARED} --set checkpoint.every_steps=10");
+    place.run(&format!("{run} --run-dir whole"));
+    let ended = with_a_limit(&place, 1, true, &format!("{run} --run-dir run"));
+    let output = Job::start(ended).ended();
+    let said = stderr(&output);
+    assert!(matches!(output.status.code(), Some(75 | 153)), "{:?} {said}", output.status);
+    assert_eq!(checkpoints(&place, "run").iter().filter(|name| name.starts_with("step-")).count(), 0);
+    job(&place, 2, &format!("{run} --run-dir run --resume auto"), 0);
+    assert!(checkpoints(&place, "run").iter().all(|name| name.starts_with("step-")));
+    assert!(super::weights(&place, "whole") == super::weights(&place, "run"));
+}
+
+#[test]
+fn data_that_one_rank_cannot_read_ends_all_with_its_reason() {
+    let place = Place::with_experiment();
+    place.run("train run.toml --run-dir caches --max-steps 1");
+    place.write("elsewhere/run.toml", crate::support::EXPERIMENT.as_bytes());
+    let (here, there) = (place.root(), place.path("elsewhere"));
+    let directory = |path: &Path| format!("-n 1 --wdir {}", path.display());
+    let run = format!("{SHARED} --run-dir {}", place.path("run").display());
+    for (first, second) in [(here, there.as_path()), (there.as_path(), here)] {
+        let parts = [(directory(first), &run), (directory(second), &run)];
+        let parts = parts.each_ref().map(|(options, run)| (options.as_str(), run.as_str()));
+        let said = ends_with(mpirun_each(&place, &parts), 1);
+        assert_eq!(said.matches("error:").count(), 1, "one rank says it: {said}");
+        assert!(said.contains("corpus.json.gz") || said.contains("tokenizer"), "names the file: {said}");
+        assert!(checkpoints(&place, "run").is_empty());
+    }
+}
