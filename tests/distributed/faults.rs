@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::path::Path;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use super::{
@@ -176,55 +177,58 @@ fn a_signal_to_one_rank_saves_on_all() {
     assert_same_end(&place, "whole", "asked");
 }
 
-/// Two ranks of which `limited` may write no file above 8 KiB: it fails where it writes more, or, with
-/// `deadly`, it is ended there by the system.
-fn with_a_limit(place: &Place, limited: usize, deadly: bool, arguments: &str) -> std::process::Command {
-    let ignore = if deadly { "" } else { "trap '' XFSZ; " };
-    // In blocks of 512 bytes.
-    let limit = format!("{ignore}ulimit -f 16; exec \"$0\" \"$@\"");
-    let mut command = std::process::Command::new("mpirun");
-    command.arg("--oversubscribe");
-    for rank in 0..2 {
-        command.args((rank > 0).then_some(":")).args(["-n", "1"]);
-        if rank == limited {
-            command.args(["sh", "-c", &limit]);
-        }
-        command.arg(env!("CARGO_BIN_EXE_switchyard")).args(arguments.split_whitespace());
+/// Two ranks, of which `limited` may write no file above 8 KiB once the run has logged a few steps. More
+/// fails, or, if `deadly`, has the system end that rank.
+fn with_a_limit(place: &Place, limited: usize, deadly: bool, run: &str, arguments: &str) -> Output {
+    let mut command = Command::new("mpirun");
+    command.args(["--oversubscribe", "-n", "2"]);
+    if !deadly {
+        command.args(["sh", "-c", "trap '' XFSZ; exec \"$0\" \"$@\""]);
     }
+    command.arg(env!("CARGO_BIN_EXE_switchyard")).args(arguments.split_whitespace());
     for_many_ranks(&mut command, place);
-    command
+    command.args(["--run-dir", run]);
+    let child = Job::start(command);
+    let ranks = child.ranks(2);
+    wait_for("some steps", || lines_logged(place, run) > 3);
+    let pid = ranks[limited].to_string();
+    let set = Command::new("prlimit").args(["--pid", &pid, "--fsize=8192:8192"]).status();
+    assert!(set.expect("prlimit of util-linux").success());
+    child.ended()
 }
 
 #[test]
 fn a_rank_that_cannot_write_ends_the_job_with_its_reason() {
     let place = Place::with_experiment();
-    place.run("train run.toml --run-dir caches --max-steps 1");
-    let run = format!("{SHARED} --set checkpoint.every_steps=10");
-    let stop = format!("{run} --run-dir stop --set checkpoint.on_error=\"stop\"");
-    let said = ends_with(with_a_limit(&place, 1, false, &stop), 1);
-    assert_eq!(said.matches("File too large").count(), 1, "said once: {said}");
-    assert!(said.contains(".safetensors") && said.contains("step-000010"), "names the file: {said}");
-    assert!(checkpoints(&place, "stop").is_empty(), "{:?}", checkpoints(&place, "stop"));
-
-    // The first rank alone writes the metrics, and nobody else knows of that.
-    let said = ends_with(with_a_limit(&place, 0, false, &format!("{run} --run-dir unlogged")), 1);
-    assert!(said.contains("metrics.jsonl") && said.contains("File too large"), "{said}");
-    assert_eq!(said.matches("File too large").count(), 1, "said once: {said}");
+    // The first rank alone writes the metrics, and nobody else learns that it could not.
+    let cases = [(1, "00001.safetensors"), (0, "metrics.jsonl")];
+    for (rank, file) in cases {
+        let run = format!("limited-{rank}");
+        let arguments = format!("{SHARED} --set schedule.total_steps=300 --set checkpoint.every_steps=100");
+        let output = with_a_limit(&place, rank, false, &run, &arguments);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert_eq!(said.matches("File too large").count(), 1, "said once: {said}");
+        assert_eq!(said.matches("error:").count(), 1, "said once: {said}");
+        assert!(said.contains(file), "names the file: {said}");
+        assert!(checkpoints(&place, &run).is_empty(), "{:?}", checkpoints(&place, &run));
+    }
 }
 
 #[test]
 fn a_rank_that_is_ended_while_it_writes_loses_nothing() {
     let place = Place::with_experiment();
-    let run = format!("{SHARED} --set checkpoint.every_steps=10");
-    place.run(&format!("{run} --run-dir whole"));
-    let ended = with_a_limit(&place, 1, true, &format!("{run} --run-dir run"));
-    let output = Job::start(ended).ended();
+    let run = format!("{SHARED} --set schedule.total_steps=300 --set checkpoint.every_steps=100");
+    job(&place, 2, &format!("{run} --run-dir whole"), 0);
+    let output = with_a_limit(&place, 1, true, "ended", &run);
     let said = stderr(&output);
+    // As mpirun reports SIGXFSZ, or the watchdog the lost rank.
     assert!(matches!(output.status.code(), Some(75 | 153)), "{:?} {said}", output.status);
-    assert_eq!(checkpoints(&place, "run").iter().filter(|name| name.starts_with("step-")).count(), 0);
-    job(&place, 2, &format!("{run} --run-dir run --resume auto"), 0);
-    assert!(checkpoints(&place, "run").iter().all(|name| name.starts_with("step-")));
-    assert!(super::weights(&place, "whole") == super::weights(&place, "run"));
+    assert!(is_saving(&place, "ended"), "it came to the save: {:?}", checkpoints(&place, "ended"));
+    assert_eq!(newest(&place, "ended"), "none");
+    job(&place, 2, &format!("{run} --run-dir ended --resume auto"), 0);
+    assert!(!is_saving(&place, "ended"), "{:?}", checkpoints(&place, "ended"));
+    assert_same_end(&place, "whole", "ended");
 }
 
 #[test]

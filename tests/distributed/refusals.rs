@@ -61,9 +61,9 @@ fn sizes_that_do_not_fit_are_refused_once() {
     let three = format!("{shared} --set parallel.expert_parallel_size=2");
     refused(3, &three, &["expert_parallel_size = 2 does not divide the 3 data-parallel ranks"]);
     refused(2, EXPERTS, &["does not divide the 2 data-parallel ranks"]);
-    refused(4, "--set parallel.expert_parallel_size=3", &["expert_parallel_size"]);
+    refused(4, "--set parallel.expert_parallel_size=3", &["does not divide model.num_experts = 4"]);
     refused(3, "--set parallel.tensor_parallel_size=2", &["3 ranks cannot be cut into groups"]);
-    refused(2, "--set parallel.data_parallel_size=4", &["data_parallel_size"]);
+    refused(2, "--set parallel.data_parallel_size=4", &["error: parallel.data_parallel_size = 4"]);
     refused(2, "--set model.num_expert=4", &["unknown key `model.num_expert`"]);
     assert!(!place.path("runs").exists());
 }
