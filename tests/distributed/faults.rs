@@ -24,12 +24,21 @@ impl Random {
 /// When a rank is killed.
 #[derive(Debug, Clone, Copy)]
 enum Moment {
+    /// As soon as a checkpoint has been begun, after one that this start has completed.
+    Saving,
+    /// Some steps after this start: within or between steps, evaluations and saves.
+    Training,
     /// Any time after the ranks exist.
     Start,
-    /// Any time after a step of this start: within or between steps, evaluations and saves.
-    Training,
-    /// As soon as a checkpoint has been begun.
-    Saving,
+}
+
+/// What kills met.
+#[derive(Debug, Default)]
+struct Met {
+    /// Saves that were left half written.
+    half_written: usize,
+    /// Starts from a checkpoint.
+    resumed: usize,
 }
 
 fn is_saving(place: &Place, run: &str) -> bool {
@@ -41,38 +50,45 @@ fn newest(place: &Place, run: &str) -> String {
     complete.max().unwrap_or_else(|| "none".to_owned())
 }
 
-/// Kills ranks of a run until it has been killed `kills` times, then lets it end; returns how many kills
-/// left a checkpoint half written.
-fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> usize {
-    // Enough weights that a checkpoint takes a while to write.
+/// Waits for `moment` of a run that was started again from checkpoint `resumed`, after `logged` steps.
+fn wait_for_moment(place: &Place, moment: Moment, resumed: &str, logged: u64, random: &mut Random) {
+    match moment {
+        Moment::Start => {}
+        Moment::Training => {
+            // Steps that no earlier start has logged.
+            let further = logged + 1 + random.below(10);
+            wait_for("steps", || last_step(place, "killed") >= further);
+        }
+        Moment::Saving => {
+            wait_for("a save", || newest(place, "killed") != resumed && !is_saving(place, "killed"));
+            wait_often_for("another save", Duration::from_micros(100), || is_saving(place, "killed"));
+        }
+    }
+}
+
+/// Kills ranks of a run until it has been killed `kills` times, then lets it end.
+fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> Met {
+    // Enough weights that a checkpoint takes a while to write, and steps that outlast all kills.
     let size = "--set model.d_ff=256 --set model.num_experts=8";
-    let run =
-        format!("{SHARED} {EXPERTS} {size} --set schedule.total_steps=150 --set checkpoint.every_steps=5");
+    let steps = 60 + 12 * kills;
+    let run = format!(
+        "{SHARED} {EXPERTS} {size} --set schedule.total_steps={steps} --set checkpoint.every_steps=5"
+    );
     job(place, 4, &format!("{run} --run-dir whole"), 0);
     let again = format!("{run} --run-dir killed --resume auto");
     let mut random = Random(4_711);
-    let mut half_written = 0;
+    let mut met = Met::default();
     for kill in 0..kills {
         let moment = [Moment::Saving, Moment::Training, Moment::Start][(kill % 3) as usize];
-        let (before, resumed) = (lines_logged(place, "killed"), newest(place, "killed"));
+        let (resumed, logged) = (newest(place, "killed"), last_step(place, "killed"));
         let child = Job::start(mpirun(place, "-n 4", &again));
         let ranks = child.ranks(4);
+        wait_for_moment(place, moment, &resumed, logged, &mut random);
         let pause = Duration::from_micros(match moment {
-            Moment::Start => random.below(300_000),
-            Moment::Training => random.below(100_000),
             Moment::Saving => random.below(3_000),
+            Moment::Training => random.below(30_000),
+            Moment::Start => random.below(300_000),
         });
-        match moment {
-            Moment::Start => {}
-            Moment::Training => wait_for("a step", || lines_logged(place, "killed") != before),
-            Moment::Saving => {
-                // What an earlier kill left is cleared first.
-                wait_for("the start of training", || {
-                    lines_logged(place, "killed") > 0 && !is_saving(place, "killed")
-                });
-                wait_often_for("a save", Duration::from_micros(100), || is_saving(place, "killed"));
-            }
-        }
         std::thread::sleep(pause);
         let rank = random.below(4) as usize;
         signal(ranks[rank], "-KILL");
@@ -82,15 +98,17 @@ fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> usize {
         let code = output.status.code();
         assert!(matches!(code, Some(75 | 137)), "{code:?} {}", stderr(&output));
         assert_gone(&ranks);
-        half_written += usize::from(is_saving(place, "killed"));
+        met.half_written += usize::from(is_saving(place, "killed"));
+        met.resumed += usize::from(resumed != "none");
         if tell {
             let moment = format!("{moment:?}");
             let left = if is_saving(place, "killed") { ", a save half written" } else { "" };
             let line = format!(
                 "kill {kill:2}: {moment:8} + {:5.1} ms, rank {rank}, resumed from {resumed}, exit code {}, ended in \
-                 {seconds:.1} s, newest {}{left}",
+                 {seconds:.1} s, logged step {}, newest {}{left}",
                 pause.as_secs_f64() * 1e3,
                 code.expect("checked"),
+                last_step(place, "killed"),
                 newest(place, "killed"),
             );
             writeln!(std::io::stdout(), "{line}").expect("a terminal");
@@ -100,19 +118,27 @@ fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> usize {
     assert_same_end(place, "whole", "killed");
     let left = checkpoints(place, "killed");
     assert!(left.iter().all(|name| name.starts_with("step-")), "{left:?}");
-    half_written
+    met
+}
+
+/// Step of the last whole line of the run's metrics, 0 without one.
+fn last_step(place: &Place, run: &str) -> u64 {
+    let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap_or_default();
+    let records = text.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    records.filter_map(|record| record["step"].as_u64()).next().unwrap_or(0)
 }
 
 #[test]
 fn kills_of_any_rank_at_any_moment_change_nothing() {
-    let half_written = killed_and_restarted(&Place::with_experiment(), 6, false);
-    assert!(half_written > 0, "no kill came within a save");
+    let met = killed_and_restarted(&Place::with_experiment(), 6, false);
+    assert!(met.half_written > 0 && met.resumed > 3, "{met:?}");
 }
 
 #[test]
 #[ignore = "minutes; `cargo xtask test -- --ignored fifty_kills --nocapture` prints its log"]
 fn fifty_kills_change_nothing() {
-    killed_and_restarted(&Place::with_experiment(), 50, true);
+    let met = killed_and_restarted(&Place::with_experiment(), 50, true);
+    assert!(met.half_written > 10 && met.resumed > 40, "{met:?}");
 }
 
 #[test]

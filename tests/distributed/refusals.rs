@@ -63,7 +63,8 @@ fn sizes_that_do_not_fit_are_refused_once() {
     refused(2, EXPERTS, &["does not divide the 2 data-parallel ranks"]);
     refused(4, "--set parallel.expert_parallel_size=3", &["does not divide model.num_experts = 4"]);
     refused(3, "--set parallel.tensor_parallel_size=2", &["3 ranks cannot be cut into groups"]);
-    refused(2, "--set parallel.data_parallel_size=4", &["error: parallel.data_parallel_size = 4"]);
+    let four = format!("{shared} --set parallel.data_parallel_size=4");
+    refused(2, &four, &["is not the job's 2 ranks"]);
     refused(2, "--set model.num_expert=4", &["unknown key `model.num_expert`"]);
     assert!(!place.path("runs").exists());
 }
