@@ -2,6 +2,8 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+#[cfg(feature = "mpi")]
+use std::process::Stdio;
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -62,6 +64,7 @@ impl Place {
         Command::new("unshare")
             .args(["--mount", "--map-root-user", "sh", "-c", &script])
             .env("PROGRAM", env!("CARGO_BIN_EXE_switchyard"))
+            .envs(MPIRUN_HERE)
             .current_dir(self.root())
             .output()
             .expect("unshare of util-linux")
@@ -95,6 +98,20 @@ impl Place {
         }
         assert!(!text.contains("panicked"), "{text}");
     }
+}
+
+/// What mpirun asks of root, and of machines with fewer cores than ranks; users decide that themselves.
+pub(crate) const MPIRUN_HERE: [(&str, &str); 4] = [
+    ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+    ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+    ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+    ("RAYON_NUM_THREADS", "1"),
+];
+
+/// Lets `command` start many ranks in `place`.
+#[cfg(feature = "mpi")]
+pub(crate) fn for_many_ranks(command: &mut Command, place: &Place) {
+    command.envs(MPIRUN_HERE).current_dir(place.root()).stdin(Stdio::null());
 }
 
 pub(crate) fn stderr(output: &Output) -> String {

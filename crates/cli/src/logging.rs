@@ -9,6 +9,7 @@ use anyhow::Context;
 use indicatif::ProgressBar;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer;
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -28,7 +29,9 @@ pub(crate) fn start(verbosity: Verbosity, file: Option<&Path>) -> anyhow::Result
         .without_time()
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(AboveProgress)
-        .with_filter(level);
+        .with_filter(level)
+        // What ends a job is told by whoever joined it, also before logs have begun.
+        .with_filter(filter_fn(|event| !event.target().starts_with("switchyard_comm")));
     let file = match file {
         Some(path) => {
             let file = File::options()

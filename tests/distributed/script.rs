@@ -1,0 +1,102 @@
+//! Signals to mpirun, and the script that starts again.
+
+use std::path::Path;
+use std::process::Command;
+
+use super::{
+    EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, lines_logged, mpirun,
+    signal, wait_for,
+};
+use crate::support::{Place, for_many_ranks, stderr};
+
+const RUN: &str = "run.toml --set comm.deterministic=true --set schedule.total_steps=150";
+
+/// `launch/mpirun.sh` with two ranks, and `arguments` from the experiment on.
+fn launch(place: &Place, arguments: &str) -> Command {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../launch/mpirun.sh");
+    let mut command = Command::new("bash");
+    command.arg(script).args(["-n", "2", "--mpirun", "--oversubscribe"]).args(arguments.split_whitespace());
+    command.env("SWITCHYARD", env!("CARGO_BIN_EXE_switchyard")).env("SWITCHYARD_BACKOFF_S", "0");
+    for_many_ranks(&mut command, place);
+    command
+}
+
+#[test]
+fn a_signal_to_mpirun_saves_on_all_ranks_and_the_run_goes_on() {
+    let place = Place::with_experiment();
+    let run = format!("{SHARED} {EXPERTS} --set schedule.total_steps=200 --set checkpoint.every_steps=0");
+    job(&place, 4, &format!("{run} --run-dir whole"), 0);
+    let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir asked")));
+    let ranks = child.ranks(4);
+    wait_for("some steps", || lines_logged(&place, "asked") > 3);
+    signal(child.pid(), "-USR1");
+    let output = child.ended();
+    assert_eq!(output.status.code(), Some(75), "{}", stderr(&output));
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(printed.matches("continue with: ").count(), 1, "one rank says it: {printed}");
+    assert_eq!(checkpoints(&place, "asked").len(), 1);
+    assert_gone(&ranks);
+    job(&place, 4, &format!("{run} --run-dir asked --resume auto"), 0);
+    assert_same_end(&place, "whole", "asked");
+}
+
+#[test]
+fn the_launch_script_hands_signals_on_and_does_not_restart() {
+    let place = Place::with_experiment();
+    let run = format!("{RUN} --set checkpoint.every_steps=0");
+    job(&place, 2, &format!("train {run} --run-dir whole"), 0);
+    for name in ["-TERM", "-INT"] {
+        let before = lines_logged(&place, "asked");
+        let child = Job::start(launch(&place, &format!("{run} --run-dir asked")));
+        let ranks = child.ranks(2);
+        wait_for("some steps", || lines_logged(&place, "asked") > before + 3);
+        signal(child.pid(), name);
+        let output = child.ended();
+        assert_eq!(output.status.code(), Some(75), "{name}: {}", stderr(&output));
+        assert!(!stderr(&output).contains("starting again"), "{name}: {}", stderr(&output));
+        assert_gone(&ranks);
+    }
+    let said = ends_with(launch(&place, &format!("{run} --run-dir asked")), 0);
+    assert!(said.contains("continuing at step"), "{said}");
+    assert_same_end(&place, "whole", "asked");
+}
+
+#[test]
+fn the_launch_script_restarts_what_was_lost_and_nothing_else() {
+    let place = Place::with_experiment();
+    let run = format!("{RUN} --set checkpoint.every_steps=5");
+    job(&place, 2, &format!("train {run} --run-dir whole"), 0);
+    let child = Job::start(launch(&place, &format!("{run} --run-dir lost")));
+    let ranks = child.ranks(2);
+    wait_for("a checkpoint", || !checkpoints(&place, "lost").is_empty() && lines_logged(&place, "lost") > 8);
+    signal(ranks[1], "-KILL");
+    let output = child.ended();
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said.matches("starting again in 0 s (attempt 1 of 5").count(), 1, "{said}");
+    assert!(said.contains("continuing at step"), "{said}");
+    assert_same_end(&place, "whole", "lost");
+
+    let moved = format!("{run} --set parallel.expert_parallel_size=2 --run-dir lost");
+    ends_with(launch(&place, &moved), 0);
+    for wrong in ["--set optimizer.learning_rate=0.5", "--set parallel.expert_parallel_size=3"] {
+        let said = ends_with(launch(&place, &format!("{run} {wrong} --run-dir lost")), 1);
+        assert!(said.contains("exit code 1: not restarted"), "{said}");
+        assert!(!said.contains("starting again"), "{said}");
+    }
+}
+
+#[test]
+fn the_launch_script_gives_up_without_progress() {
+    let place = Place::with_experiment();
+    // Its ranks are lost at once, every time.
+    place.write("lost.sh", b"#!/bin/sh\nexit 75\n");
+    let program = place.path("lost.sh");
+    let made = Command::new("chmod").arg("+x").arg(&program).status().expect("chmod runs");
+    assert!(made.success());
+    let mut command = launch(&place, "run.toml --run-dir run");
+    command.env("SWITCHYARD", &program).env("SWITCHYARD_RESTARTS", "2");
+    let said = ends_with(command, 75);
+    assert_eq!(said.matches("starting again").count(), 2, "{said}");
+    assert_eq!(said.matches("without a new checkpoint: giving up").count(), 1, "{said}");
+}
