@@ -44,6 +44,9 @@ fn copies_that_do_not_know_of_each_other_are_refused() {
         assert!(said.contains("start") && said.contains("mpirun"), "tells the mend: {said}");
         assert!(!place.path("runs").exists() && !place.path("cache").exists());
     }
+    let mut command = place.command("train run.toml --max-steps 1 --launcher none");
+    command.envs(announced[0]);
+    ends_with(command, 0);
 }
 
 #[test]

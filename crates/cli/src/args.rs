@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use switchyard_comm::Choice;
 use switchyard_config::plan::ParallelPlan;
 
 /// Pretrains, evaluates and runs Switch Transformers and T5.
@@ -27,8 +28,33 @@ pub(crate) struct Arguments {
     /// Where to compute; `cpu` is the only device of this build.
     #[arg(long, global = true, default_value = "cpu", value_parser = device)]
     pub device: Device,
+    /// Who says which rank this process is: `auto` asks the environment (torchrun's variables, Open MPI,
+    /// PMIx, PMI, Slurm), `mpi` the MPI library, `none` makes it one process alone.
+    #[arg(long, global = true, default_value = "auto")]
+    pub launcher: LauncherChoice,
     #[command(flatten)]
     pub verbosity: Verbosity,
+}
+
+/// Values of `--launcher`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LauncherChoice {
+    /// The environment.
+    Auto,
+    /// The MPI library.
+    Mpi,
+    /// Nobody.
+    None,
+}
+
+impl From<LauncherChoice> for Choice {
+    fn from(choice: LauncherChoice) -> Self {
+        match choice {
+            LauncherChoice::Auto => Self::Automatic,
+            LauncherChoice::Mpi => Self::Mpi,
+            LauncherChoice::None => Self::Solo,
+        }
+    }
 }
 
 /// A size from 1 that memory may hold.

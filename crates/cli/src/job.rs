@@ -46,11 +46,11 @@ impl std::error::Error for EndsAll {}
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Job {
-    /// Joins the job that the launcher announces; alone without one.
+    /// Joins the job that the launcher announces, by the user's `choice` of who that is; alone without one.
     ///
     /// `timeout` is the longest wait in a collective before the job is ended as restartable.
-    pub(crate) fn join(timeout: Duration) -> anyhow::Result<Self> {
-        let launch = Launch::detect(Choice::Automatic, |name| std::env::var(name).ok())?;
+    pub(crate) fn join(choice: Choice, timeout: Duration) -> anyhow::Result<Self> {
+        let launch = Launch::detect(choice, |name| std::env::var(name).ok())?;
         let options = StartOptions {
             timeout: Some(timeout),
             address: std::env::var(ADDRESS).ok(),
@@ -115,12 +115,23 @@ impl Job {
         }
     }
 
+    /// Gives the launcher time to show what has been printed: once a rank has ended with another code
+    /// than 0, Open MPI's `mpirun` drops what it has not read yet.
+    fn let_the_launcher_read(&self) {
+        if self.ranks() > 1 {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Ends this process's part in the job: in good order when `outcome` is one of all ranks, else by
     /// ending all others, which may wait for this one.
     pub(crate) fn end(self, outcome: anyhow::Result<Outcome>) -> anyhow::Result<Outcome> {
         let rank = self.rank();
         let error = match outcome {
             Ok(outcome) => {
+                if outcome != Outcome::Done {
+                    self.let_the_launcher_read();
+                }
                 self.world.finish()?;
                 return Ok(outcome);
             }
@@ -133,6 +144,7 @@ impl Job {
                 if let EndsAll::ToTell(error) = ends_all {
                     report::print(&error);
                 }
+                self.let_the_launcher_read();
                 self.world.finish()?;
                 Ok(Outcome::Failed)
             }
@@ -141,6 +153,7 @@ impl Job {
                     cause.is::<CommError>() || matches!(cause.downcast_ref(), Some(TrainError::Comm(_)))
                 });
                 report::print(&error.context(format!("rank {rank}")));
+                self.let_the_launcher_read();
                 abort(if lost { RESTARTABLE } else { 1 })
             }
         }
@@ -161,16 +174,35 @@ fn share_cores(local_ranks: usize) {
     if std::env::var_os("RAYON_NUM_THREADS").is_some() {
         return;
     }
-    // Launchers often bind a rank to cores: those are then all that it has.
-    let bound = std::thread::available_parallelism().map_or(1, usize::from);
-    let share = online_cores().map_or(bound, |cores| cores / local_ranks);
+    let within_reach = std::thread::available_parallelism().map_or(1, usize::from);
+    let bound = bound_cores().unwrap_or(within_reach);
+    // Fewer than it is bound to are a quota, which all ranks of the machine share; otherwise they share
+    // all of the machine's.
+    let shared = if within_reach < bound { within_reach } else { online_cores().unwrap_or(within_reach) };
+    let threads = (shared / local_ranks).clamp(1, bound);
     // Fails only when the pool is there already, which then serves as well.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(share.clamp(1, bound)).build_global();
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
 }
 
+/// Cores that the launcher has bound this process to.
+fn bound_cores() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    cores_of(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim())
+}
+
+/// Cores of the whole machine.
 fn online_cores() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    Some(text.lines().filter(|line| line.starts_with("processor")).count()).filter(|&cores| cores > 0)
+    cores_of(std::fs::read_to_string("/sys/devices/system/cpu/online").ok()?.trim())
+}
+
+/// How many numbers a list such as `0-3,8` has.
+fn cores_of(list: &str) -> Option<usize> {
+    let count = |range: &str| -> Option<usize> {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        Some(last.checked_sub(first)? + 1)
+    };
+    list.split(',').map(count).sum()
 }
 
 /// A panic in one rank would leave the others waiting.
@@ -181,4 +213,18 @@ fn abort_on_panic(rank: usize) {
         print(panic);
         abort(1);
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_cores_are_counted() {
+        assert_eq!(cores_of("0"), Some(1));
+        assert_eq!(cores_of("0-3,8,10-11"), Some(7));
+        for nonsense in ["", "a", "3-1", "0-"] {
+            assert_eq!(cores_of(nonsense), None, "{nonsense}");
+        }
+    }
 }

@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         }
     };
     let verbosity = arguments.verbosity;
-    match commands::run(&arguments.command, &arguments.device, verbosity) {
+    match commands::run(&arguments.command, &arguments.device, arguments.launcher.into(), verbosity) {
         Ok(outcome) => outcome.into(),
         Err(error) => {
             report::print(&error);

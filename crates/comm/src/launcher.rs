@@ -91,7 +91,7 @@ pub enum LaunchError {
         size: usize,
     },
     /// Several ranks, but this program cannot speak with others.
-    #[error("{} but this program was built without MPI; build it with `--features mpi`", announced(*launcher, *size))]
+    #[error("{} but this program was built without MPI; build it with `cargo build --release --features switchyard-cli/mpi`", announced(*launcher, *size))]
     BuiltWithoutMpi {
         /// Who announces the ranks.
         launcher: Launcher,
@@ -372,7 +372,7 @@ mod tests {
         assert_eq!(launch.require_mpi(true), Ok(()));
         assert_eq!(
             launch.require_mpi(false).expect_err("no MPI").to_string(),
-            "Slurm announces 4 ranks but this program was built without MPI; build it with `--features mpi`"
+            "Slurm announces 4 ranks but this program was built without MPI; build it with `cargo build --release --features switchyard-cli/mpi`"
         );
         assert_eq!(launch.require_world(4), Ok(()));
         let alone = launch.require_world(1).expect_err("alone").to_string();

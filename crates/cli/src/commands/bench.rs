@@ -8,16 +8,24 @@ mod generate;
 mod step;
 
 use burn::tensor::Device;
+use switchyard_comm::Choice;
 
 use crate::Outcome;
 use crate::args::{BenchCommand, Verbosity};
 
-pub(crate) fn run(command: &BenchCommand, device: &Device, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+pub(crate) fn run(
+    command: &BenchCommand,
+    device: &Device,
+    launcher: Choice,
+    verbosity: Verbosity,
+) -> anyhow::Result<Outcome> {
     match command {
-        BenchCommand::Step(arguments) => step::run(arguments, device),
-        BenchCommand::Collectives { mebibytes, rounds, json } => collectives::run(mebibytes, *rounds, *json),
+        BenchCommand::Step(arguments) => step::run(arguments, device, launcher),
+        BenchCommand::Collectives { mebibytes, rounds, json } => {
+            collectives::run(mebibytes, *rounds, *json, launcher)
+        }
         BenchCommand::Dispatch { tokens, d_model, experts, json } => {
-            dispatch::run(*tokens, *d_model, experts, *json, device)
+            dispatch::run(*tokens, *d_model, experts, *json, device, launcher)
         }
         BenchCommand::Data { config, set, json } => data::run(config, set, *json, verbosity),
         BenchCommand::Checkpoint(arguments) => checkpoint::run(arguments),

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use switchyard_comm::{Communicator, ReduceOp};
+use switchyard_comm::{Choice, Communicator, ReduceOp};
 use switchyard_parallel::gather_text;
 
 use super::output;
@@ -16,8 +16,8 @@ const ROUNDS: usize = 20;
 /// Values of a large message: 4 MiB.
 const LARGE: usize = 1 << 20;
 
-pub(crate) fn run(as_json: bool) -> anyhow::Result<Outcome> {
-    let job = Job::join(TIMEOUT)?;
+pub(crate) fn run(as_json: bool, launcher: Choice) -> anyhow::Result<Outcome> {
+    let job = Job::join(launcher, TIMEOUT)?;
     let examined = examine(&job);
     let first = job.is_first();
     let mut found = None;

@@ -4,6 +4,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use serde::Deserialize;
 use switchyard_checkpoint::open_model;
+use switchyard_comm::Choice;
 use switchyard_config::plan::{DataPlan, SourcePlan};
 use switchyard_config::resolve_str;
 use switchyard_data::span_corruption::ChunkLengths;
@@ -21,9 +22,10 @@ use crate::report::in_options;
 pub(crate) fn run(
     arguments: &EvalArguments,
     device: &Device,
+    launcher: Choice,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
-    let job = Job::join(TIMEOUT)?;
+    let job = Job::join(launcher, TIMEOUT)?;
     let first = job.is_first();
     let evaluated = evaluate_together(arguments, device, job.verbosity(verbosity), &job);
     let mut result = None;

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use burn::tensor::Device;
 use switchyard_checkpoint::open_model;
+use switchyard_comm::Choice;
 
 use super::fill::Filler;
 use super::model_directory::LoadedModel;
@@ -14,8 +15,12 @@ use crate::job::{Job, TIMEOUT};
 /// Texts of a file that are decoded together; more at once would not be faster.
 const ROWS_AT_ONCE: usize = 32;
 
-pub(crate) fn run(arguments: &GenerateArguments, device: &Device) -> anyhow::Result<Outcome> {
-    let job = Job::join(TIMEOUT)?;
+pub(crate) fn run(
+    arguments: &GenerateArguments,
+    device: &Device,
+    launcher: Choice,
+) -> anyhow::Result<Outcome> {
+    let job = Job::join(launcher, TIMEOUT)?;
     let generated = generate_together(arguments, device, &job);
     job.end(generated.map(|()| Outcome::Done))
 }

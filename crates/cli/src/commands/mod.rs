@@ -17,27 +17,33 @@ mod train;
 mod verify;
 
 use burn::tensor::Device;
+use switchyard_comm::Choice;
 
 use crate::Outcome;
 use crate::args::{Command, Verbosity};
 use crate::logging;
 
 /// Runs one command.
-pub(crate) fn run(command: &Command, device: &Device, verbosity: Verbosity) -> anyhow::Result<Outcome> {
+pub(crate) fn run(
+    command: &Command,
+    device: &Device,
+    launcher: Choice,
+    verbosity: Verbosity,
+) -> anyhow::Result<Outcome> {
     if !matches!(command, Command::Train(_)) {
         logging::start(verbosity, None)?;
     }
     match command {
-        Command::Train(arguments) => train::run(arguments, device, verbosity),
-        Command::Eval(arguments) => eval::run(arguments, device, verbosity),
-        Command::Generate(arguments) => generate::run(arguments, device),
+        Command::Train(arguments) => train::run(arguments, device, launcher, verbosity),
+        Command::Eval(arguments) => eval::run(arguments, device, launcher, verbosity),
+        Command::Generate(arguments) => generate::run(arguments, device, launcher),
         Command::Export(arguments) => export::run(arguments),
         Command::Verify(arguments) => verify::run(arguments, device),
         Command::Data(command) => data::run(command, verbosity),
         Command::Tokenizer(command) => tokenizer::run(command, verbosity),
         Command::Check(arguments) => check::run(arguments),
         Command::Inspect(command) => inspect::run(command),
-        Command::Doctor { json } => doctor::run(*json),
-        Command::Bench(command) => bench::run(command, device, verbosity),
+        Command::Doctor { json } => doctor::run(*json, launcher),
+        Command::Bench(command) => bench::run(command, device, launcher, verbosity),
     }
 }

@@ -8,6 +8,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use switchyard_checkpoint::hf::{self, StoredDtype};
 use switchyard_checkpoint::open_model;
+use switchyard_comm::Choice;
 use switchyard_config::{ConfigError, MeshShape, Resolved, RunPlan, resolve};
 use switchyard_data::DataSet;
 use switchyard_parallel::Mesh;
@@ -29,26 +30,31 @@ const PROMPT_TOKENS: usize = 64;
 pub(crate) fn run(
     arguments: &TrainArguments,
     device: &Device,
+    launcher: Choice,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
     let resolved = resolve(&arguments.config, &arguments.set);
     let timeout = |resolved: &Resolved| Duration::from_secs(resolved.plan.comm.timeout_s);
-    let job = Job::join(resolved.as_ref().map_or(TIMEOUT, timeout))?;
+    let job = Job::join(launcher, resolved.as_ref().map_or(TIMEOUT, timeout))?;
     let trained = train_together(arguments, resolved, device, verbosity, &job);
     let first = job.is_first();
-    // The other ranks are not needed for what comes after training, and must not wait for it.
     let mut ended = None;
-    let outcome = job.end(trained.map(|trained| {
-        let interrupted = trained.outcome.interrupted || trained.outcome.checkpoint.is_none();
-        ended = Some(trained);
-        if interrupted { Outcome::Interrupted } else { Outcome::Done }
-    }))?;
-    match ended {
-        Some(Trained { plan, root, outcome }) if first => {
-            finish(&plan, &root, &outcome, &continuation(arguments), device)
+    let outcome = job.end(trained.and_then(|trained| {
+        if let Some(stopped) = stopped(&trained.outcome, &continuation(arguments)) {
+            // Before any rank ends with a code that makes the launcher end the others.
+            if first {
+                output::line(stopped)?;
+            }
+            return Ok(Outcome::Interrupted);
         }
-        _ => Ok(outcome),
+        ended = Some(trained);
+        Ok(Outcome::Done)
+    }))?;
+    // The other ranks are not needed for what comes after training, and must not wait for it.
+    if let (true, Some(trained)) = (first, &ended) {
+        finish(trained, device)?;
     }
+    Ok(outcome)
 }
 
 /// A run that came to its end, or was interrupted.
@@ -132,23 +138,23 @@ fn continuation(arguments: &TrainArguments) -> String {
     format!("switchyard train {} --resume auto", quoted.collect::<Vec<_>>().join(" "))
 }
 
-/// What happened, where everything is and what to do next.
-fn finish(
-    plan: &RunPlan,
-    root: &Path,
-    outcome: &TrainOutcome,
-    again: &str,
-    device: &Device,
-) -> anyhow::Result<Outcome> {
-    let Some(checkpoint) = &outcome.checkpoint else {
-        output::line(format!("stopped before anything was learned; start again with: {again}"))?;
-        return Ok(Outcome::Interrupted);
-    };
-    if outcome.interrupted {
-        output::line(format!("stopped at step {}, saved in {}", outcome.step, checkpoint.display()))?;
-        output::line(format!("continue with: {again}"))?;
-        return Ok(Outcome::Interrupted);
+/// What is said of a run that was interrupted and goes on by the command `again`.
+fn stopped(outcome: &TrainOutcome, again: &str) -> Option<String> {
+    match &outcome.checkpoint {
+        None => Some(format!("stopped before anything was learned; start again with: {again}")),
+        Some(checkpoint) if outcome.interrupted => Some(format!(
+            "stopped at step {}, saved in {}\ncontinue with: {again}",
+            outcome.step,
+            checkpoint.display()
+        )),
+        Some(_) => None,
     }
+}
+
+/// How good the model became, where everything is and what to do next.
+fn finish(trained: &Trained, device: &Device) -> anyhow::Result<()> {
+    let Trained { plan, root, outcome } = trained;
+    let Some(checkpoint) = &outcome.checkpoint else { return Ok(()) };
     if let Some(record) = &outcome.evaluation {
         show_evaluation(record)?;
     }
@@ -166,8 +172,7 @@ fn finish(
     output::line(format!(
         "try: switchyard generate --model {} --prompt \"The <extra_id_0> is read from the file.\"",
         root.display()
-    ))?;
-    Ok(Outcome::Done)
+    ))
 }
 
 fn show_evaluation(record: &EvalRecord) -> anyhow::Result<()> {

@@ -1,5 +1,6 @@
 //! Collectives of the ranks of a job, beside those of the MPI library.
 
+use switchyard_comm::Choice;
 use switchyard_comm::bench::Measurement;
 #[cfg(not(feature = "mpi"))]
 use switchyard_comm::bench::collectives;
@@ -10,8 +11,8 @@ use crate::Outcome;
 use crate::commands::output;
 use crate::job::{Job, TIMEOUT};
 
-pub(crate) fn run(mebibytes: &[f64], rounds: usize, json: bool) -> anyhow::Result<Outcome> {
-    let job = Job::join(TIMEOUT)?;
+pub(crate) fn run(mebibytes: &[f64], rounds: usize, json: bool, launcher: Choice) -> anyhow::Result<Outcome> {
+    let job = Job::join(launcher, TIMEOUT)?;
     let measured = measure(&job, mebibytes, rounds, json);
     job.end(measured.map(|()| Outcome::Done))
 }

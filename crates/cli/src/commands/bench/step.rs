@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::Device;
+use switchyard_comm::Choice;
 use switchyard_config::{MeshShape, Resolved, preset, resolve_str};
 use switchyard_data::{HostBatch, Share};
 use switchyard_parallel::Mesh;
@@ -19,8 +20,12 @@ use crate::{Outcome, memory};
 /// Steps before the clock starts: buffers and threads exist after them.
 const WARM_UP: u64 = 3;
 
-pub(crate) fn run(arguments: &BenchStepArguments, device: &Device) -> anyhow::Result<Outcome> {
-    let job = Job::join(TIMEOUT)?;
+pub(crate) fn run(
+    arguments: &BenchStepArguments,
+    device: &Device,
+    launcher: Choice,
+) -> anyhow::Result<Outcome> {
+    let job = Job::join(launcher, TIMEOUT)?;
     let first = job.is_first();
     let measured = measure(arguments, device, &job);
     let mut figures = None;
