@@ -1,5 +1,7 @@
 //! The seam between routing and experts: how tokens reach the device of their expert.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 use switchyard_kernels::{DispatchPlan, ExpertRows, TokenNoise, combine, dispatch};
 
@@ -22,9 +24,15 @@ pub trait TokenDispatcher: Send + Sync {
     /// Brings expert outputs back, weighted by the gates.
     ///
     /// # Shapes
-    /// `outputs_lcd`: `[l, c, d]` as dispatched; `gates`: one a slot of the plan. Returns `[n, d]`; a
-    /// dropped token gets exactly 0.
-    fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2>;
+    /// `outputs_lcd`: `[l, c, d]` as dispatched with these `counts`; `gates`: one a slot of the plan. Returns
+    /// `[n, d]`; a dropped token gets exactly 0.
+    fn combine(
+        &self,
+        outputs_lcd: Tensor<3>,
+        gates: Tensor<1>,
+        plan: &DispatchPlan,
+        counts: &SenderCounts,
+    ) -> Tensor<2>;
 
     /// Whether any of the ranks that run their forward passes together says `here`: those that share
     /// experts or matrices with this one.
@@ -39,7 +47,13 @@ pub struct Dispatched {
     pub slots_lcd: Tensor<3>,
     /// Which of the slots hold a token: not what the plan says, which is the sender's.
     pub rows: ExpertRows,
+    /// What the way back needs to know.
+    pub counts: SenderCounts,
 }
+
+/// Tokens that each sender has at each expert of this device. `[l * senders]`; empty where nobody else
+/// sends.
+pub type SenderCounts = Arc<Vec<usize>>;
 
 /// All experts on this device: no communication.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,10 +65,17 @@ impl TokenDispatcher for LocalDispatcher {
     }
 
     fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan, noise: Option<TokenNoise>) -> Dispatched {
-        Dispatched { slots_lcd: dispatch(tokens_nd, plan), rows: ExpertRows::local(plan, noise) }
+        let (slots_lcd, rows) = (dispatch(tokens_nd, plan), ExpertRows::local(plan, noise));
+        Dispatched { slots_lcd, rows, counts: SenderCounts::default() }
     }
 
-    fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2> {
+    fn combine(
+        &self,
+        outputs_lcd: Tensor<3>,
+        gates: Tensor<1>,
+        plan: &DispatchPlan,
+        _: &SenderCounts,
+    ) -> Tensor<2> {
         combine(outputs_lcd, gates, plan)
     }
 

@@ -15,7 +15,7 @@ pub mod t5;
 mod tensor_parallel;
 
 pub use context::{Capacity, ForwardContext, Site};
-pub use dispatcher::{Dispatched, LocalDispatcher, TokenDispatcher};
+pub use dispatcher::{Dispatched, LocalDispatcher, SenderCounts, TokenDispatcher};
 pub use init::fresh_parameter;
 pub use model::{EncoderOutput, LossOutput, Seq2SeqBatch, SwitchTransformer};
 pub use named::ParameterError;

@@ -4,18 +4,19 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
-use switchyard_comm::{CommError, Communicator, Element, ReduceOp};
+use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, Element, ReduceOp};
 use switchyard_kernels::{
     DispatchPlan, ExpertRows, LinearMap, TokenNoise, TokenPlace, WeightGradients, combine, dispatch,
     integers, linear_map,
 };
-use switchyard_model::{Dispatched, TokenDispatcher};
+use switchyard_model::{Dispatched, SenderCounts, TokenDispatcher};
 
 use crate::failure::Failure;
 
 /// Experts spread evenly over a group: rank `r` has experts `r * l .. (r + 1) * l` of `l * size`.
 ///
-/// Capacity is fixed, so every message has the same size on every rank whatever the router does.
+/// Capacity is fixed, so every message has the same size on every rank whatever the router does. At an
+/// expert the tokens of all senders stand one after the other, so that its matrices are read once.
 ///
 /// # Source
 /// Lepikhin et al. 2020, "GShard" (arXiv:2006.16668), section 3; Switch Transformer, section 2.2.
@@ -23,35 +24,72 @@ use crate::failure::Failure;
 pub struct AllToAllDispatcher {
     group: Arc<dyn Communicator>,
     failure: Failure,
-    weight_gradients: WeightGradients,
+    deterministic: bool,
 }
 
 impl AllToAllDispatcher {
-    /// Over `group`; errors go to `failure`. `deterministic` keeps weight gradients apart by sender.
+    /// Over `group`; errors go to `failure`. `deterministic` keeps the tokens of each sender apart, and
+    /// their gradients of the weights.
     pub fn new(group: Arc<dyn Communicator>, failure: Failure, deterministic: bool) -> Self {
-        let weight_gradients =
-            if deterministic { WeightGradients::PerSegment } else { WeightGradients::Summed };
-        Self { group, failure, weight_gradients }
+        Self { group, failure, deterministic }
     }
 
-    /// What every sender says of its slots at this rank's experts, expert-major:
-    /// `[size * l * each] -> [l * size * each]`.
-    fn exchange<T: Element>(&self, sent: &[T], each: usize) -> Vec<T>
+    /// The largest value of any rank of the group.
+    fn largest(&self, here: usize) -> usize {
+        let mut values = [here as u64];
+        let outcome = self.group.all_reduce(values.as_mut_slice().into(), ReduceOp::Max);
+        self.failure.keep(outcome, || ());
+        values[0] as usize
+    }
+
+    /// What every sender says of its slots at this rank's experts: sent by expert, received by sender,
+    /// then expert.
+    fn exchange<T: Element>(&self, sent: &[T]) -> Vec<T>
     where
-        for<'a> &'a [T]: Into<switchyard_comm::Buffer<'a>>,
-        for<'a> &'a mut [T]: Into<switchyard_comm::BufferMut<'a>>,
+        for<'a> &'a [T]: Into<Buffer<'a>>,
+        for<'a> &'a mut [T]: Into<BufferMut<'a>>,
     {
         let mut received = vec![T::default(); sent.len()];
         let outcome = self.group.all_to_all(sent.into(), received.as_mut_slice().into());
-        self.failure.keep(outcome, || ());
-        let senders = self.group.size();
-        swap_axes(&received, senders, sent.len() / each / senders, each)
+        self.failure.keep(outcome.map(|()| received), || vec![T::default(); sent.len()])
+    }
+
+    /// Tokens of every sender at every expert of this rank, by expert.
+    fn counts(&self, plan: &DispatchPlan) -> SenderCounts {
+        let received = self.exchange(&integers(&plan.rows_used));
+        let (senders, local) = (self.group.size(), plan.num_experts / self.group.size());
+        let of_expert = |expert| (0..senders).map(move |sender| sender * local + expert);
+        // No peer sends more than its slots, but what arrives becomes an index.
+        let count = |at: usize| usize::try_from(received[at]).unwrap_or(0).min(plan.slots_per_expert);
+        Arc::new((0..local).flat_map(of_expert).map(count).collect())
+    }
+
+    /// Where tokens stand at the experts, `width` values each.
+    fn layout(&self, counts: &SenderCounts, slots: usize, width: usize) -> Layout {
+        let packed = !self.deterministic;
+        Layout { counts: Arc::clone(counts), senders: self.group.size(), slots, width, packed }
+    }
+
+    fn travel(&self, direction: Direction, layout: Layout) -> Arc<Travel> {
+        let (group, failure) = (Arc::clone(&self.group), self.failure.clone());
+        Arc::new(Travel { group, failure, direction, layout })
+    }
+
+    /// Where the tokens at this rank's experts come from.
+    fn places(&self, plan: &DispatchPlan, noise: TokenNoise, counts: &SenderCounts) -> Vec<TokenPlace> {
+        let words = integers(&plan.token_of_slot).into_iter().flat_map(|token| {
+            let TokenPlace { row, token } = noise.place(token.max(0) as usize);
+            [row as i32, token as i32]
+        });
+        let received = self.exchange(&words.collect::<Vec<_>>());
+        let words = self.layout(counts, plan.slots_per_expert, 2).gather(&received);
+        words.chunks_exact(2).map(|pair| TokenPlace { row: pair[0] as u32, token: pair[1] as u32 }).collect()
     }
 }
 
 impl TokenDispatcher for AllToAllDispatcher {
     fn slots(&self, plan: &DispatchPlan) -> usize {
-        self.largest(plan.slots_per_expert)
+        if plan.fixed_capacity { plan.slots_per_expert } else { self.largest(plan.slots_per_expert) }
     }
 
     fn any(&self, here: bool) -> bool {
@@ -62,56 +100,89 @@ impl TokenDispatcher for AllToAllDispatcher {
         let [_, d] = tokens_nd.dims();
         let (senders, slots) = (self.group.size(), plan.slots_per_expert);
         let local = plan.num_experts / senders;
-        let slots_ecd = dispatch(tokens_nd, plan);
-        let there = self.travel(Direction::ToExperts, local, slots * d);
-        let slots_lcd = linear_map(slots_ecd, there, [local, senders * slots, d]);
-        let used = self.exchange(&integers(&plan.rows_used), 1);
-        let places = noise.map(|noise| {
-            let tokens = integers(&plan.token_of_slot);
-            let words = tokens.into_iter().flat_map(|token| {
-                let TokenPlace { row, token } = noise.place(token.max(0) as usize);
-                [row as i32, token as i32]
-            });
-            let words = self.exchange(&words.collect::<Vec<_>>(), 2 * slots);
-            let place = |pair: &[i32]| TokenPlace { row: pair[0] as u32, token: pair[1] as u32 };
-            Arc::new(words.chunks_exact(2).map(place).collect())
-        });
+        let counts = self.counts(plan);
+        let there = self.travel(Direction::ToExperts, self.layout(&counts, slots, d));
+        let slots_lcd = linear_map(dispatch(tokens_nd, plan), there, [local, senders * slots, d]);
+        let (segments, used, weight_gradients) = if self.deterministic {
+            (senders, counts.to_vec(), WeightGradients::PerSegment)
+        } else {
+            (1, counts.chunks(senders).map(|counts| counts.iter().sum()).collect(), WeightGradients::Summed)
+        };
         let rows = ExpertRows {
             first_expert: self.group.rank() * local,
-            segments: senders,
-            used: used.into_iter().map(|rows| rows as usize).collect(),
-            places,
-            weight_gradients: self.weight_gradients,
+            segments,
+            used,
+            places: noise.map(|noise| Arc::new(self.places(plan, noise, &counts))),
+            weight_gradients,
         };
-        Dispatched { slots_lcd, rows }
+        Dispatched { slots_lcd, rows, counts }
     }
 
-    fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2> {
-        let [local, slots, d] = outputs_lcd.dims();
-        let each = slots / self.group.size();
-        let back = self.travel(Direction::ToTokens, local, each * d);
-        let outputs_ecd = linear_map(outputs_lcd, back, [plan.num_experts, each, d]);
+    fn combine(
+        &self,
+        outputs_lcd: Tensor<3>,
+        gates: Tensor<1>,
+        plan: &DispatchPlan,
+        counts: &SenderCounts,
+    ) -> Tensor<2> {
+        let [_, _, d] = outputs_lcd.dims();
+        let slots = plan.slots_per_expert;
+        let back = self.travel(Direction::ToTokens, self.layout(counts, slots, d));
+        let outputs_ecd = linear_map(outputs_lcd, back, [plan.num_experts, slots, d]);
         combine(outputs_ecd, gates, plan)
     }
 }
 
-impl AllToAllDispatcher {
-    /// The largest value of any rank of the group.
-    fn largest(&self, here: usize) -> usize {
-        let mut values = [here as u64];
-        let outcome = self.group.all_reduce(values.as_mut_slice().into(), ReduceOp::Max);
-        self.failure.keep(outcome, || ());
-        values[0] as usize
+/// Where the tokens of every sender stand at the experts of a rank.
+#[derive(Debug)]
+struct Layout {
+    counts: SenderCounts,
+    senders: usize,
+    /// Slots of one sender at one expert.
+    slots: usize,
+    /// Values of a slot.
+    width: usize,
+    /// Whether the tokens of an expert follow each other; else every sender has slots of its own.
+    packed: bool,
+}
+
+impl Layout {
+    /// Slots in use of one sender at one expert: their first in the message, their first among the
+    /// expert's slots, their number.
+    fn runs_of_expert(&self, expert: usize) -> impl Iterator<Item = [usize; 3]> + '_ {
+        let local = self.counts.len() / self.senders;
+        let counts = &self.counts[expert * self.senders..][..self.senders];
+        let mut before = 0;
+        counts.iter().enumerate().map(move |(sender, &count)| {
+            let first = if self.packed { before } else { sender * self.slots };
+            before += count;
+            [(sender * local + expert) * self.slots, first, count]
+        })
     }
 
-    fn travel(&self, direction: Direction, local: usize, segment: usize) -> Arc<Travel> {
-        Arc::new(Travel {
-            group: Arc::clone(&self.group),
-            failure: self.failure.clone(),
-            direction,
-            local,
-            segment,
-        })
+    /// `[senders, l, slots]`, a message, to `[l, senders * slots]`, the experts' slots.
+    fn gather<T: Element>(&self, message: &[T]) -> Vec<T> {
+        let (width, of_expert) = (self.width, self.senders * self.slots * self.width);
+        let mut out = vec![T::default(); message.len()];
+        out.par_chunks_mut(of_expert.max(1)).enumerate().for_each(|(expert, out)| {
+            for [from, to, count] in self.runs_of_expert(expert) {
+                out[to * width..][..count * width].copy_from_slice(&message[from * width..][..count * width]);
+            }
+        });
+        out
+    }
+
+    /// The way back.
+    fn scatter(&self, held: &[f32]) -> Vec<f32> {
+        let (width, of_expert) = (self.width, self.senders * self.slots * self.width);
+        let mut message = vec![0.0; held.len()];
+        for (expert, held) in held.chunks(of_expert.max(1)).enumerate() {
+            for [to, from, count] in self.runs_of_expert(expert) {
+                message[to * width..][..count * width]
+                    .copy_from_slice(&held[from * width..][..count * width]);
+            }
+        }
+        message
     }
 }
 
@@ -127,36 +198,20 @@ struct Travel {
     group: Arc<dyn Communicator>,
     failure: Failure,
     direction: Direction,
-    /// Experts of a rank.
-    local: usize,
-    /// Values of one sender's slots at one expert.
-    segment: usize,
+    layout: Layout,
 }
 
 impl Travel {
-    /// `[size, l, segment]` by owner of the expert to `[l, size, segment]` by sender.
-    fn to_experts(&self, sent: &[f32]) -> Result<Vec<f32>, CommError> {
+    fn exchange(&self, sent: &[f32]) -> Result<Vec<f32>, CommError> {
         let mut received = vec![0.0; sent.len()];
         self.group.all_to_all(sent.into(), received.as_mut_slice().into())?;
-        Ok(swapped(received, self.group.size(), self.local, self.segment))
-    }
-
-    /// The way back.
-    fn to_tokens(&self, held: &[f32]) -> Result<Vec<f32>, CommError> {
-        let mut received = vec![0.0; held.len()];
-        if self.local == 1 {
-            self.group.all_to_all(held.into(), received.as_mut_slice().into())?;
-        } else {
-            let by_sender = swap_axes(held, self.local, self.group.size(), self.segment);
-            self.group.all_to_all(by_sender.as_slice().into(), received.as_mut_slice().into())?;
-        }
         Ok(received)
     }
 
     fn go(&self, direction: Direction, values: &[f32]) -> Option<Vec<f32>> {
         let outcome = match direction {
-            Direction::ToExperts => self.to_experts(values),
-            Direction::ToTokens => self.to_tokens(values),
+            Direction::ToExperts => self.exchange(values).map(|message| self.layout.gather(&message)),
+            Direction::ToTokens => self.exchange(&self.layout.scatter(values)),
         };
         Some(self.failure.keep(outcome, || vec![0.0; values.len()]))
     }
@@ -176,25 +231,21 @@ impl LinearMap for Travel {
     }
 }
 
-fn swapped(values: Vec<f32>, rows: usize, columns: usize, each: usize) -> Vec<f32> {
-    if rows == 1 || columns == 1 { values } else { swap_axes(&values, rows, columns, each) }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// `[rows, columns, each]` to `[columns, rows, each]`.
-fn swap_axes<T: Copy + Default + Send + Sync>(
-    values: &[T],
-    rows: usize,
-    columns: usize,
-    each: usize,
-) -> Vec<T> {
-    let mut out = vec![T::default(); values.len()];
-    if each > 0 {
-        out.par_chunks_mut(each).enumerate().with_min_len((1 << 14) / each.min(1 << 14)).for_each(
-            |(at, to)| {
-                let (column, row) = (at / rows, at % rows);
-                to.copy_from_slice(&values[(row * columns + column) * each..][..each]);
-            },
-        );
+    #[test]
+    fn tokens_are_packed_or_kept_apart_and_find_back() {
+        // Two senders, two experts, three slots of one value; 0 where nothing is.
+        let message = [1.0, 2.0, 0.0, 3.0, 0.0, 0.0, 4.0, 0.0, 0.0, 5.0, 6.0, 7.0];
+        let layout =
+            |packed| Layout { counts: Arc::new(vec![2, 1, 1, 3]), senders: 2, slots: 3, width: 1, packed };
+        let packed = layout(true).gather(&message);
+        assert_eq!(packed, [1.0, 2.0, 4.0, 0.0, 0.0, 0.0, 3.0, 5.0, 6.0, 7.0, 0.0, 0.0]);
+        assert_eq!(layout(true).scatter(&packed), message);
+        let apart = layout(false).gather(&message);
+        assert_eq!(apart, [1.0, 2.0, 0.0, 4.0, 0.0, 0.0, 3.0, 0.0, 0.0, 5.0, 6.0, 7.0]);
+        assert_eq!(layout(false).scatter(&apart), message);
     }
-    out
 }

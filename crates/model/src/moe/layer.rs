@@ -64,9 +64,10 @@ impl MoeLayer {
         let hidden = context.noise(inputs.stack, layer, Site::Expert, inputs.row_tokens);
         let places = (context.expert_dropout > 0.0).then_some(hidden);
         let dispatched = context.dispatcher.dispatch(tokens_nd, &routing.plan, places);
+        let counts = dispatched.counts.clone();
         let outputs_lcd = self.experts.forward(dispatched, hidden.key, context);
         let gates = context.tensor_parallel.copy_in_gates(routing.gates.clone());
-        let out_nd = context.dispatcher.combine(outputs_lcd, gates, &routing.plan);
+        let out_nd = context.dispatcher.combine(outputs_lcd, gates, &routing.plan, &counts);
         let out_nd = context.tensor_parallel.reduce_out(out_nd);
 
         let noise = context.noise(inputs.stack, layer, Site::FeedForwardOutput, inputs.row_tokens);

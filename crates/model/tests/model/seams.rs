@@ -9,7 +9,7 @@ use switchyard_config::plan::RoutingConfig;
 use switchyard_kernels::{Columns, DispatchPlan, TokenNoise, VocabularyShard, int_tensor};
 use switchyard_model::generate::greedy;
 use switchyard_model::{
-    Capacity, Dispatched, ForwardContext, LocalDispatcher, SwitchTransformer, TensorParallel,
+    Capacity, Dispatched, ForwardContext, LocalDispatcher, SenderCounts, SwitchTransformer, TensorParallel,
     TokenDispatcher, WholeTensors,
 };
 
@@ -125,8 +125,14 @@ impl TokenDispatcher for Beside {
         dispatched
     }
 
-    fn combine(&self, outputs_lcd: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2> {
-        LocalDispatcher.combine(outputs_lcd, gates, plan)
+    fn combine(
+        &self,
+        outputs_lcd: Tensor<3>,
+        gates: Tensor<1>,
+        plan: &DispatchPlan,
+        counts: &SenderCounts,
+    ) -> Tensor<2> {
+        LocalDispatcher.combine(outputs_lcd, gates, plan, counts)
     }
 
     fn any(&self, here: bool) -> bool {

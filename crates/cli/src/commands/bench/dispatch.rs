@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
 use serde_json::Value;
+use switchyard_comm::Choice;
 use switchyard_config::MeshShape;
 use switchyard_kernels::{RouteOptions, route_top1};
 use switchyard_model::TokenDispatcher;
@@ -24,8 +25,9 @@ pub(crate) fn run(
     experts: &[usize],
     json: bool,
     device: &Device,
+    launcher: Choice,
 ) -> anyhow::Result<Outcome> {
-    let job = Job::join(TIMEOUT)?;
+    let job = Job::join(launcher, TIMEOUT)?;
     let first = job.is_first();
     let measured = measure(&job, tokens, d_model, experts, &device.clone().autodiff());
     let mut rows = Vec::new();
@@ -108,8 +110,8 @@ fn once(
     let expert_capacity = Some(expert_capacity);
     let options = RouteOptions { groups: 1, expert_capacity, token_mask: None, force_balanced: false };
     let routing = route_top1(logits, options);
-    let slots_lcd = dispatcher.dispatch(x, &routing.plan, None).slots_lcd;
-    let out = dispatcher.combine(slots_lcd, routing.gates.clone(), &routing.plan);
+    let there = dispatcher.dispatch(x, &routing.plan, None);
+    let out = dispatcher.combine(there.slots_lcd, routing.gates.clone(), &routing.plan, &there.counts);
     drop(out.sum().backward());
     started.elapsed().as_secs_f64() * 1e3
 }
