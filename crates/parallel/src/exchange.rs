@@ -4,7 +4,7 @@
 //! scale and factored moments are those of one rank. Sums are taken in rank order, in buckets that
 //! bound the memory of the exchange.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -126,7 +126,7 @@ impl OwnerExchange {
             dense: lane(mesh.world(), (0..mesh.shape().ranks()).collect(), false),
             expert: lane(mesh.expert_holders(), mesh.shape().expert_holders(mesh.at().expert), true),
             world: Arc::clone(mesh.world()),
-            matrix_order: matrix_order(&specs, &owners, mesh.shape().ranks()),
+            matrix_order: matrix_order(&owners, mesh.shape().ranks()),
         }
     }
 
@@ -192,9 +192,9 @@ impl OwnerExchange {
         mut model: SwitchTransformer,
         masters: &Owned,
     ) -> (SwitchTransformer, Result<(), CommError>) {
-        for lane in [&self.dense, &self.expert] {
-            let local = lane.group.size() == 1;
-            for bucket in lane.buckets.iter().filter(|bucket| !local || bucket.moves()) {
+        // One rank alone holds what it owns, in the model itself.
+        for lane in [&self.dense, &self.expert].into_iter().filter(|lane| lane.group.size() > 1) {
+            for bucket in &lane.buckets {
                 let (next, outcome) = bucket.spread(&*lane.group, model, masters, &self.units);
                 model = next;
                 if outcome.is_err() {
@@ -217,21 +217,14 @@ fn unit_part(spec: &ParameterSpec, owned: &OwnedMatrices) -> Part {
 }
 
 /// For each rank, the places of its matrices in the order of names and matrices.
-fn matrix_order(
-    specs: &[ParameterSpec],
-    owners: &BTreeMap<String, Vec<OwnedMatrices>>,
-    ranks: usize,
-) -> Vec<Vec<usize>> {
-    let experts: BTreeMap<&str, bool> =
-        specs.iter().map(|spec| (spec.name.as_str(), spec.kind.is_expert())).collect();
+fn matrix_order(owners: &BTreeMap<String, Vec<OwnedMatrices>>, ranks: usize) -> Vec<Vec<usize>> {
     let mut order = vec![Vec::new(); ranks];
     let mut next = 0;
-    for (name, owned) in owners {
+    for owned in owners.values() {
         let mut all: Vec<(usize, usize)> = owned
             .iter()
             .flat_map(|owned| owned.matrices.clone().map(|matrix| (matrix, owned.owner)))
             .collect();
-        debug_assert!(experts[name.as_str()] || all.len() == 1, "a dense parameter is one matrix");
         all.sort_unstable();
         for (_, owner) in all {
             order[owner].push(next);
@@ -336,7 +329,7 @@ impl Lane {
         units: &BTreeMap<String, Unit>,
     ) -> Result<(), CommError> {
         let owned = self.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
-        let fresh: Vec<&str> =
+        let fresh: BTreeSet<&str> =
             owned.map(|leg| leg.name.as_str()).filter(|name| !into.contains_key(*name)).collect();
         for &name in &fresh {
             into.entry(name.to_owned()).or_insert_with(|| vec![0.0; units[name].part.num_elements()]);
@@ -348,7 +341,7 @@ impl Lane {
                 let (piece, after) = rest.split_at(leg.held.len() * segments);
                 rest = after;
                 let sum = into.get_mut(&leg.name).expect("entered above");
-                leg.add(sum, piece, segments, leg.first && fresh.contains(&leg.name.as_str()));
+                leg.add(sum, piece, segments, leg.first && fresh.contains(leg.name.as_str()));
             }
         }
         Ok(())
@@ -385,11 +378,6 @@ impl Leg {
 }
 
 impl Bucket {
-    /// Whether anything changes its place.
-    fn moves(&self) -> bool {
-        self.held.iter().flatten().any(|leg| !leg.stays)
-    }
-
     fn send_gradients(
         &self,
         group: &dyn Communicator,
