@@ -146,9 +146,8 @@ impl<'a> Checkpoints<'a> {
         names.map(|name| folder.join(name)).to_vec()
     }
 
-    /// Copies what this rank owns and begins to write it beside training.
-    ///
-    /// A save that is still under way is waited for first; how it ended is returned.
+    /// Copies what this rank owns and begins to write it beside training; no other save may be under
+    /// way. What is returned is how it failed, where that is tolerated.
     pub(crate) fn begin(
         &mut self,
         learner: &mut Learner,
@@ -156,7 +155,6 @@ impl<'a> Checkpoints<'a> {
         samples: u64,
         must_succeed: bool,
     ) -> Result<Option<Saved>, TrainError> {
-        let earlier = self.finish()?;
         let mut finish = None;
         let begun = decided_by_first(self.mesh(), || {
             let state = TrainerState {
@@ -183,7 +181,7 @@ impl<'a> Checkpoints<'a> {
             .spawn(move || write_shards(&directory, rank, &parameters, &moments));
         let stage = Stage::Shards(thread.map_err(TrainError::Thread)?, finish);
         self.writing = Some(Writing { stage, must_succeed });
-        Ok(earlier)
+        Ok(None)
     }
 
     /// Whether this rank's part of a save under way is not done yet.

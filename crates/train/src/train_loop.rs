@@ -150,11 +150,14 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
     ) -> Result<Self, TrainError> {
         let (tokenizer, model) = (data.tokenizer().size(), plan.model.vocab_size);
-        if tokenizer > model {
-            return Err(TrainError::VocabularyTooSmall { tokenizer, model });
-        }
-        let checkpoints = Checkpoints::new(plan, data, options);
         let mesh = &*options.mesh;
+        if tokenizer > model {
+            // Met by all ranks alike: they end together, and one says why.
+            return agreed(mesh, Err(TrainError::VocabularyTooSmall { tokenizer, model }));
+        }
+        let held_out = data.evaluation_batches(plan.eval.batches).collect::<Result<_, _>>();
+        let held_out = agreed(mesh, held_out.map_err(TrainError::from))?;
+        let checkpoints = Checkpoints::new(plan, data, options);
         let mut learner = Learner::new(plan, &options.device.clone().autodiff(), Arc::clone(&options.mesh));
         let (mut progress, mut samples) = (Progress::default(), 0);
         let mut saved = None;
@@ -174,7 +177,7 @@ impl<'a> Run<'a> {
             progress,
             samples,
             checkpoints,
-            held_out: data.evaluation_batches(plan.eval.batches).collect::<Result<_, _>>()?,
+            held_out,
             first_sentinel: data.tokenizer().first_sentinel_id() as i32,
             saved,
             evaluation: None,
@@ -225,7 +228,8 @@ impl<'a> Run<'a> {
                 tracing::warn!(step = progress.step, place = %at.place, "step skipped: not finite");
                 if progress.skipped_in_a_row >= self.plan.trainer.max_skipped_steps {
                     let (steps, place) = (progress.skipped_in_a_row, at.place.clone());
-                    return Err(TrainError::NotFinite { steps, place });
+                    // Met by all ranks alike, as every skip.
+                    return agreed(self.mesh, Err(TrainError::NotFinite { steps, place }));
                 }
             }
         }
@@ -268,6 +272,8 @@ impl<'a> Run<'a> {
     fn save(&mut self, last: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
         let synced = self.metrics.as_ref().map_or(Ok(()), MetricsFile::sync);
         agreed(self.mesh, synced.map_err(TrainError::from))?;
+        let earlier = self.checkpoints.finish()?;
+        self.note(earlier, observer);
         let ended = self.checkpoints.begin(&mut self.learner, &self.progress, self.samples, last)?;
         self.note(ended, observer);
         if last {
