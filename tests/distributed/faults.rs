@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use super::{
-    EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, lines_logged, mpirun,
-    mpirun_each, signal, wait_for, wait_often_for,
+    ENDLESS, EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, last_step,
+    lines_logged, mpirun, mpirun_each, signal, wait_for, wait_often_for,
 };
 use crate::support::{Place, for_many_ranks, stderr};
 
@@ -68,13 +68,9 @@ fn wait_for_moment(place: &Place, moment: Moment, resumed: &str, logged: u64, ra
 
 /// Kills ranks of a run until it has been killed `kills` times, then lets it end.
 fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> Met {
-    // Enough weights that a checkpoint takes a while to write, and steps that outlast all kills.
+    // Enough weights that a checkpoint takes a while to write.
     let size = "--set model.d_ff=256 --set model.num_experts=8";
-    let steps = 60 + 12 * kills;
-    let run = format!(
-        "{SHARED} {EXPERTS} {size} --set schedule.total_steps={steps} --set checkpoint.every_steps=5"
-    );
-    job(place, 4, &format!("{run} --run-dir whole"), 0);
+    let run = format!("{SHARED} {EXPERTS} {ENDLESS} {size} --set checkpoint.every_steps=5");
     let again = format!("{run} --run-dir killed --resume auto");
     let mut random = Random(4_711);
     let mut met = Met::default();
@@ -114,18 +110,13 @@ fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> Met {
             writeln!(std::io::stdout(), "{line}").expect("a terminal");
         }
     }
-    job(place, 4, &again, 0);
+    let end = last_step(place, "killed") + 5;
+    job(place, 4, &format!("{again} --max-steps {end}"), 0);
+    job(place, 4, &format!("{run} --run-dir whole --max-steps {end}"), 0);
     assert_same_end(place, "whole", "killed");
     let left = checkpoints(place, "killed");
     assert!(left.iter().all(|name| name.starts_with("step-")), "{left:?}");
     met
-}
-
-/// Step of the last whole line of the run's metrics, 0 without one.
-fn last_step(place: &Place, run: &str) -> u64 {
-    let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap_or_default();
-    let records = text.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    records.filter_map(|record| record["step"].as_u64()).next().unwrap_or(0)
 }
 
 #[test]
@@ -144,7 +135,7 @@ fn fifty_kills_change_nothing() {
 #[test]
 fn a_rank_that_stops_is_named_and_the_job_ends() {
     let place = Place::with_experiment();
-    let run = format!("{SHARED} {EXPERTS} --set schedule.total_steps=5000 --set comm.timeout_s=3");
+    let run = format!("{SHARED} {EXPERTS} {ENDLESS} --set comm.timeout_s=3");
     for stopped in [2, 0] {
         let name = format!("stopped-{stopped}");
         let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir {name}")));
@@ -191,8 +182,7 @@ fn a_rank_that_is_slow_but_alive_changes_nothing() {
 #[test]
 fn a_signal_to_one_rank_saves_on_all() {
     let place = Place::with_experiment();
-    let run = format!("{SHARED} {EXPERTS} --set schedule.total_steps=200 --set checkpoint.every_steps=0");
-    job(&place, 4, &format!("{run} --run-dir whole"), 0);
+    let run = format!("{SHARED} {EXPERTS} {ENDLESS} --set checkpoint.every_steps=0");
     let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir asked")));
     let ranks = child.ranks(4);
     wait_for("some steps", || lines_logged(&place, "asked") > 3);
@@ -200,7 +190,9 @@ fn a_signal_to_one_rank_saves_on_all() {
     let output = child.ended();
     assert_eq!(output.status.code(), Some(75), "{}", stderr(&output));
     assert_eq!(checkpoints(&place, "asked").len(), 1);
-    job(&place, 4, &format!("{run} --run-dir asked --resume auto"), 0);
+    let end = last_step(&place, "asked") + 5;
+    job(&place, 4, &format!("{run} --run-dir asked --resume auto --max-steps {end}"), 0);
+    job(&place, 4, &format!("{run} --run-dir whole --max-steps {end}"), 0);
     assert_same_end(&place, "whole", "asked");
 }
 

@@ -18,6 +18,9 @@ mod storage;
 
 /// Micro-batches that four ranks can share, and sums that no mesh changes.
 const SHARED: &str = "train run.toml --set data.micro_batch_rows=2 --set comm.deterministic=true";
+/// No run that is interrupted may end before, however late the interruption comes: the end is chosen
+/// afterwards.
+const ENDLESS: &str = "--set schedule.total_steps=1000000";
 const EXPERTS: &str = "--set parallel.expert_parallel_size=4";
 
 /// Longest time that anything here may take: far more than it does, so that only a hang exceeds it.
@@ -171,6 +174,13 @@ fn wait_often_for(what: &str, pause: Duration, mut ready: impl FnMut() -> bool) 
 
 fn lines_logged(place: &Place, run: &str) -> usize {
     std::fs::read_to_string(place.path(run).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+/// Step of the last whole line of the run's metrics, 0 without one.
+fn last_step(place: &Place, run: &str) -> u64 {
+    let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap_or_default();
+    let records = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    records.filter_map(|record| record["step"].as_u64()).next().unwrap_or(0)
 }
 
 /// What is in the run's directory of checkpoints.

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::process::Command;
 
 use super::{
-    EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, lines_logged, mpirun,
-    signal, wait_for,
+    ENDLESS, EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, last_step,
+    lines_logged, mpirun, signal, wait_for,
 };
 use crate::support::{Place, for_many_ranks, stderr};
 
-const RUN: &str = "run.toml --set comm.deterministic=true --set schedule.total_steps=150";
+const RUN: &str = "run.toml --set comm.deterministic=true";
 
 /// `launch/mpirun.sh` with two ranks, and `arguments` from the experiment on.
 fn launch(place: &Place, arguments: &str) -> Command {
@@ -24,8 +24,7 @@ fn launch(place: &Place, arguments: &str) -> Command {
 #[test]
 fn a_signal_to_mpirun_saves_on_all_ranks_and_the_run_goes_on() {
     let place = Place::with_experiment();
-    let run = format!("{SHARED} {EXPERTS} --set schedule.total_steps=200 --set checkpoint.every_steps=0");
-    job(&place, 4, &format!("{run} --run-dir whole"), 0);
+    let run = format!("{SHARED} {EXPERTS} {ENDLESS} --set checkpoint.every_steps=0");
     let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir asked")));
     let ranks = child.ranks(4);
     wait_for("some steps", || lines_logged(&place, "asked") > 3);
@@ -36,15 +35,16 @@ fn a_signal_to_mpirun_saves_on_all_ranks_and_the_run_goes_on() {
     assert_eq!(printed.matches("continue with: ").count(), 1, "one rank says it: {printed}");
     assert_eq!(checkpoints(&place, "asked").len(), 1);
     assert_gone(&ranks);
-    job(&place, 4, &format!("{run} --run-dir asked --resume auto"), 0);
+    let end = last_step(&place, "asked") + 5;
+    job(&place, 4, &format!("{run} --run-dir asked --resume auto --max-steps {end}"), 0);
+    job(&place, 4, &format!("{run} --run-dir whole --max-steps {end}"), 0);
     assert_same_end(&place, "whole", "asked");
 }
 
 #[test]
 fn the_launch_script_hands_signals_on_and_does_not_restart() {
     let place = Place::with_experiment();
-    let run = format!("{RUN} --set checkpoint.every_steps=0");
-    job(&place, 2, &format!("train {run} --run-dir whole"), 0);
+    let run = format!("{RUN} {ENDLESS} --set checkpoint.every_steps=0");
     for name in ["-TERM", "-INT"] {
         let before = lines_logged(&place, "asked");
         let child = Job::start(launch(&place, &format!("{run} --run-dir asked")));
@@ -56,15 +56,20 @@ fn the_launch_script_hands_signals_on_and_does_not_restart() {
         assert!(!stderr(&output).contains("starting again"), "{name}: {}", stderr(&output));
         assert_gone(&ranks);
     }
-    let said = ends_with(launch(&place, &format!("{run} --run-dir asked")), 0);
+    let end = last_step(&place, "asked") + 5;
+    let said = ends_with(launch(&place, &format!("{run} --run-dir asked --max-steps {end}")), 0);
     assert!(said.contains("continuing at step"), "{said}");
+    job(&place, 2, &format!("train {run} --run-dir whole --max-steps {end}"), 0);
     assert_same_end(&place, "whole", "asked");
 }
 
 #[test]
 fn the_launch_script_restarts_what_was_lost_and_nothing_else() {
     let place = Place::with_experiment();
-    let run = format!("{RUN} --set checkpoint.every_steps=5");
+    // Long enough that the kill comes before the end.
+    let run = format!(
+        "{RUN} --set schedule.total_steps=2000 --set eval.every_steps=0 --set checkpoint.every_steps=5"
+    );
     job(&place, 2, &format!("train {run} --run-dir whole"), 0);
     let child = Job::start(launch(&place, &format!("{run} --run-dir lost")));
     let ranks = child.ranks(2);
