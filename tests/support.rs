@@ -100,11 +100,14 @@ impl Place {
     }
 }
 
-/// What mpirun asks of root, and of machines with fewer cores than ranks; users decide that themselves.
-pub(crate) const MPIRUN_HERE: [(&str, &str); 4] = [
+/// What mpirun asks of root, and of machines with fewer cores than ranks of all tests that run at once; users
+/// decide that themselves.
+pub(crate) const MPIRUN_HERE: [(&str, &str); 6] = [
     ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
     ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
     ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+    ("OMPI_MCA_mpi_yield_when_idle", "1"),
+    ("OMPI_MCA_hwloc_base_binding_policy", "none"),
     ("RAYON_NUM_THREADS", "1"),
 ];
 
