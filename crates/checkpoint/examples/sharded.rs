@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 use switchyard_checkpoint::{
-    CheckpointError, Contents, PendingCheckpoint, ShardReport, TensorPart, write_shards,
+    CheckpointError, Contents, Pace, PendingCheckpoint, ShardReport, TensorPart, write_shards,
 };
 use switchyard_config::parameters::parameters;
 use switchyard_config::partition::{OwnedMatrices, Part, owners};
@@ -29,7 +29,7 @@ fn main() -> Result<(), CheckpointError> {
         let write = |rank| {
             let directory = pending.path();
             let model = &plan.model;
-            scope.spawn(move || write_shards(directory, rank, &owned(model, rank), &[]))
+            scope.spawn(move || write_shards(directory, rank, &owned(model, rank), &[], &Pace::unlimited()))
         };
         let ranks: Vec<_> = (0..MESH.ranks()).map(write).collect();
         ranks.into_iter().map(|rank| rank.join().expect("a rank that returns")).collect()

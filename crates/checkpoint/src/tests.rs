@@ -26,7 +26,13 @@ fn save(
     (model, trainer, files): (&ModelConfig, Value, &[PathBuf]),
 ) -> Result<PathBuf, CheckpointError> {
     let pending = PendingCheckpoint::begin(checkpoints, step)?;
-    let report = write_shards(pending.path(), 0, &whole_parts(parameters), &whole_parts(&optimizer()))?;
+    let report = write_shards(
+        pending.path(),
+        0,
+        &whole_parts(parameters),
+        &whole_parts(&optimizer()),
+        &Pace::unlimited(),
+    )?;
     pending.commit(Contents { model, routing: &routing(), trainer, files }, vec![report])
 }
 

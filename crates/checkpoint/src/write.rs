@@ -10,8 +10,12 @@ use switchyard_config::partition::Part;
 use crate::dtype::StoredDtype;
 use crate::error::CheckpointError;
 use crate::manifest::{FileEntry, Slice, TensorEntry};
+use crate::pace::{Pace, cpu_time};
 use crate::shard::{ShardWriter, Spec};
 use crate::slices::is_within;
+
+/// Values that are written between two rests.
+const STRETCH: usize = 1 << 19;
 
 /// A tensor, or the part of one that a rank owns.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,7 +67,8 @@ impl TensorPart {
 /// Writes what `rank` owns into `directory`, that of a [`PendingCheckpoint`](crate::PendingCheckpoint):
 /// `model-RRRRR.safetensors` and `optimizer-RRRRR.safetensors`, none where there is nothing.
 ///
-/// Returns when the files are on the disk. Their checksums are taken on the way.
+/// Returns when the files are on the disk. Their checksums are taken on the way. `pace` limits what
+/// this takes from computations beside it.
 ///
 /// # Errors
 /// [`CheckpointError::Refused`] names a tensor that is not as it says or comes twice,
@@ -73,19 +78,26 @@ pub fn write_shards(
     rank: usize,
     parameters: &[TensorPart],
     optimizer: &[TensorPart],
+    pace: &Pace,
 ) -> Result<ShardReport, CheckpointError> {
     let mut report = ShardReport::default();
     for (kind, parts) in [("model", parameters), ("optimizer", optimizer)] {
         let parts: Vec<&TensorPart> = parts.iter().filter(|part| !part.values.is_empty()).collect();
         if !parts.is_empty() {
-            report.write(directory, &format!("{kind}-{rank:05}.safetensors"), &parts)?;
+            report.write(directory, &format!("{kind}-{rank:05}.safetensors"), &parts, pace)?;
         }
     }
     Ok(report)
 }
 
 impl ShardReport {
-    fn write(&mut self, directory: &Path, file: &str, parts: &[&TensorPart]) -> Result<(), CheckpointError> {
+    fn write(
+        &mut self,
+        directory: &Path,
+        file: &str,
+        parts: &[&TensorPart],
+        pace: &Pace,
+    ) -> Result<(), CheckpointError> {
         let mut names = BTreeSet::new();
         for part in parts {
             part.check()?;
@@ -96,8 +108,12 @@ impl ShardReport {
         let specs: Vec<Spec> =
             parts.iter().map(|part| (part.name.clone(), part.part.shape.clone())).collect();
         let mut writer = ShardWriter::create(&directory.join(file), &specs, StoredDtype::F32)?;
+        let mut worked = cpu_time();
         for part in parts {
-            writer.write(&part.name, &part.values)?;
+            for stretch in part.values.chunks(STRETCH) {
+                writer.write(&part.name, stretch)?;
+                pace.rest(&mut worked);
+            }
         }
         self.files.push(FileEntry::new(file, writer.finish()?));
         self.tensors.extend(parts.iter().map(|part| {

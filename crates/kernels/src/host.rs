@@ -5,6 +5,10 @@ use std::mem::{ManuallyDrop, MaybeUninit};
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+/// Values that one thread copies before it looks for more.
+const COPIED_AT_ONCE: usize = 1 << 18;
 
 /// Room for `len` values, of which the caller writes every one before it reads any.
 ///
@@ -21,6 +25,15 @@ pub(crate) fn uninit(len: usize) -> Vec<f32> {
     // SAFETY: `MaybeUninit<f32>` has the layout of `f32`, the allocation changes owner once, and every
     // caller fills the whole slice, by products and maps that only write, before a value is read.
     unsafe { Vec::from_raw_parts(values.as_mut_ptr().cast::<f32>(), len, values.capacity()) }
+}
+
+/// Makes `copy` one of `values`, by all threads, in the memory that it has if that is as large.
+pub fn copy_into(copy: &mut Vec<f32>, values: &[f32]) {
+    if copy.len() != values.len() {
+        *copy = uninit(values.len());
+    }
+    let from = values.par_chunks(COPIED_AT_ONCE);
+    copy.par_chunks_mut(COPIED_AT_ONCE).zip(from).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 /// A fresh tensor from its values.

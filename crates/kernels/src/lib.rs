@@ -32,7 +32,7 @@ pub use dispatch::{combine, dispatch};
 pub use embedding::{embedding, embedding_shard};
 pub use expert_rows::{ExpertRows, WeightGradients};
 pub use feed_forward::{ExpertWeights, FeedForwardWeights, HiddenDropout, expert_feed_forward, feed_forward};
-pub use host::{int_tensor, integers, into_values, update_in_place, with_values};
+pub use host::{copy_into, int_tensor, integers, into_values, update_in_place, with_values};
 pub use linear_map::{LinearMap, linear_map};
 pub use logits::logits;
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};

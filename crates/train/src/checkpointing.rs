@@ -4,11 +4,12 @@
 //! of them when all have.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use serde::{Deserialize, Serialize};
 use switchyard_checkpoint::{
-    Checkpoint, CheckpointError, Contents, Manifest, PendingCheckpoint, ShardReport, clear_leftovers,
+    Checkpoint, CheckpointError, Contents, Manifest, Pace, PendingCheckpoint, ShardReport, clear_leftovers,
     complete_checkpoints, latest_complete, prune, write_shards,
 };
 use switchyard_config::{RunPlan, branch_conflicts, resume_conflicts};
@@ -17,7 +18,7 @@ use switchyard_parallel::Mesh;
 
 use crate::agreement::{agreed, agreed_texts, decided_by_first};
 use crate::error::TrainError;
-use crate::parameters::{load_parts, snapshot};
+use crate::parameters::{Snapshot, load_parts};
 use crate::run_directory::Resume;
 use crate::step::Learner;
 use crate::train_loop::{Progress, TrainOptions};
@@ -30,6 +31,10 @@ struct TrainerState {
     plan: RunPlan,
 }
 
+/// Part of a core that a save takes from training beside it: while it computes, the threads of a step wait
+/// for the one that it has pushed aside.
+const CORES: f64 = 0.02;
+
 /// The checkpoints of one run.
 pub(crate) struct Checkpoints<'a> {
     plan: &'a RunPlan,
@@ -37,18 +42,22 @@ pub(crate) struct Checkpoints<'a> {
     options: &'a TrainOptions,
     directory: PathBuf,
     writing: Option<Writing>,
+    /// The last snapshot, for its memory.
+    written: Snapshot,
 }
 
 /// A save under way, at the same stage on all ranks.
 struct Writing {
     stage: Stage,
+    /// How fast this rank's shards are written.
+    pace: Arc<Pace>,
     /// Whether the run may not go on without it.
     must_succeed: bool,
 }
 
 enum Stage {
     /// Every rank writes its shards; the first has what it needs to finish.
-    Shards(JoinHandle<Result<ShardReport, CheckpointError>>, Option<Box<Finish>>),
+    Shards(JoinHandle<(Snapshot, Result<ShardReport, CheckpointError>)>, Option<Box<Finish>>),
     /// The first rank finishes, the others wait.
     Commit(Option<JoinHandle<Result<PathBuf, CheckpointError>>>),
 }
@@ -72,7 +81,8 @@ pub(crate) enum Saved {
 
 impl<'a> Checkpoints<'a> {
     pub(crate) fn new(plan: &'a RunPlan, data: &'a DataSet, options: &'a TrainOptions) -> Self {
-        Self { plan, data, options, directory: options.directory.checkpoints(), writing: None }
+        let directory = options.directory.checkpoints();
+        Self { plan, data, options, directory, writing: None, written: Snapshot::default() }
     }
 
     fn mesh(&self) -> &'a Mesh {
@@ -175,12 +185,19 @@ impl<'a> Checkpoints<'a> {
             Ok(path) => PathBuf::from(path),
             Err(failed) => return Ok(Some(failed)),
         };
-        let (rank, (parameters, moments)) = (self.mesh().world().rank(), snapshot(learner));
-        let thread = thread::Builder::new()
-            .name("checkpoint".to_owned())
-            .spawn(move || write_shards(&directory, rank, &parameters, &moments));
+        let rank = self.mesh().world().rank();
+        let snapshot = Snapshot::take(learner, std::mem::take(&mut self.written));
+        let pace = Arc::new(Pace::of_cores(CORES));
+        let thread = thread::Builder::new().name("checkpoint".to_owned()).spawn({
+            let pace = Arc::clone(&pace);
+            move || {
+                let Snapshot { parameters, moments } = &snapshot;
+                let report = write_shards(&directory, rank, parameters, moments, &pace);
+                (snapshot, report)
+            }
+        });
         let stage = Stage::Shards(thread.map_err(TrainError::Thread)?, finish);
-        self.writing = Some(Writing { stage, must_succeed });
+        self.writing = Some(Writing { stage, pace, must_succeed });
         Ok(None)
     }
 
@@ -195,11 +212,13 @@ impl<'a> Checkpoints<'a> {
 
     /// Takes a save under way to its next stage, for which no rank may be busy, or waits until none is.
     pub(crate) fn advance(&mut self) -> Result<Option<Saved>, TrainError> {
-        let Some(Writing { stage, must_succeed }) = self.writing.take() else { return Ok(None) };
+        let Some(Writing { stage, pace, must_succeed }) = self.writing.take() else { return Ok(None) };
         match stage {
             Stage::Shards(thread, finish) => {
-                let written = joined(thread)
-                    .and_then(|report| serde_json::to_string(&report).map_err(TrainError::NoJson));
+                let written = joined(thread).and_then(|(snapshot, report)| {
+                    self.written = snapshot;
+                    serde_json::to_string(&report?).map_err(TrainError::NoJson)
+                });
                 let reports = match self.tolerated(agreed_texts(self.mesh(), written), must_succeed)? {
                     Ok(reports) => reports,
                     Err(failed) => return Ok(Some(failed)),
@@ -211,12 +230,12 @@ impl<'a> Checkpoints<'a> {
                         .spawn(move || finish.commit(&reports, keep))
                 });
                 let stage = Stage::Commit(commit.transpose().map_err(TrainError::Thread)?);
-                self.writing = Some(Writing { stage, must_succeed });
+                self.writing = Some(Writing { stage, pace, must_succeed });
                 Ok(None)
             }
             Stage::Commit(thread) => {
                 let path = decided_by_first(self.mesh(), || {
-                    let path = joined(thread.expect("the first rank commits"))?;
+                    let path = joined(thread.expect("the first rank commits"))??;
                     Ok(path.to_string_lossy().into_owned())
                 });
                 Ok(Some(match self.tolerated(path, must_succeed)? {
@@ -230,7 +249,8 @@ impl<'a> Checkpoints<'a> {
     /// Waits for a save under way, if there is one.
     pub(crate) fn finish(&mut self) -> Result<Option<Saved>, TrainError> {
         let mut ended = None;
-        while self.writing.is_some() {
+        while let Some(writing) = &self.writing {
+            writing.pace.hurry();
             ended = self.advance()?;
         }
         Ok(ended)
@@ -273,11 +293,9 @@ impl Finish {
     }
 }
 
-fn joined<T>(thread: JoinHandle<Result<T, CheckpointError>>) -> Result<T, TrainError> {
-    match thread.join() {
-        Ok(outcome) => Ok(outcome?),
-        Err(_) => Err(TrainError::Thread(std::io::Error::other("the writer of the checkpoint panicked"))),
-    }
+fn joined<T>(thread: JoinHandle<T>) -> Result<T, TrainError> {
+    let panicked = |_| TrainError::Thread(std::io::Error::other("the writer of the checkpoint panicked"));
+    thread.join().map_err(panicked)
 }
 
 fn trainer_state(checkpoint: &Checkpoint) -> Result<TrainerState, CheckpointError> {

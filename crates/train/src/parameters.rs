@@ -7,6 +7,7 @@ use switchyard_checkpoint::{Checkpoint, CheckpointError, ModelDirectory, TensorP
 use switchyard_config::RunPlan;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::held_part;
+use switchyard_kernels::copy_into;
 use switchyard_model::SwitchTransformer;
 use switchyard_parallel::{Mesh, Unit};
 
@@ -64,28 +65,45 @@ pub(crate) fn load_parts(
 }
 
 /// Copies of the parameters and moments that this rank owns.
-pub(crate) fn snapshot(learner: &mut Learner) -> (Vec<TensorPart>, Vec<TensorPart>) {
-    let mut parameters = Vec::new();
-    let (units, masters) = (learner.optimizer().units(), learner.optimizer().masters());
-    let part_of = |name: &str, unit: &Unit, values: Vec<f32>| TensorPart {
-        name: name.to_owned(),
-        shape: unit.whole.clone(),
-        part: unit.part.clone(),
-        values: Arc::new(values),
-    };
-    parameters.extend(masters.iter().map(|(name, values)| part_of(name, &units[name], values.clone())));
-    learner.model().visit_parameters(|name, held| {
-        if let Some(unit @ Unit { in_held: Some(start), part, .. }) = units.get(name) {
-            parameters.push(part_of(name, unit, held[*start..start + part.num_elements()].to_vec()));
-        }
-    });
-    let moments = learner.optimizer_mut().moments().map(|moment| TensorPart {
-        name: moment.name,
-        shape: moment.whole,
-        part: moment.part,
-        values: Arc::new(moment.values.clone()),
-    });
-    (parameters, moments.collect())
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot {
+    pub(crate) parameters: Vec<TensorPart>,
+    pub(crate) moments: Vec<TensorPart>,
+}
+
+impl Snapshot {
+    /// Copies what `learner` has now into the memory of an earlier snapshot of it: pages that the system
+    /// has given back take longer to get than to fill.
+    pub(crate) fn take(learner: &mut Learner, earlier: Self) -> Self {
+        let mut memory = earlier.parameters.into_iter().chain(earlier.moments).map(|part| part.values);
+        let mut copy_of = |values: &[f32]| {
+            let mut copy = memory.next().unwrap_or_default();
+            copy_into(Arc::make_mut(&mut copy), values);
+            copy
+        };
+        let part_of = |name: &str, unit: &Unit, values| TensorPart {
+            name: name.to_owned(),
+            shape: unit.whole.clone(),
+            part: unit.part.clone(),
+            values,
+        };
+        let (units, masters) = (learner.optimizer().units(), learner.optimizer().masters());
+        let beside = masters.iter().map(|(name, values)| part_of(name, &units[name], copy_of(values)));
+        let mut parameters: Vec<TensorPart> = beside.collect();
+        learner.model().visit_parameters(|name, held| {
+            if let Some(unit @ Unit { in_held: Some(start), part, .. }) = units.get(name) {
+                let owned = &held[*start..start + part.num_elements()];
+                parameters.push(part_of(name, unit, copy_of(owned)));
+            }
+        });
+        let moments = learner.optimizer_mut().moments().map(|moment| TensorPart {
+            name: moment.name,
+            shape: moment.whole,
+            part: moment.part,
+            values: copy_of(moment.values),
+        });
+        Self { parameters, moments: moments.collect() }
+    }
 }
 
 fn spec_of<'a>(specs: &'a [ParameterSpec], name: &str) -> Result<&'a ParameterSpec, CheckpointError> {

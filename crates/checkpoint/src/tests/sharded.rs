@@ -61,7 +61,9 @@ fn write_all(pending: &PendingCheckpoint, model: &ModelConfig, mesh: MeshShape) 
     let (tensors, moments) = (owned(model, mesh, &filled(model)), owned(model, mesh, &moments(model)));
     let ranks = tensors.iter().zip(&moments).enumerate();
     ranks
-        .map(|(rank, (tensors, moments))| write_shards(pending.path(), rank, tensors, moments).unwrap())
+        .map(|(rank, (tensors, moments))| {
+            write_shards(pending.path(), rank, tensors, moments, &Pace::unlimited()).unwrap()
+        })
         .collect()
 }
 
@@ -297,7 +299,7 @@ fn reports_of_another_model_are_refused() {
     assert!(faults.contains(&told), "{faults:?}");
     let faults = refused(|pending, reports| {
         let stray = [TensorPart::whole("decoder.last_norm/m", &[1], vec![0.0])];
-        reports.push(write_shards(pending.path(), 4, &[], &stray).unwrap());
+        reports.push(write_shards(pending.path(), 4, &[], &stray, &Pace::unlimited()).unwrap());
         assert_eq!(reports[4].files.len(), 1, "no file for nothing");
     });
     assert_eq!(faults, ["`decoder.last_norm/m` belongs to no parameter of this model"]);
@@ -306,9 +308,14 @@ fn reports_of_another_model_are_refused() {
 #[test]
 fn a_report_travels_as_json() {
     let root = tempfile::tempdir().unwrap();
-    let report =
-        write_shards(root.path(), 0, &owned(&model(), expert_parallel(4), &filled(&model()))[0], &[])
-            .unwrap();
+    let report = write_shards(
+        root.path(),
+        0,
+        &owned(&model(), expert_parallel(4), &filled(&model()))[0],
+        &[],
+        &Pace::unlimited(),
+    )
+    .unwrap();
     let text = serde_json::to_string(&report).unwrap();
     assert_eq!(serde_json::from_str::<ShardReport>(&text).unwrap(), report);
     assert_eq!(report.tensors.iter().find(|entry| entry.name == WI).unwrap().slices[0].rank(), Some(0));
@@ -317,7 +324,9 @@ fn a_report_travels_as_json() {
 #[test]
 fn parts_that_are_not_what_they_say_are_refused() {
     let root = tempfile::tempdir().unwrap();
-    let refused = |parts: &[TensorPart]| write_shards(root.path(), 0, parts, &[]).unwrap_err().to_string();
+    let refused = |parts: &[TensorPart]| {
+        write_shards(root.path(), 0, parts, &[], &Pace::unlimited()).unwrap_err().to_string()
+    };
     let whole = TensorPart::whole("w", &[2, 3], vec![0.0; 6]);
     let mut short = whole.clone();
     short.values = vec![0.0; 5].into();
@@ -337,8 +346,10 @@ fn a_full_disk_leaves_the_older_checkpoint_only() {
     let mesh = expert_parallel(2);
     let (tensors, moments) =
         (owned(&model(), mesh, &filled(&model())), owned(&model(), mesh, &moments(&model())));
-    write_shards(pending.path(), 0, &tensors[0], &moments[0]).unwrap();
-    let message = write_shards(pending.path(), 1, &tensors[1], &moments[1]).unwrap_err().to_string();
+    write_shards(pending.path(), 0, &tensors[0], &moments[0], &Pace::unlimited()).unwrap();
+    let message = write_shards(pending.path(), 1, &tensors[1], &moments[1], &Pace::unlimited())
+        .unwrap_err()
+        .to_string();
     assert!(
         message.contains("optimizer-00001.safetensors") && message.contains("free some space"),
         "{message}"

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use burn::tensor::Device;
 use serde_json::json;
-use switchyard_checkpoint::{Checkpoint, Contents, PendingCheckpoint, TensorPart, write_shards};
+use switchyard_checkpoint::{Checkpoint, Contents, Pace, PendingCheckpoint, TensorPart, write_shards};
 use switchyard_config::{MeshShape, RunPlan, resolve_str};
 use switchyard_parallel::Mesh;
 
-use super::{load_parts, snapshot};
+use super::{Snapshot, load_parts};
 use crate::step::Learner;
 
 /// Bits of every tensor, whole.
@@ -65,7 +65,7 @@ fn save(directory: &Path, shape: MeshShape, plan: &RunPlan) -> PathBuf {
     let pending = PendingCheckpoint::begin(directory, 7).expect("a directory");
     let temporary = pending.path().to_owned();
     let reports = on_ranks(shape, plan, move |mut learner, rank| {
-        let (parameters, moments) = snapshot(&mut learner);
+        let Snapshot { parameters, moments } = Snapshot::take(&mut learner, Snapshot::default());
         let fill = |parts: Vec<TensorPart>| -> Vec<TensorPart> {
             let filled = |mut part: TensorPart| {
                 let places = part.part.runs(&part.shape).flatten();
@@ -74,7 +74,8 @@ fn save(directory: &Path, shape: MeshShape, plan: &RunPlan) -> PathBuf {
             };
             parts.into_iter().map(filled).collect()
         };
-        write_shards(&temporary, rank, &fill(parameters), &fill(moments)).expect("a writable disk")
+        write_shards(&temporary, rank, &fill(parameters), &fill(moments), &Pace::unlimited())
+            .expect("a writable disk")
     });
     let contents = Contents { model: &plan.model, routing: &plan.routing, trainer: json!({}), files: &[] };
     pending.commit(contents, reports).expect("every tensor once")
@@ -86,7 +87,7 @@ fn loaded(path: &Path, shape: MeshShape, plan: &RunPlan) -> Tensors {
     let parts = on_ranks(shape, plan, move |mut learner, rank| {
         let checkpoint = Checkpoint::open_share(&path, rank, shape.ranks()).expect("whole");
         load_parts(&checkpoint, &mut learner, &config, 7).expect("it fits");
-        let (parameters, moments) = snapshot(&mut learner);
+        let Snapshot { parameters, moments } = Snapshot::take(&mut learner, Snapshot::default());
         parameters.into_iter().chain(moments).collect::<Vec<_>>()
     });
     let mut tensors = Tensors::new();

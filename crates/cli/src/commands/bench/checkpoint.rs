@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
+use rustix::time::{ClockId, clock_gettime};
 use switchyard_checkpoint::{
-    Checkpoint, Contents, PendingCheckpoint, TensorPart, TensorSource, write_shards,
+    Checkpoint, Contents, Pace, PendingCheckpoint, TensorPart, TensorSource, write_shards,
 };
 use switchyard_config::parameters::parameters;
 use switchyard_config::partition::Part;
@@ -39,13 +40,13 @@ pub(crate) fn run(arguments: &BenchCheckpointArguments) -> anyhow::Result<Outcom
     let (mut shards, mut plain) = (Measured::default(), Measured::default());
     for round in 0..arguments.rounds as u64 {
         let pending = PendingCheckpoint::begin(&scratch.0, round)?;
-        shards.time(|| Ok(write_shards(pending.path(), 0, &tensors, &moments)?))?;
+        shards.time(|| Ok(write_shards(pending.path(), 0, &tensors, &moments, &Pace::unlimited())?))?;
         drop(pending);
         plain.time(|| write_plainly(&plain_file, bytes))?;
         remove()?;
     }
     let pending = PendingCheckpoint::begin(&scratch.0, 0)?;
-    let report = write_shards(pending.path(), 0, &tensors, &moments)?;
+    let report = write_shards(pending.path(), 0, &tensors, &moments, &Pace::unlimited())?;
     drop((tensors, moments));
     let contents =
         Contents { model: &plan.model, routing: &plan.routing, trainer: serde_json::Value::Null, files: &[] };
@@ -184,9 +185,7 @@ impl Row {
 
 /// Time that all threads have computed so far, in the system as well.
 fn cpu_seconds_so_far() -> f64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the clock writes to the struct that it is given and to nothing else.
-    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    let time = clock_gettime(ClockId::ProcessCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
