@@ -126,7 +126,7 @@ fn kills_of_any_rank_at_any_moment_change_nothing() {
 }
 
 #[test]
-#[ignore = "minutes; `cargo xtask test -- --ignored fifty_kills --nocapture` prints its log"]
+#[ignore = "minutes; `cargo xtask test -- fifty_kills -- --ignored --nocapture` prints its log"]
 fn fifty_kills_change_nothing() {
     let met = killed_and_restarted(&Place::with_experiment(), 50, true);
     assert!(met.half_written > 10 && met.resumed > 40, "{met:?}");

@@ -162,7 +162,10 @@ impl MeshShape {
         for expert in 0..self.expert {
             let ranks: Vec<String> = self.expert_holders(expert).iter().map(ToString::to_string).collect();
             let (first, last) = (expert * local, (expert + 1) * local - 1);
-            lines.push(format!("experts {first}..={last} on ranks {}", ranks.join(", ")));
+            let experts =
+                if local == 1 { format!("expert {first}") } else { format!("experts {first} to {last}") };
+            let on = if ranks.len() == 1 { "rank" } else { "ranks" };
+            lines.push(format!("{experts} on {on} {}", ranks.join(", ")));
         }
         lines
     }

@@ -33,7 +33,12 @@ struct TrainerState {
 
 /// Part of a core that a save takes from training beside it: while it computes, the threads of a step wait
 /// for the one that it has pushed aside.
+///
+/// More if it would not be done half-way to the next save.
 const CORES: f64 = 0.02;
+
+/// Bytes that a busy core hashes and hands to the system in a second: the least that was seen.
+const BYTES_PER_CORE_SECOND: f64 = 5e8;
 
 /// The checkpoints of one run.
 pub(crate) struct Checkpoints<'a> {
@@ -157,12 +162,13 @@ impl<'a> Checkpoints<'a> {
     }
 
     /// Copies what this rank owns and begins to write it beside training; no other save may be under
-    /// way. What is returned is how it failed, where that is tolerated.
+    /// way, and the next is expected in `until_next_s` seconds. What is returned is how it failed, where that is tolerated.
     pub(crate) fn begin(
         &mut self,
         learner: &mut Learner,
         progress: &Progress,
         samples: u64,
+        until_next_s: f64,
         must_succeed: bool,
     ) -> Result<Option<Saved>, TrainError> {
         let mut finish = None;
@@ -187,7 +193,9 @@ impl<'a> Checkpoints<'a> {
         };
         let rank = self.mesh().world().rank();
         let snapshot = Snapshot::take(learner, std::mem::take(&mut self.written));
-        let pace = Arc::new(Pace::of_cores(CORES));
+        let work_s = snapshot.bytes() as f64 / BYTES_PER_CORE_SECOND;
+        let cores = CORES.max(work_s / (until_next_s / 2.0));
+        let pace = Arc::new(Pace::of_cores(cores));
         let thread = thread::Builder::new().name("checkpoint".to_owned()).spawn({
             let pace = Arc::clone(&pace);
             move || {

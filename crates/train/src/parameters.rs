@@ -72,6 +72,12 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
+    /// Bytes of all values.
+    pub(crate) fn bytes(&self) -> usize {
+        let values = |part: &TensorPart| size_of::<f32>() * part.values.len();
+        self.parameters.iter().chain(&self.moments).map(values).sum()
+    }
+
     /// Copies what `learner` has now into the memory of an earlier snapshot of it: pages that the system
     /// has given back take longer to get than to fill.
     pub(crate) fn take(learner: &mut Learner, earlier: Self) -> Self {

@@ -139,6 +139,8 @@ struct Run<'a> {
     held_out: Vec<HostBatch>,
     first_sentinel: i32,
     saved: Option<PathBuf>,
+    /// Length of the last step in seconds.
+    step_s: f64,
     evaluation: Option<EvalRecord>,
 }
 
@@ -180,6 +182,7 @@ impl<'a> Run<'a> {
             held_out,
             first_sentinel: data.tokenizer().first_sentinel_id() as i32,
             saved,
+            step_s: 0.0,
             evaluation: None,
         };
         // An interrupted run saves first: the evaluation that was due is made up for.
@@ -235,6 +238,7 @@ impl<'a> Run<'a> {
         }
         let mut record = StepRecord::new(progress.step, outcome, progress.tokens, progress.skipped_steps);
         let elapsed_s = started.elapsed().as_secs_f64();
+        self.step_s = elapsed_s;
         record.step_ms = elapsed_s * 1e3;
         record.data_wait_ms = waited_s * 1e3;
         record.tokens_per_second = outcome.tokens as f64 / elapsed_s;
@@ -270,12 +274,18 @@ impl<'a> Run<'a> {
 
     /// Begins a checkpoint; the last one of a process is waited for.
     fn save(&mut self, last: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let started = Instant::now();
         let synced = self.metrics.as_ref().map_or(Ok(()), MetricsFile::sync);
         agreed(self.mesh, synced.map_err(TrainError::from))?;
         let earlier = self.checkpoints.finish()?;
         self.note(earlier, observer);
-        let ended = self.checkpoints.begin(&mut self.learner, &self.progress, self.samples, last)?;
+        let steps = if last { 0 } else { self.plan.checkpoint.every_steps };
+        let until_next_s = self.step_s * steps as f64;
+        let ended =
+            self.checkpoints.begin(&mut self.learner, &self.progress, self.samples, until_next_s, last)?;
         self.note(ended, observer);
+        let held_ms = started.elapsed().as_secs_f64() * 1e3;
+        tracing::info!(step = self.progress.step, held_ms, "training goes on beside a save");
         if last {
             let ended = self.checkpoints.finish()?;
             self.note(ended, observer);

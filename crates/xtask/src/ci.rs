@@ -50,7 +50,7 @@ fn steps(root: &Path) -> anyhow::Result<Vec<Step>> {
         step("format", "cargo fmt --all --check"),
         step("generated pages", "cargo xtask docs --check"),
         step("tests", test_command(&readme)?),
-        step("long tests", "cargo xtask test -- --ignored"),
+        step("long tests", "cargo xtask test -- fifty_kills -- --ignored"),
         step("clippy", "cargo clippy --release --all-targets -- -D warnings"),
         step(
             "clippy with MPI",

@@ -45,5 +45,7 @@ fn every_expert_group_has_a_line() {
     let mesh = MeshShape { data: 4, expert: 2, tensor: 1 };
     let plan = resolve_str(RUN, &[]).unwrap().plan;
     let lines = mesh.describe(&plan.model);
-    assert_eq!(lines[1..], ["experts 0..=3 on ranks 0, 2", "experts 4..=7 on ranks 1, 3"]);
+    assert_eq!(lines[1..], ["experts 0 to 3 on ranks 0, 2", "experts 4 to 7 on ranks 1, 3"]);
+    let mesh = MeshShape { data: 8, expert: 8, tensor: 1 };
+    assert_eq!(mesh.describe(&plan.model)[1], "expert 0 on rank 0");
 }
