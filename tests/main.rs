@@ -6,4 +6,5 @@ mod cli;
 mod distributed;
 mod resume;
 mod support;
+mod torchrun;
 mod train;

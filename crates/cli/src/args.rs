@@ -30,6 +30,9 @@ pub(crate) struct Arguments {
     pub device: Device,
     /// Who says which rank this process is: `auto` asks the environment (torchrun's variables, Open MPI,
     /// PMIx, PMI, Slurm), `mpi` the MPI library, `none` makes it one process alone.
+    ///
+    /// With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun sets them, the ranks meet over TCP
+    /// and need no MPI.
     #[arg(long, global = true, default_value = "auto")]
     pub launcher: LauncherChoice,
     #[command(flatten)]

@@ -3,7 +3,6 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-#[cfg(feature = "mpi")]
 use std::{sync::Arc, time::Duration};
 
 /// What a process does: the mark that the trainer set last, and the collectives that it waits in.
@@ -18,18 +17,12 @@ pub struct Activity {
 struct State {
     mark: String,
     marked: Instant,
-    #[cfg(feature = "mpi")]
     waits: Vec<Wait>,
 }
 
 impl Default for Activity {
     fn default() -> Self {
-        let state = State {
-            mark: String::new(),
-            marked: Instant::now(),
-            #[cfg(feature = "mpi")]
-            waits: Vec::new(),
-        };
+        let state = State { mark: String::new(), marked: Instant::now(), waits: Vec::new() };
         Self { state: Mutex::new(state) }
     }
 }
@@ -49,7 +42,6 @@ impl Activity {
 }
 
 /// A group as the watchdog knows it.
-#[cfg(feature = "mpi")]
 #[derive(Debug, Clone)]
 pub(crate) struct GroupName {
     pub(crate) label: Arc<str>,
@@ -60,7 +52,6 @@ pub(crate) struct GroupName {
 }
 
 /// A collective that has begun and not ended.
-#[cfg(feature = "mpi")]
 #[derive(Debug, Clone)]
 pub(crate) struct Wait {
     pub(crate) operation: &'static str,
@@ -71,14 +62,12 @@ pub(crate) struct Wait {
 }
 
 /// Ends a [`Wait`] when dropped.
-#[cfg(feature = "mpi")]
 #[derive(Debug)]
 pub(crate) struct Waiting<'a> {
     activity: &'a Activity,
     group: u64,
 }
 
-#[cfg(feature = "mpi")]
 impl Activity {
     /// Notes that a collective begins; a group has one at a time.
     pub(crate) fn enter(&self, operation: &'static str, group: &GroupName, call: u64) -> Waiting<'_> {
@@ -101,7 +90,6 @@ impl Activity {
     }
 }
 
-#[cfg(feature = "mpi")]
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.activity.lock().waits.retain(|wait| wait.group.id != self.group);

@@ -49,7 +49,7 @@ pub fn collectives_beside_bare(
     bytes: &[usize],
     rounds: usize,
 ) -> Result<Vec<Measurement>, CommError> {
-    use crate::mpi::raw::Fault;
+    use crate::transport::{Fault, Transport as _};
 
     let comm = world.communicator();
     let Some(handle) = world.mpi_handle() else { return collectives(&**comm, bytes, rounds) };

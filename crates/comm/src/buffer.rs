@@ -30,7 +30,7 @@ mod sealed {
 }
 
 /// A type that collectives can move.
-pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
+pub trait Element: sealed::Sealed + bytemuck::Pod + Default + Send + Sync + std::fmt::Debug {
     /// Its name for backends.
     const TYPE: ElementType;
 }

@@ -21,7 +21,6 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
-    #[cfg(any(feature = "mpi", test))]
     const ALL: [Self; 9] = [
         Self::Barrier,
         Self::Broadcast,
@@ -49,7 +48,6 @@ impl Operation {
     }
 }
 
-#[cfg(any(feature = "mpi", test))]
 const TYPES: [ElementType; 6] = [
     ElementType::F32,
     ElementType::F64,
@@ -59,7 +57,6 @@ const TYPES: [ElementType; 6] = [
     ElementType::U8,
 ];
 
-#[cfg(any(feature = "mpi", test))]
 const REDUCE_OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
 
 /// One rank's call: all that must be the same on every rank, and what is wrong with it already.
@@ -167,7 +164,6 @@ impl Call {
     }
 
     /// Refuses more values than a library can count.
-    #[cfg(feature = "mpi")]
     pub(crate) fn at_most(self, limit: usize, values: usize) -> Self {
         self.require(values <= limit, || {
             format!("{values} values, but MPI counts to {limit}; split them over several calls")
@@ -210,10 +206,8 @@ impl Call {
 }
 
 /// A call as numbers, for peers in other processes.
-#[cfg(any(feature = "mpi", test))]
 pub(crate) type Words = [u64; 3];
 
-#[cfg(any(feature = "mpi", test))]
 impl Call {
     pub(crate) fn to_words(&self) -> Words {
         let position = |found: Option<usize>| found.map_or(0, |index| index as u64 + 1);

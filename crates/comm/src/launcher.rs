@@ -62,8 +62,23 @@ pub struct Launch {
     pub local_size: Option<usize>,
     /// Where rank 0 can be reached (`MASTER_ADDR`), if announced.
     pub master_address: Option<String>,
-    /// A free port there (`MASTER_PORT`), if announced.
+    /// A port there (`MASTER_PORT`), if announced.
     pub master_port: Option<u16>,
+    /// Whether that port is taken by torchrun's own store, so that the ranks meet at the next.
+    pub port_is_taken: bool,
+}
+
+/// Where the ranks of a job meet that no library brings together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meeting {
+    /// This rank.
+    pub rank: usize,
+    /// Ranks of the job.
+    pub size: usize,
+    /// Name or address of rank 0's machine.
+    pub address: String,
+    /// The port on which rank 0 awaits the others.
+    pub port: u16,
 }
 
 /// A process that cannot take its place among the ranks.
@@ -91,7 +106,7 @@ pub enum LaunchError {
         size: usize,
     },
     /// Several ranks, but this program cannot speak with others.
-    #[error("{} but this program was built without MPI; build it with `cargo build --release --features switchyard-cli/mpi`", announced(*launcher, *size))]
+    #[error("{} but this program was built without MPI; {}", announced(*launcher, *size), mend_build(*launcher))]
     BuiltWithoutMpi {
         /// Who announces the ranks.
         launcher: Launcher,
@@ -120,9 +135,22 @@ fn announced(launcher: Launcher, size: Option<usize>) -> String {
     }
 }
 
+fn mend_build(launcher: Launcher) -> &'static str {
+    match launcher {
+        Launcher::RankVariables => {
+            "set MASTER_ADDR and MASTER_PORT too, as torchrun does, \
+             or build it with `cargo build --release --features switchyard-cli/mpi`"
+        }
+        _ => "build it with `cargo build --release --features switchyard-cli/mpi`",
+    }
+}
+
 fn mend(launcher: Launcher) -> &'static str {
     match launcher {
-        Launcher::RankVariables => "start the ranks with mpirun or srun, or unset RANK and WORLD_SIZE",
+        Launcher::RankVariables => {
+            "set MASTER_ADDR and MASTER_PORT too, start the ranks with mpirun or srun, \
+             or unset RANK and WORLD_SIZE"
+        }
         Launcher::Slurm => "start with `srun --mpi=pmix` (`srun --mpi=list` shows what Slurm offers)",
         Launcher::OpenMpi => {
             "start with the mpirun of the MPI library that this program was built with \
@@ -160,6 +188,16 @@ impl Launch {
             Choice::Mpi => true,
             Choice::Automatic => self.launcher != Launcher::None && self.size.is_none_or(|size| size > 1),
         }
+    }
+
+    /// Where to meet the other ranks over TCP: whoever says where rank 0 is, as torchrun does, needs no MPI.
+    pub fn meeting(&self) -> Option<Meeting> {
+        if self.choice != Choice::Automatic || !self.is_one_of_several() {
+            return None;
+        }
+        let (rank, size, port) = (self.rank?, self.size?, self.master_port?);
+        let port = if self.port_is_taken { port.checked_add(1)? } else { port };
+        Some(Meeting { rank, size, address: self.master_address.clone()?, port })
     }
 
     /// Refuses a job that this build cannot join.
@@ -221,6 +259,7 @@ impl Environment<'_> {
             local_size: None,
             master_address: None,
             master_port: None,
+            port_is_taken: false,
         };
         if self.has("RANK") && self.has("WORLD_SIZE") {
             return Ok(Launch {
@@ -230,6 +269,7 @@ impl Environment<'_> {
                 local_size: self.number("LOCAL_WORLD_SIZE")?,
                 master_address: (self.0)("MASTER_ADDR"),
                 master_port: self.port()?,
+                port_is_taken: (self.0)("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True"),
                 ..launch(Launcher::RankVariables)
             });
         }
@@ -327,6 +367,26 @@ mod tests {
         let launch = detect(&torchrun).expect("it makes sense");
         assert_eq!((launch.rank, launch.size, launch.local_rank), (Some(5), Some(6), Some(1)));
         assert_eq!((launch.master_address.as_deref(), launch.master_port), (Some("a"), Some(29500)));
+    }
+
+    #[test]
+    fn ranks_that_are_told_where_the_first_is_meet_there() {
+        let ranks = [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a")];
+        assert_eq!(detect(&ranks).expect("it makes sense").meeting(), None, "no port");
+        let all = [&ranks[..], &[("MASTER_PORT", "29500")]].concat();
+        let mut launch = detect(&all).expect("it makes sense");
+        let meeting = Meeting { rank: 1, size: 2, address: "a".to_owned(), port: 29500 };
+        assert_eq!(launch.meeting(), Some(meeting.clone()));
+        for choice in [Choice::Mpi, Choice::Solo] {
+            launch.choice = choice;
+            assert_eq!(launch.meeting(), None);
+        }
+        // torchrun's own store listens at the port that it names.
+        let torchrun = [&all[..], &[("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat();
+        let launch = detect(&torchrun).expect("it makes sense");
+        assert_eq!(launch.meeting(), Some(Meeting { port: 29501, ..meeting }));
+        let alone = [&[("WORLD_SIZE", "1"), ("RANK", "0")], &all[2..]].concat();
+        assert_eq!(detect(&alone).expect("it makes sense").meeting(), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | solo | one process | [`Solo::new`] |
 //! | threads | threads of one process, for tests of parallel code | [`threads`] |
+//! | tcp | processes that are told where rank 0 is, as torchrun tells them | [`start`] |
 //! | mpi | processes under mpirun or srun; cargo feature `mpi` | [`start`] |
 //!
 //! A program calls [`Launch::detect`] to learn how it was started and [`start`] to join the job;
@@ -34,15 +35,19 @@ mod activity;
 pub mod bench;
 mod buffer;
 mod call;
+mod cards;
 mod communicator;
 mod error;
+mod group;
 mod launcher;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod reduce;
+mod scratch;
 mod solo;
+mod tcp;
 mod threads;
-#[cfg(feature = "mpi")]
+mod transport;
 mod watchdog;
 mod world;
 
@@ -50,7 +55,7 @@ pub use activity::Activity;
 pub use buffer::{Buffer, BufferMut, Element, ElementType};
 pub use communicator::{Communicator, ReduceOp};
 pub use error::CommError;
-pub use launcher::{Choice, Launch, LaunchError, Launcher};
+pub use launcher::{Choice, Launch, LaunchError, Launcher, Meeting};
 pub use solo::Solo;
 pub use threads::threads;
 pub use world::{RESTARTABLE, StartError, StartOptions, World, abort, start};

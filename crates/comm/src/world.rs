@@ -10,6 +10,7 @@ use crate::communicator::Communicator;
 use crate::error::CommError;
 use crate::launcher::{Launch, LaunchError};
 use crate::solo::Solo;
+use crate::tcp;
 
 /// Exit code of a job that may be started again from its newest checkpoint.
 pub const RESTARTABLE: i32 = 75;
@@ -53,6 +54,9 @@ pub enum StartError {
     /// The MPI library reports a fault.
     #[error("MPI did not start: {0}")]
     Library(String),
+    /// The ranks do not find each other.
+    #[error("the ranks did not meet: {0}")]
+    Rendezvous(io::Error),
     /// The watchdogs do not find each other.
     #[error(
         "the watchdog did not start: {0}; the ranks need TCP connections to the machines of the first two ranks"
@@ -77,17 +81,23 @@ pub struct World {
 #[derive(Debug)]
 enum Part {
     Solo(Activity),
+    Tcp(Box<tcp::Job>),
     #[cfg(feature = "mpi")]
     Mpi(Box<crate::mpi::Job>),
 }
 
-/// Joins the job that `launch` describes: MPI if there are other ranks, else one rank alone.
+/// Joins the job that `launch` describes: over TCP or MPI if there are other ranks, else one rank alone.
 ///
 /// # Collective
 /// Every rank of the job must call it.
 /// # Errors
 /// [`StartError`].
 pub fn start(launch: &Launch, options: StartOptions) -> Result<World, StartError> {
+    if let Some(meeting) = launch.meeting() {
+        let job = tcp::Job::start(&meeting, options)?;
+        let communicator: Arc<dyn Communicator> = job.world.clone();
+        return Ok(World { communicator, part: Part::Tcp(Box::new(job)), library: "none".to_owned() });
+    }
     launch.require_mpi(cfg!(feature = "mpi"))?;
     if launch.is_one_of_several() {
         return start_mpi(launch, options);
@@ -121,6 +131,7 @@ impl World {
     pub fn local_rank(&self) -> usize {
         match &self.part {
             Part::Solo(_) => 0,
+            Part::Tcp(job) => job.local_rank,
             #[cfg(feature = "mpi")]
             Part::Mpi(job) => job.local_rank,
         }
@@ -130,15 +141,17 @@ impl World {
     pub fn local_size(&self) -> usize {
         match &self.part {
             Part::Solo(_) => 1,
+            Part::Tcp(job) => job.local_size,
             #[cfg(feature = "mpi")]
             Part::Mpi(job) => job.local_size,
         }
     }
 
-    /// Name of the backend: `solo` or `mpi`.
+    /// Name of the backend: `solo`, `tcp` or `mpi`.
     pub fn backend(&self) -> &'static str {
         match &self.part {
             Part::Solo(_) => "solo",
+            Part::Tcp(_) => "tcp",
             #[cfg(feature = "mpi")]
             Part::Mpi(_) => "mpi",
         }
@@ -153,6 +166,7 @@ impl World {
     pub fn activity(&self) -> &Activity {
         match &self.part {
             Part::Solo(activity) => activity,
+            Part::Tcp(job) => job.activity(),
             #[cfg(feature = "mpi")]
             Part::Mpi(job) => job.activity(),
         }
@@ -162,8 +176,8 @@ impl World {
     #[cfg(feature = "mpi")]
     pub(crate) fn mpi_handle(&self) -> Option<crate::mpi::raw::Handle> {
         match &self.part {
-            Part::Solo(_) => None,
-            Part::Mpi(job) => Some(job.world.handle()),
+            Part::Solo(_) | Part::Tcp(_) => None,
+            Part::Mpi(job) => Some(*job.world.transport()),
         }
     }
 
@@ -180,16 +194,18 @@ impl World {
     fn leave(&mut self) -> Result<(), CommError> {
         match &mut self.part {
             Part::Solo(_) => Ok(()),
+            Part::Tcp(job) => job.leave(),
             #[cfg(feature = "mpi")]
             Part::Mpi(job) => job.leave(),
         }
     }
 }
 
-#[cfg(feature = "mpi")]
 impl Drop for World {
     fn drop(&mut self) {
         match &mut self.part {
+            Part::Tcp(job) if std::thread::panicking() => job.abandon(),
+            #[cfg(feature = "mpi")]
             Part::Mpi(job) if std::thread::panicking() => job.abandon(),
             // A broken world is not left; its error has been returned by the call that broke it.
             _ => drop(self.leave()),

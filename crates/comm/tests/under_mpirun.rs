@@ -146,7 +146,6 @@ fn copies_without_a_common_world_refuse() {
         .expect("it starts");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{errors}");
-    let expected =
-        "RANK and WORLD_SIZE announce 4 ranks but the MPI library sees 1; start the ranks with mpirun";
+    let expected = "RANK and WORLD_SIZE announce 4 ranks but the MPI library sees 1; set MASTER_ADDR and MASTER_PORT too";
     assert!(errors.contains(expected), "{errors}");
 }

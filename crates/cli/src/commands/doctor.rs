@@ -90,7 +90,10 @@ fn show(found: &Value) -> anyhow::Result<()> {
     row("vectors", text(&found["vector_instructions"]))?;
     let ranks = found["ranks"].as_array().map_or(&[][..], Vec::as_slice);
     let mpi = if found["mpi"] == false {
-        "no: for several ranks build with `cargo build --release --features switchyard-cli/mpi`".to_owned()
+        "no: for ranks under mpirun or srun build with `cargo build --release --features switchyard-cli/mpi`"
+            .to_owned()
+    } else if found["backend"] == "tcp" {
+        "yes, but these ranks met by MASTER_ADDR".to_owned()
     } else if ranks.len() == 1 {
         "yes; this process is alone, start it with `mpirun -n N` or `srun --mpi=pmix` to see the ranks"
             .to_owned()
@@ -98,6 +101,7 @@ fn show(found: &Value) -> anyhow::Result<()> {
         text(&found["library"])
     };
     row("MPI", mpi)?;
+    row("backend", text(&found["backend"]))?;
     for rank in ranks {
         row(
             &format!("rank {}", rank["rank"]),

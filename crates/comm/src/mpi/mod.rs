@@ -1,32 +1,26 @@
 //! Ranks that are processes started by an MPI launcher.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mpi::Threading;
 use mpi::environment::Universe;
 
-use crate::buffer::{Buffer, BufferMut};
+use crate::cards::{Cards, ENDING};
 use crate::communicator::Communicator;
 use crate::error::CommError;
-use crate::mpi::group::{Group, Shared};
+use crate::group::{Group, Shared};
 use crate::mpi::raw::Handle;
-use crate::watchdog::message::Card;
-use crate::watchdog::{Post, Watchdog};
-use crate::world::{RESTARTABLE, StartError, StartOptions};
+use crate::watchdog::Watchdog;
+use crate::world::{StartError, StartOptions};
 
-mod group;
 pub(crate) mod raw;
-mod scratch;
-
-/// Set by the first that ends the job, so that nobody else reports what is its consequence.
-static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// This process's part in an MPI job.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) world: Arc<Group>,
+    pub(crate) world: Arc<Group<Handle>>,
     pub(crate) local_rank: usize,
     pub(crate) local_size: usize,
     shared: Arc<Shared>,
@@ -58,11 +52,12 @@ impl Job {
         }
         let handle = Handle::world().map_err(StartError::Library)?;
         let shared = Arc::new(Shared::default());
-        let world = Arc::new(Group::world(Arc::clone(&shared), handle).map_err(StartError::Library)?);
+        let world = Arc::new(Group::world(Arc::clone(&shared), handle));
         check_size(world.size())?;
-        let cards = Cards::exchange(&world, options.address.as_deref())?;
+        let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown".to_owned());
+        let cards = Cards::exchange(&*world, &host, options.address.as_deref())?;
         let (local_rank, local_size) = cards.local(world.rank());
-        let watchdog = cards.watch(&world, &shared, options)?;
+        let watchdog = cards.watch(&*world, &shared.activity, options, end_all)?;
         let universe = Some(Mutex::new(OnceUniverse(universe)));
         Ok(Self { world, local_rank, local_size, shared, watchdog, universe })
     }
@@ -95,62 +90,6 @@ impl Job {
         if let Some(watchdog) = self.watchdog.take() {
             std::mem::forget(watchdog);
         }
-    }
-}
-
-/// What each rank says of itself at the start.
-struct Cards {
-    post: Post,
-    all: Vec<Card>,
-}
-
-impl Cards {
-    fn exchange(world: &Group, address: Option<&str>) -> Result<Self, StartError> {
-        let post = Post::new(world.rank(), world.size()).map_err(StartError::Watchdog)?;
-        let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown".to_owned());
-        let card = post.card(&host, address).map_err(StartError::Watchdog)?;
-        let text = serde_json::to_vec(&card).expect("cards have a JSON form");
-        let mut lengths = vec![0; world.size()];
-        world.all_gather(Buffer::U64(&[text.len() as u64]), BufferMut::U64(&mut lengths))?;
-        let counts: Vec<usize> = lengths.iter().map(|&length| length as usize).collect();
-        let mut texts = vec![0; counts.iter().sum()];
-        world.all_gather_v(Buffer::U8(&text), BufferMut::U8(&mut texts), &counts)?;
-        let mut rest = &texts[..];
-        let all = counts.iter().map(|&count| {
-            let (text, later) = rest.split_at(count);
-            rest = later;
-            serde_json::from_slice(text).map_err(|_| StartError::OtherProgram)
-        });
-        let all = all.collect::<Result<_, _>>()?;
-        Ok(Self { post, all })
-    }
-
-    /// Rank and number of ranks among those of the same machine.
-    fn local(&self, rank: usize) -> (usize, usize) {
-        let here = |card: &&Card| card.host == self.all[rank].host;
-        (self.all[..rank].iter().filter(here).count(), self.all.iter().filter(here).count())
-    }
-
-    fn watch(
-        self,
-        world: &Group,
-        shared: &Shared,
-        options: StartOptions,
-    ) -> Result<Option<Watchdog>, StartError> {
-        let Some(timeout) = options.timeout.filter(|_| world.size() > 1) else { return Ok(None) };
-        let report = options.report;
-        let end = move |reason: String| {
-            if !ENDING.swap(true, Ordering::AcqRel) {
-                tracing::error!("{reason}");
-                report(&reason);
-                end_all(RESTARTABLE);
-            }
-        };
-        let activity = Arc::clone(&shared.activity);
-        let watchdog = self.post.start(&self.all, timeout, activity, end).map_err(StartError::Watchdog)?;
-        // Nobody computes before all have connected: a connection is refused once the hub has ended.
-        world.barrier()?;
-        Ok(Some(watchdog))
     }
 }
 

@@ -255,7 +255,7 @@ fn outward_address() -> Option<String> {
 }
 
 /// A number that others on the network do not guess.
-fn token() -> u64 {
+pub(crate) fn token() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(std::process::id())
 }

@@ -1,4 +1,4 @@
-//! One rank of the jobs that `tests/under_mpirun.rs` starts: `switchyard-comm-rank SCENARIO [RANK]`.
+//! One rank of the jobs that `tests/under_mpirun.rs` and `tests/over_tcp.rs` start: `switchyard-comm-rank SCENARIO [RANK]`.
 #![allow(clippy::print_stderr, reason = "what a rank prints is what the tests look at")]
 
 use std::process::{Command, ExitCode};
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     let scenario = arguments.first().map_or("suite", String::as_str);
     let chosen: usize = arguments.get(1).map_or(1, |rank| rank.parse().expect("a rank"));
     let launch =
-        Launch::detect(Choice::Automatic, |name| std::env::var(name).ok()).expect("mpirun makes sense");
+        Launch::detect(Choice::Automatic, |name| std::env::var(name).ok()).expect("the launcher makes sense");
     let timeout = if scenario == "suite" { Duration::from_secs(120) } else { TIMEOUT };
     let options = StartOptions {
         timeout: Some(timeout),
@@ -89,9 +89,13 @@ fn whole_suite(world: &World) {
     ] {
         broken(&*comm.split(0, "part").expect("all come"));
     }
-    assert_eq!(world.backend(), "mpi");
     assert_eq!((world.local_rank(), world.local_size()), (comm.rank(), comm.size()));
-    assert!(world.library().contains("MPI"), "{}", world.library());
+    match world.backend() {
+        "tcp" => assert_eq!(world.library(), "none"),
+        backend => {
+            assert_eq!((backend, world.library().contains("MPI")), ("mpi", true), "{}", world.library())
+        }
+    }
 }
 
 /// Three steps with a sum at the end of each; `event` happens in the second.

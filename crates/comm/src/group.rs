@@ -1,7 +1,7 @@
-//! A group of ranks that are processes: the trait over the calls of the MPI library.
+//! A group of ranks that are processes: the trait over what carries values between them.
 //!
 //! Before each operation the ranks compare what they are about to call, so that a disagreement is
-//! an error on all of them instead of a hang or wrong values. The library has no deadlines: the
+//! an error on all of them instead of a hang or wrong values. A transport has no deadlines: the
 //! watchdog ends the job when one passes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,9 +12,9 @@ use crate::buffer::{Buffer, BufferMut, Element, with_values};
 use crate::call::{self, Call, Words};
 use crate::communicator::{Communicator, ReduceOp};
 use crate::error::CommError;
-use crate::mpi::raw::{Fault, Handle, Parts, Wire};
-use crate::mpi::scratch::{Pooled, Scratch};
 use crate::reduce::Reduce;
+use crate::scratch::{Pooled, Scratch};
+use crate::transport::{Fault, Parts, Transport};
 
 /// Bytes of a buffer up to which a sum is cheapest as one all-gather and a local sum.
 const SMALL: usize = 8 << 10;
@@ -22,26 +22,22 @@ const SMALL: usize = 8 << 10;
 /// Bytes that a sum takes at a time: bounds the working memory, and stays in the caches.
 const PIECE: usize = 4 << 20;
 
-/// Values that the library can count.
-const LIMIT: usize = i32::MAX as usize;
-
 /// What all groups of the process share.
 #[derive(Debug, Default)]
 pub(crate) struct Shared {
     pub(crate) activity: Arc<Activity>,
     pub(crate) scratch: Scratch,
-    /// Set before the library is ended.
+    /// Set before the job is left.
     pub(crate) ended: AtomicBool,
 }
 
 /// One rank's place in a group of processes.
 #[derive(Debug)]
-pub(crate) struct Group {
+pub(crate) struct Group<T> {
     shared: Arc<Shared>,
-    handle: Handle,
+    transport: T,
     name: GroupName,
-    rank: usize,
-    /// Calls made so far; held during a call, since the library wants them one by one.
+    /// Calls made so far; held during a call, since a transport wants them one by one.
     calls: Mutex<u64>,
     broken: Arc<Broken>,
 }
@@ -61,35 +57,30 @@ impl Broken {
 
 /// Why an operation failed, before it is put into words for the caller.
 enum Failure {
-    Library(Fault),
+    Transport(Fault),
     Disagreement(String),
 }
 
 impl From<Fault> for Failure {
     fn from(fault: Fault) -> Self {
-        Self::Library(fault)
+        Self::Transport(fault)
     }
 }
 
-impl Group {
+impl<T: Transport + 'static> Group<T> {
     /// The group of all ranks.
-    pub(crate) fn world(shared: Arc<Shared>, handle: Handle) -> Result<Self, Fault> {
-        let members = (0..handle.size()?).collect();
-        Ok(Self {
-            shared,
-            handle,
-            name: GroupName { label: "world".into(), id: 1, members },
-            rank: handle.rank()?,
-            calls: Mutex::new(0),
-            broken: Arc::default(),
-        })
+    pub(crate) fn world(shared: Arc<Shared>, transport: T) -> Self {
+        let members = (0..transport.size()).collect();
+        let name = GroupName { label: "world".into(), id: 1, members };
+        Self { shared, transport, name, calls: Mutex::new(0), broken: Arc::default() }
     }
 
-    pub(crate) fn handle(&self) -> Handle {
-        self.handle
+    #[cfg(feature = "mpi")]
+    pub(crate) fn transport(&self) -> &T {
+        &self.transport
     }
 
-    /// Makes the library's part of a call, once all ranks are known to call alike.
+    /// Makes the transport's part of a call, once all ranks are known to call alike.
     fn run<R>(&self, call: &Call, work: impl FnOnce(u64) -> Result<R, Failure>) -> Result<R, CommError> {
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = self.broken.error() {
@@ -108,7 +99,7 @@ impl Group {
         });
         let result = done.unwrap_or_else(|failure| {
             Err(match failure {
-                Failure::Library(message) => CommError::Library { operation, group, message },
+                Failure::Transport(message) => CommError::Library { operation, group, message },
                 Failure::Disagreement(difference) => CommError::Disagreement { group, difference },
             })
         });
@@ -119,7 +110,7 @@ impl Group {
     fn agree(&self, call: &Call) -> Result<(), Failure> {
         let mine = call.to_words();
         self.shared.scratch.lend(mine.len() * self.size(), |all: &mut [u64]| {
-            self.handle.all_gather(&mine, all)?;
+            self.transport.all_gather(&mine, all)?;
             let (words, _) = all.as_chunks::<{ size_of::<Words>() / size_of::<u64>() }>();
             if words.iter().all(|words| *words == mine) {
                 return Ok(());
@@ -135,21 +126,21 @@ impl Group {
     }
 
     fn own_problem(&self, calls: &[Call]) -> bool {
-        calls[self.rank].wrong_buffer("").is_some()
+        calls[self.rank()].wrong_buffer("").is_some()
     }
 
-    /// As [`run`](Self::run) for operations whose work is one fallible call of the library.
+    /// As [`run`](Self::run) for operations whose work is one fallible call of the transport.
     fn simple(&self, call: &Call, work: impl FnOnce() -> Result<(), Fault>) -> Result<(), CommError> {
         self.run(call, |_| work().map_err(Failure::from))
     }
 
-    /// Combines in rank order, which the library promises for no type; Open MPI 4.1 also lets sums of
-    /// bytes saturate where they should wrap around.
-    fn all_reduce_values<T: Work>(&self, values: &mut [T], op: ReduceOp) -> Result<(), Fault> {
+    /// Combines in rank order, which MPI promises for no type; Open MPI 4.1 also lets sums of bytes
+    /// saturate where they should wrap around.
+    fn all_reduce_values<V: Work>(&self, values: &mut [V], op: ReduceOp) -> Result<(), Fault> {
         if self.size() == 1 {
             return Ok(());
         }
-        for piece in values.chunks_mut(PIECE / size_of::<T>()) {
+        for piece in values.chunks_mut(PIECE / size_of::<V>()) {
             if size_of_val(piece) <= SMALL {
                 self.gather_and_combine(piece, op)?;
             } else {
@@ -164,34 +155,34 @@ impl Group {
         Ok(())
     }
 
-    fn gather_and_combine<T: Work>(&self, values: &mut [T], op: ReduceOp) -> Result<(), Fault> {
-        self.shared.scratch.lend(values.len() * self.size(), |all: &mut [T]| {
-            self.handle.all_gather(values, all)?;
+    fn gather_and_combine<V: Work>(&self, values: &mut [V], op: ReduceOp) -> Result<(), Fault> {
+        self.shared.scratch.lend(values.len() * self.size(), |all: &mut [V]| {
+            self.transport.all_gather(values, all)?;
             combine(op, all, values);
             Ok(())
         })
     }
 
     /// Rank `i` combines the `i`-th shard of all, then all gather the results.
-    fn combine_shards<T: Work>(&self, values: &mut [T], op: ReduceOp) -> Result<(), Fault> {
+    fn combine_shards<V: Work>(&self, values: &mut [V], op: ReduceOp) -> Result<(), Fault> {
         let shard = values.len() / self.size();
-        self.shared.scratch.lend(values.len() + shard, |memory: &mut [T]| {
+        self.shared.scratch.lend(values.len() + shard, |memory: &mut [V]| {
             let (all, result) = memory.split_at_mut(values.len());
-            self.handle.all_to_all(values, all)?;
+            self.transport.all_to_all(values, all)?;
             combine(op, all, result);
-            self.handle.all_gather(result, values)
+            self.transport.all_gather(result, values)
         })
     }
 
-    fn reduce_scatter_values<T: Work>(&self, input: &[T], to: &mut [T], op: ReduceOp) -> Result<(), Fault> {
+    fn reduce_scatter_values<V: Work>(&self, input: &[V], to: &mut [V], op: ReduceOp) -> Result<(), Fault> {
         let (size, length) = (self.size(), to.len());
-        let step = (PIECE / size_of::<T>() / size).max(1);
+        let step = (PIECE / size_of::<V>() / size).max(1);
         for start in (0..length).step_by(step) {
             let piece = &mut to[start..length.min(start + step)];
             let sends = Parts::new((0..size).map(|rank| (rank * length + start, piece.len())));
             let receives = Parts::new((0..size).map(|rank| (rank * piece.len(), piece.len())));
-            self.shared.scratch.lend(piece.len() * size, |all: &mut [T]| {
-                self.handle.all_to_all_v((input, &sends), (all, &receives))?;
+            self.shared.scratch.lend(piece.len() * size, |all: &mut [V]| {
+                self.transport.all_to_all_v((input, &sends), (all, &receives))?;
                 combine(op, all, piece);
                 Ok::<(), Fault>(())
             })?;
@@ -203,7 +194,7 @@ impl Group {
     fn agree_on_counts(&self, sends: &[usize], receives: &[usize]) -> Result<(), Failure> {
         let sends: Vec<u64> = sends.iter().map(|&count| count as u64).collect();
         let mut sent = vec![0; sends.len()];
-        self.handle.all_to_all(&sends, &mut sent)?;
+        self.transport.all_to_all(&sends, &mut sent)?;
         let members = &self.name.members;
         let wrong = sent.iter().zip(receives).position(|(sent, expected)| *sent != *expected as u64);
         // All must know, or those whose counts fit would wait for the others.
@@ -212,7 +203,7 @@ impl Group {
             report = [from as u64, sent[from], receives[from] as u64];
         }
         self.shared.scratch.lend(report.len() * self.size(), |all: &mut [u64]| {
-            self.handle.all_gather(&report, all)?;
+            self.transport.all_gather(&report, all)?;
             let (reports, _) = all.as_chunks::<3>();
             // The pair that the order of (sender, receiver) names first, as in every backend.
             let first = reports.iter().enumerate().filter(|(_, report)| report[0] != u64::MAX);
@@ -230,21 +221,21 @@ impl Group {
 
     fn split_group(&self, color: usize, label: &str, call: u64) -> Result<Self, Fault> {
         let mut colors = vec![0; self.size()];
-        self.handle.all_gather(&[color as u64], &mut colors)?;
+        self.transport.all_gather(&[color as u64], &mut colors)?;
         let mut distinct = colors.clone();
         distinct.sort_unstable();
         distinct.dedup();
-        // The library's colors are small; ours may be any number.
-        let index = distinct.partition_point(|&other| other < color as u64);
-        let handle = self.handle.split(index, self.rank)?;
-        let members = self.name.members.iter().zip(&colors);
-        let members = members.filter(|(_, other)| **other == color as u64).map(|(&member, _)| member);
-        let id = [call, index as u64].iter().fold(self.name.id, |id, &value| mix(id ^ value));
+        // A transport's colors are small; ours may be any number.
+        let colors: Vec<usize> =
+            colors.iter().map(|&color| distinct.partition_point(|&other| other < color)).collect();
+        let own = colors[self.rank()];
+        let id = [call, own as u64].iter().fold(self.name.id, |id, &value| mix(id ^ value));
+        let members = self.name.members.iter().zip(&colors).filter(|&(_, &color)| color == own);
+        let members = members.map(|(&member, _)| member).collect();
         Ok(Self {
             shared: Arc::clone(&self.shared),
-            rank: handle.rank()?,
-            handle,
-            name: GroupName { label: label.into(), id, members: members.collect() },
+            transport: self.transport.split(&colors, id)?,
+            name: GroupName { label: label.into(), id, members },
             calls: Mutex::new(0),
             broken: Arc::new(Broken { error: OnceLock::new(), parent: Some(Arc::clone(&self.broken)) }),
         })
@@ -252,8 +243,8 @@ impl Group {
 }
 
 /// Types that a group works on.
-trait Work: Wire + Pooled + Reduce {}
-impl<T: Wire + Pooled + Reduce> Work for T {}
+trait Work: Pooled + Reduce {}
+impl<T: Pooled + Reduce> Work for T {}
 
 /// Combines equally long parts that lie one after the other.
 fn combine<T: Reduce>(op: ReduceOp, parts: &[T], output: &mut [T]) {
@@ -274,9 +265,9 @@ fn mix(value: u64) -> u64 {
     value ^ value >> 31
 }
 
-impl Communicator for Group {
+impl<T: Transport + 'static> Communicator for Group<T> {
     fn rank(&self) -> usize {
-        self.rank
+        self.transport.rank()
     }
 
     fn size(&self) -> usize {
@@ -295,7 +286,7 @@ impl Communicator for Group {
     fn broadcast(&self, buffer: BufferMut<'_>, root: usize) -> Result<(), CommError> {
         let call = Call::broadcast(self.size(), buffer.as_buffer(), root);
         self.simple(&call, || {
-            with_values!(buffer, to => to.chunks_mut(LIMIT).try_for_each(|piece| self.handle.broadcast(piece, root)))
+            with_values!(buffer, to => to.chunks_mut(T::LIMIT).try_for_each(|piece| self.transport.broadcast(piece, root)))
         })
     }
 
@@ -310,13 +301,13 @@ impl Communicator for Group {
         output: BufferMut<'_>,
         op: ReduceOp,
     ) -> Result<(), CommError> {
-        let call = Call::reduce_scatter(self.size(), input, &output, op).at_most(LIMIT, input.len());
+        let call = Call::reduce_scatter(self.size(), input, &output, op).at_most(T::LIMIT, input.len());
         self.simple(&call, || with_values!(output, to => self.reduce_scatter_values(values(input), to, op)))
     }
 
     fn all_gather(&self, input: Buffer<'_>, output: BufferMut<'_>) -> Result<(), CommError> {
-        let call = Call::all_gather(self.size(), input, &output).at_most(LIMIT, output.len());
-        self.simple(&call, || with_values!(output, to => self.handle.all_gather(values(input), to)))
+        let call = Call::all_gather(self.size(), input, &output).at_most(T::LIMIT, output.len());
+        self.simple(&call, || with_values!(output, to => self.transport.all_gather(values(input), to)))
     }
 
     fn all_gather_v(
@@ -325,17 +316,17 @@ impl Communicator for Group {
         output: BufferMut<'_>,
         counts: &[usize],
     ) -> Result<(), CommError> {
-        let call =
-            Call::all_gather_v((self.rank, self.size()), input, &output, counts).at_most(LIMIT, output.len());
+        let call = Call::all_gather_v((self.rank(), self.size()), input, &output, counts)
+            .at_most(T::LIMIT, output.len());
         self.simple(&call, || {
             let parts = Parts::packed(counts);
-            with_values!(output, to => self.handle.all_gather_v(values(input), to, &parts))
+            with_values!(output, to => self.transport.all_gather_v(values(input), to, &parts))
         })
     }
 
     fn all_to_all(&self, input: Buffer<'_>, output: BufferMut<'_>) -> Result<(), CommError> {
-        let call = Call::all_to_all(self.size(), input, &output).at_most(LIMIT, input.len());
-        self.simple(&call, || with_values!(output, to => self.handle.all_to_all(values(input), to)))
+        let call = Call::all_to_all(self.size(), input, &output).at_most(T::LIMIT, input.len());
+        self.simple(&call, || with_values!(output, to => self.transport.all_to_all(values(input), to)))
     }
 
     fn all_to_all_v(
@@ -346,12 +337,12 @@ impl Communicator for Group {
         receives: &[usize],
     ) -> Result<(), CommError> {
         let call = Call::all_to_all_v(self.size(), input, sends, &output, receives)
-            .at_most(LIMIT, input.len().max(output.len()));
+            .at_most(T::LIMIT, input.len().max(output.len()));
         self.run(&call, |_| {
             self.agree_on_counts(sends, receives)?;
             let (sends, receives) = (Parts::packed(sends), Parts::packed(receives));
             let sent = with_values!(output, to => {
-                self.handle.all_to_all_v((values(input), &sends), (to, &receives))
+                self.transport.all_to_all_v((values(input), &sends), (to, &receives))
             });
             sent.map_err(Failure::from)
         })

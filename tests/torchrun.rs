@@ -1,0 +1,82 @@
+//! Ranks that find each other by torchrun's variables, without MPI.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::{Place, stderr, timeless};
+
+const RUN: &str = "train run.toml --set data.micro_batch_rows=2 --set comm.deterministic=true";
+
+/// Starts `ranks` ranks with `arguments`.
+fn start(place: &Place, ranks: usize, arguments: &str) -> Vec<Child> {
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
+    let rank = |rank: usize| {
+        let mut command: Command = place.command(arguments);
+        command
+            .envs([("RANK", rank.to_string()), ("WORLD_SIZE", ranks.to_string())])
+            .envs([("MASTER_ADDR", "127.0.0.1".to_owned()), ("MASTER_PORT", port.to_string())])
+            .env("RAYON_NUM_THREADS", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command.spawn().expect("it starts")
+    };
+    (0..ranks).map(rank).collect()
+}
+
+/// Lets all ranks end well; what the first printed.
+fn ended(ranks: Vec<Child>) -> String {
+    let outputs: Vec<_> = ranks.into_iter().map(|rank| rank.wait_with_output().expect("a child")).collect();
+    for (rank, output) in outputs.iter().enumerate() {
+        assert!(output.status.success(), "rank {rank}: {}", stderr(output));
+    }
+    String::from_utf8_lossy(&outputs[0].stdout).into_owned()
+}
+
+fn metrics(place: &Place, run: &str) -> Vec<Value> {
+    timeless(&std::fs::read_to_string(place.path(run).join("metrics.jsonl")).expect("metrics"))
+}
+
+/// Losses and norms of every step.
+fn losses(place: &Place, run: &str) -> Vec<[Value; 3]> {
+    let of = |line: Value| ["step", "loss", "grad_norm"].map(|key| line[key].clone());
+    metrics(place, run).into_iter().map(of).collect()
+}
+
+#[test]
+fn ranks_learn_what_one_process_learns() {
+    let place = Place::with_experiment();
+    place.run(&format!("{RUN} --run-dir alone"));
+    let experts = "--set parallel.expert_parallel_size=2 --run-dir two";
+    let said = ended(start(&place, 2, &format!("{RUN} {experts}")));
+    assert!(said.contains("two/checkpoints"), "{said}");
+    assert_eq!(losses(&place, "alone"), losses(&place, "two"));
+    let doctor = ended(start(&place, 2, "doctor"));
+    assert!(doctor.contains("backend      tcp"), "{doctor}");
+}
+
+#[test]
+fn a_lost_rank_ends_the_job_as_restartable_and_the_run_goes_on() {
+    let place = Place::with_experiment();
+    let run = format!("{RUN} --set schedule.total_steps=1000000 --set checkpoint.every_steps=5");
+    let mut ranks = start(&place, 2, &format!("{run} --run-dir lost"));
+    let begun = Instant::now();
+    while !place.path("lost/checkpoints/step-000010").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "no checkpoint");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    ranks[1].kill().expect("it runs");
+    ranks[1].wait().expect("a child");
+    let first = ranks.swap_remove(0).wait_with_output().expect("a child");
+    assert_eq!(first.status.code(), Some(75), "{}", stderr(&first));
+    assert!(stderr(&first).contains("rank 1 "), "{}", stderr(&first));
+
+    let last: u64 = metrics(&place, "lost").last().and_then(|line| line["step"].as_u64()).expect("a step");
+    let end = last + 5;
+    ended(start(&place, 2, &format!("{run} --run-dir lost --resume auto --max-steps {end}")));
+    ended(start(&place, 2, &format!("{run} --run-dir whole --max-steps {end}")));
+    assert_eq!(metrics(&place, "lost"), metrics(&place, "whole"));
+}
