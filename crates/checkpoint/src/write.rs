@@ -67,7 +67,7 @@ impl TensorPart {
 /// Writes what `rank` owns into `directory`, that of a [`PendingCheckpoint`](crate::PendingCheckpoint):
 /// `model-RRRRR.safetensors` and `optimizer-RRRRR.safetensors`, none where there is nothing.
 ///
-/// Returns when the files are on the disk. Their checksums are taken on the way. `pace` limits what
+/// Returns when the files are on the disk; one that cannot be written whole is removed. Their checksums are taken on the way. `pace` limits what
 /// this takes from computations beside it.
 ///
 /// # Errors
@@ -83,8 +83,14 @@ pub fn write_shards(
     let mut report = ShardReport::default();
     for (kind, parts) in [("model", parameters), ("optimizer", optimizer)] {
         let parts: Vec<&TensorPart> = parts.iter().filter(|part| !part.values.is_empty()).collect();
-        if !parts.is_empty() {
-            report.write(directory, &format!("{kind}-{rank:05}.safetensors"), &parts, pace)?;
+        if parts.is_empty() {
+            continue;
+        }
+        let file = format!("{kind}-{rank:05}.safetensors");
+        if let Err(error) = report.write(directory, &file, &parts, pace) {
+            // On a full disk the run needs the room before the whole attempt is cleared away.
+            drop(std::fs::remove_file(directory.join(file)));
+            return Err(error);
         }
     }
     Ok(report)

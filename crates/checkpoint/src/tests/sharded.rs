@@ -354,6 +354,10 @@ fn a_full_disk_leaves_the_older_checkpoint_only() {
         message.contains("optimizer-00001.safetensors") && message.contains("free some space"),
         "{message}"
     );
+    assert!(
+        !pending.path().join("optimizer-00001.safetensors").is_symlink(),
+        "its room is given back at once"
+    );
     drop(pending);
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
     Checkpoint::open(&older).unwrap();
