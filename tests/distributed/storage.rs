@@ -74,14 +74,16 @@ fn a_disk_that_is_full_for_a_while_costs_no_more_than_checkpoints() {
     let run = format!("{SHARED} {LARGE} --set checkpoint.every_steps=10 --max-steps 120");
     let run = format!("{run} --set schedule.total_steps=120");
     job(&place, 4, &format!("{run} --run-dir whole"), 0);
-    // A file takes the room that is left after the first checkpoint until a save has failed.
+    // After the first checkpoint a file takes, at one stroke, the room that is left but for some metrics, until a
+    // save has failed.
     let output = place.on_disk_of(
         "200m",
         &format!(
             "mpirun --oversubscribe -n 4 \"$PROGRAM\" {run} --run-dir full/run --set 'checkpoint.on_error=\"warn\"' \
              2> said & job=$!; \
              until [ -d full/run/checkpoints/step-000010 ] || ! kill -0 $job; do sleep 0.01; done; \
-             head -c 300m /dev/zero > full/filler 2> /dev/null; truncate -s -512k full/filler; \
+             until fallocate -l $(($(df -k --output=avail full | tail -n 1) - 512))k full/filler || ! kill -0 $job; \
+             do :; done; \
              until grep -q 'checkpoint not written' said || ! kill -0 $job; do sleep 0.01; done; \
              rm full/filler; wait $job; code=$?; cat said >&2; \
              ls -A full/run/checkpoints > left; cp -r full/run kept; exit $code"

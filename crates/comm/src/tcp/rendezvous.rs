@@ -133,6 +133,8 @@ fn tell(stream: &mut TcpStream, what: &impl Serialize) -> io::Result<()> {
 
 fn hear<T: DeserializeOwned>(stream: &TcpStream) -> io::Result<T> {
     let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
+    if BufReader::new(stream).read_line(&mut line)? == 0 {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other side has hung up"));
+    }
     Ok(serde_json::from_str(&line)?)
 }
