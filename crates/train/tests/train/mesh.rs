@@ -179,6 +179,31 @@ fn assert_near(found: &Trained, expected: &Trained, shape: MeshShape) -> f32 {
 }
 
 #[test]
+fn the_last_bit_of_weights_moves_gradients_as_far_as_split_tensors_do() {
+    let expected = train(MeshShape::SOLO, &ADAMW, 1).first_moments;
+    let plan = plan(MeshShape::SOLO, &ADAMW);
+    let specs = parameters(&plan.model);
+    let world = threads(1, Duration::from_secs(60)).remove(0);
+    let mesh = Arc::new(Mesh::new(world, MeshShape::SOLO, false).unwrap());
+    let mut learner = Learner::new(&plan, &Device::flex().autodiff(), Arc::clone(&mesh));
+    let every_other = |values: &mut [f32]| values.iter_mut().step_by(2).for_each(|v| *v = v.next_up());
+    let model = learner.model().clone().update_parameters(|_, _, values| every_other(values));
+    *learner.model_mut() = model;
+    let share = Share { index: 0, of: 1, micro_batch_rows: plan.data.micro_batch_rows };
+    learner.step(&plan, &batch(&plan, 0).micro_batches(share), 0).unwrap();
+    let found = owned_moments(&mut learner, &specs, &mesh);
+    let worst = specs.iter().zip(&found).zip(&expected).map(|((spec, found), expected)| {
+        let largest = expected.iter().fold(f32::MIN_POSITIVE, |a, b| a.max(b.abs()));
+        let found = joined(spec, found.iter());
+        found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+    });
+    let worst = worst.fold(0.0, f32::max);
+    tell(&format!("every other weight one bit larger: gradients within {worst:.1e}"));
+    // What every_mesh_computes_the_same allows a tensor axis is no more than float32 can tell.
+    assert!(worst > 1e-6, "{worst:.1e}");
+}
+
+#[test]
 fn every_mesh_computes_the_same() {
     let expected = train(MeshShape::SOLO, &ADAMW, 1);
     assert!(expected.steps[0].moe.iter().any(|(_, layer)| layer.dropped > 0), "the capacity cut is met");
