@@ -115,23 +115,12 @@ impl Job {
         }
     }
 
-    /// Gives the launcher time to show what has been printed: once a rank has ended with another code
-    /// than 0, Open MPI's `mpirun` drops what it has not read yet.
-    fn let_the_launcher_read(&self) {
-        if self.ranks() > 1 {
-            std::thread::sleep(Duration::from_millis(200));
-        }
-    }
-
     /// Ends this process's part in the job: in good order when `outcome` is one of all ranks, else by
     /// ending all others, which may wait for this one.
     pub(crate) fn end(self, outcome: anyhow::Result<Outcome>) -> anyhow::Result<Outcome> {
         let rank = self.rank();
         let error = match outcome {
             Ok(outcome) => {
-                if outcome != Outcome::Done {
-                    self.let_the_launcher_read();
-                }
                 self.world.finish()?;
                 return Ok(outcome);
             }
@@ -144,7 +133,6 @@ impl Job {
                 if let EndsAll::ToTell(error) = ends_all {
                     report::print(&error);
                 }
-                self.let_the_launcher_read();
                 self.world.finish()?;
                 Ok(Outcome::Failed)
             }
@@ -153,7 +141,6 @@ impl Job {
                     cause.is::<CommError>() || matches!(cause.downcast_ref(), Some(TrainError::Comm(_)))
                 });
                 report::print(&error.context(format!("rank {rank}")));
-                self.let_the_launcher_read();
                 abort(if lost { RESTARTABLE } else { 1 })
             }
         }
