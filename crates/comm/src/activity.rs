@@ -1,9 +1,7 @@
 //! What this process is doing right now, for those who look for the cause of a wait.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
-
-use std::{sync::Arc, time::Duration};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// What a process does: the mark that the trainer set last, and the collectives that it waits in.
 ///

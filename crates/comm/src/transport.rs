@@ -56,7 +56,6 @@ impl Parts {
     }
 
     /// `size` equal parts of `length` values.
-    #[must_use]
     pub(crate) fn equal(length: usize, size: usize) -> Self {
         let count = length / size;
         assert_eq!(count * size, length, "equal parts");

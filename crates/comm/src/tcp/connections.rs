@@ -115,16 +115,24 @@ impl Connections {
         })
     }
 
-    /// Sends every rank its part and receives a part of every rank, both at the same time.
-    fn exchange<'a>(
+    /// Sends every rank what `sent` says and receives its part of `to`, both at the same time.
+    fn exchange<'a, T: Element>(
         &self,
-        sent: impl Fn(usize) -> &'a [u8] + Sync,
-        mut received: impl FnMut(usize, &mut dyn FnMut(&mut [u8]) -> Result<(), Fault>) -> Result<(), Fault>,
+        sent: impl Fn(usize) -> &'a [T] + Sync,
+        to: &mut [T],
+        receives: &Parts,
     ) -> Result<(), Fault> {
-        let send_all = || self.peers(true).try_for_each(|peer| self.send(peer, sent(peer)));
-        let mut receive_all =
-            || self.peers(false).try_for_each(|peer| received(peer, &mut |bytes| self.receive(peer, bytes)));
-        if self.peers(true).all(|peer| sent(peer).len() <= SMALL) {
+        receives.check(self.size(), to.len());
+        let parts: Vec<_> = receives.iter().map(|(place, count)| place..place + count).collect();
+        to[parts[self.rank].clone()].copy_from_slice(sent(self.rank));
+        let bytes = |peer| bytemuck::cast_slice(sent(peer));
+        let send_all = || self.peers(true).try_for_each(|peer| self.send(peer, bytes(peer)));
+        let mut receive_all = || {
+            let mut receive =
+                |peer: usize| self.receive(peer, bytemuck::cast_slice_mut(&mut to[parts[peer].clone()]));
+            self.peers(false).try_for_each(&mut receive)
+        };
+        if self.peers(true).all(|peer| bytes(peer).len() <= SMALL) {
             send_all()?;
             return receive_all();
         }
@@ -205,17 +213,7 @@ impl Transport for Connections {
     }
 
     fn all_gather_v<T: Element>(&self, from: &[T], to: &mut [T], parts: &Parts) -> Result<(), Fault> {
-        parts.check(self.size(), to.len());
-        let parts: Vec<_> = parts.iter().collect();
-        let (place, count) = parts[self.rank];
-        to[place..place + count].copy_from_slice(from);
-        self.exchange(
-            |_| bytemuck::cast_slice(from),
-            |peer, receive| {
-                let (place, count) = parts[peer];
-                receive(bytemuck::cast_slice_mut(&mut to[place..place + count]))
-            },
-        )
+        self.exchange(|_| from, to, parts)
     }
 
     fn all_to_all<T: Element>(&self, from: &[T], to: &mut [T]) -> Result<(), Fault> {
@@ -229,14 +227,8 @@ impl Transport for Connections {
         (to, receives): (&mut [T], &Parts),
     ) -> Result<(), Fault> {
         sends.check(self.size(), from.len());
-        receives.check(self.size(), to.len());
-        let (sends, receives): (Vec<_>, Vec<_>) = (sends.iter().collect(), receives.iter().collect());
-        let part = |(place, count): (usize, usize)| place..place + count;
-        to[part(receives[self.rank])].copy_from_slice(&from[part(sends[self.rank])]);
-        self.exchange(
-            |peer| bytemuck::cast_slice(&from[part(sends[peer])]),
-            |peer, receive| receive(bytemuck::cast_slice_mut(&mut to[part(receives[peer])])),
-        )
+        let parts: Vec<_> = sends.iter().map(|(place, count)| &from[place..place + count]).collect();
+        self.exchange(|peer| parts[peer], to, receives)
     }
 
     fn split(&self, colors: &[usize], id: u64) -> Result<Self, Fault> {

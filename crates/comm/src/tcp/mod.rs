@@ -48,15 +48,21 @@ impl Job {
         if self.shared.ended.load(Ordering::Acquire) {
             return Ok(());
         }
-        let left = self.world.barrier();
-        self.abandon();
-        left
-    }
-
-    /// Leaves without waiting.
-    pub(crate) fn abandon(&mut self) {
+        if let Err(error) = self.world.barrier() {
+            self.abandon();
+            return Err(error);
+        }
         self.shared.ended.store(true, Ordering::Release);
         self.watchdog = None;
+        Ok(())
+    }
+
+    /// Leaves without waiting, and without a farewell that the other ranks would take for good order.
+    pub(crate) fn abandon(&mut self) {
+        self.shared.ended.store(true, Ordering::Release);
+        if let Some(watchdog) = self.watchdog.take() {
+            std::mem::forget(watchdog);
+        }
     }
 }
 

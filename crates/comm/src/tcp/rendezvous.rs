@@ -2,7 +2,7 @@
 //!
 //! Every rank listens on a port of its own and tells rank 0, which tells all where everybody is.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -16,6 +16,9 @@ use crate::watchdog::token;
 
 /// How long ranks wait for each other at the start: machines of a cluster do not start together.
 const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Bytes of a message at most; more comes from no rank.
+const LONGEST: u64 = 1 << 20;
 
 /// Between two calls at a door that does not open yet.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -133,7 +136,7 @@ fn tell(stream: &mut TcpStream, what: &impl Serialize) -> io::Result<()> {
 
 fn hear<T: DeserializeOwned>(stream: &TcpStream) -> io::Result<T> {
     let mut line = String::new();
-    if BufReader::new(stream).read_line(&mut line)? == 0 {
+    if BufReader::new(stream.take(LONGEST)).read_line(&mut line)? == 0 {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other side has hung up"));
     }
     Ok(serde_json::from_str(&line)?)
