@@ -2,9 +2,9 @@
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::support::{Place, timeless};
+use crate::support::{Place, lines_logged, metrics, timeless, wait_for};
 
 /// Long enough to be killed ten times.
 const LONG: &str = "train run.toml --set schedule.total_steps=400 --set checkpoint.every_steps=7";
@@ -19,21 +19,8 @@ fn signal(child: &Child, signal: &str) {
     assert!(sent.success());
 }
 
-fn wait_for(what: &str, mut ready: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !ready() {
-        assert!(started.elapsed() < Duration::from_secs(60), "{what} did not happen");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn steps_logged(place: &Place, run: &str) -> usize {
-    std::fs::read_to_string(place.path(run).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
-}
-
 fn assert_same_end(place: &Place, a: &str, b: &str) {
-    let metrics = |run: &str| timeless(&place.read(&format!("{run}/metrics.jsonl")));
-    assert_eq!(metrics(a), metrics(b));
+    assert_eq!(metrics(place, a), metrics(place, b));
     for file in ["model-00000.safetensors", "optimizer-00000.safetensors"] {
         let bytes = |run: &str| {
             std::fs::read(place.path(run).join("checkpoints/step-000400").join(file)).expect("a checkpoint")
@@ -48,13 +35,13 @@ fn ten_kills_change_nothing() {
     place.run(&format!("{LONG} --run-dir whole"));
     let mut random = 12_345_u64;
     for kill in 0..10 {
-        let before = steps_logged(&place, "killed");
+        let before = lines_logged(&place, "killed");
         let mut child = start(&place, &format!("{LONG} --run-dir killed --resume auto"));
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         // Some kills hit start-up, the others a moment within or between steps and saves.
         if kill % 3 != 0 {
             wait_for("a step", || {
-                steps_logged(&place, "killed") != before || child.try_wait().is_ok_and(|s| s.is_some())
+                lines_logged(&place, "killed") != before || child.try_wait().is_ok_and(|s| s.is_some())
             });
         }
         std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
@@ -72,9 +59,9 @@ fn ctrl_c_and_sigterm_save_and_exit_75() {
     let place = Place::with_experiment();
     place.run(&format!("{LONG} --run-dir whole"));
     for name in ["-INT", "-TERM"] {
-        let before = steps_logged(&place, "stopped");
+        let before = lines_logged(&place, "stopped");
         let mut child = start(&place, &format!("{LONG} --run-dir stopped --resume auto"));
-        wait_for("a step", || steps_logged(&place, "stopped") != before);
+        wait_for("a step", || lines_logged(&place, "stopped") != before);
         signal(&child, name);
         assert_eq!(child.wait().expect("a child").code(), Some(75));
     }
@@ -174,7 +161,7 @@ fn an_older_checkpoint_starts_another_run() {
 fn a_run_directory_has_one_process_at_a_time() {
     let place = Place::with_experiment();
     let mut child = start(&place, LONG);
-    wait_for("a step", || steps_logged(&place, "runs/small") > 0);
+    wait_for("a step", || lines_logged(&place, "runs/small") > 0);
     place.refused_with(&format!("{LONG} --resume auto"), &["runs/small is in use", "--run-dir"]);
     signal(&child, "-INT");
     assert_eq!(child.wait().expect("a child").code(), Some(75));
@@ -186,7 +173,7 @@ fn the_command_to_continue_is_complete() {
     let mut command = place.command("train run.toml --run-dir odd --set schedule.total_steps=400");
     command.args(["--set", "eval.prompts=[\"The <extra_id_0>.\"]"]);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts");
-    wait_for("a step", || steps_logged(&place, "odd") > 0);
+    wait_for("a step", || lines_logged(&place, "odd") > 0);
     signal(&child, "-TERM");
     let said = String::from_utf8(child.wait_with_output().expect("a child").stdout).expect("UTF-8");
     let expected = "switchyard train run.toml --set schedule.total_steps=400 --set \

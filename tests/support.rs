@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 #[cfg(feature = "mpi")]
 use std::process::Stdio;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -115,6 +116,29 @@ pub(crate) const MPIRUN_HERE: [(&str, &str); 6] = [
 #[cfg(feature = "mpi")]
 pub(crate) fn for_many_ranks(command: &mut Command, place: &Place) {
     command.envs(MPIRUN_HERE).current_dir(place.root()).stdin(Stdio::null());
+}
+
+/// Longest time that anything here may take: far more than it does, so that only a hang exceeds it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) fn wait_for(what: &str, ready: impl FnMut() -> bool) {
+    wait_often_for(what, Duration::from_millis(2), ready);
+}
+
+pub(crate) fn wait_often_for(what: &str, pause: Duration, mut ready: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !ready() {
+        assert!(started.elapsed() < PATIENCE, "{what} did not happen");
+        std::thread::sleep(pause);
+    }
+}
+
+pub(crate) fn lines_logged(place: &Place, run: &str) -> usize {
+    std::fs::read_to_string(place.path(run).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+pub(crate) fn metrics(place: &Place, run: &str) -> Vec<Value> {
+    timeless(&place.read(&format!("{run}/metrics.jsonl")))
 }
 
 pub(crate) fn stderr(output: &Output) -> String {

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{Place, for_many_ranks, stderr, timeless};
+use crate::support::{
+    PATIENCE, Place, for_many_ranks, lines_logged, metrics, stderr, wait_for, wait_often_for,
+};
 
 mod faults;
 mod meshes;
@@ -22,9 +24,6 @@ const SHARED: &str = "train run.toml --set data.micro_batch_rows=2 --set comm.de
 /// afterwards.
 const ENDLESS: &str = "--set schedule.total_steps=1000000";
 const EXPERTS: &str = "--set parallel.expert_parallel_size=4";
-
-/// Longest time that anything here may take: far more than it does, so that only a hang exceeds it.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A job under way; what is left of it ends with this value, also when a test fails.
 struct Job {
@@ -160,22 +159,6 @@ fn signal(pid: u32, name: &str) {
     assert!(sent.success(), "{name} to {pid}");
 }
 
-fn wait_for(what: &str, ready: impl FnMut() -> bool) {
-    wait_often_for(what, Duration::from_millis(2), ready);
-}
-
-fn wait_often_for(what: &str, pause: Duration, mut ready: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !ready() {
-        assert!(started.elapsed() < PATIENCE, "{what} did not happen");
-        std::thread::sleep(pause);
-    }
-}
-
-fn lines_logged(place: &Place, run: &str) -> usize {
-    std::fs::read_to_string(place.path(run).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
-}
-
 /// Step of the last whole line of the run's metrics, 0 without one.
 fn last_step(place: &Place, run: &str) -> u64 {
     let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap_or_default();
@@ -206,10 +189,6 @@ fn weights(place: &Place, run: &str) -> Vec<u8> {
     let _ = std::fs::remove_dir_all(place.path(&out));
     place.run(&format!("export {run} --out {out}"));
     std::fs::read(place.path(&out).join("model.safetensors")).expect("an export")
-}
-
-fn metrics(place: &Place, run: &str) -> Vec<Value> {
-    timeless(&place.read(&format!("{run}/metrics.jsonl")))
 }
 
 /// Every number and every weight of two runs of one mesh is the same, bit for bit.
