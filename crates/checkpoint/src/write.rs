@@ -67,8 +67,8 @@ impl TensorPart {
 /// Writes what `rank` owns into `directory`, that of a [`PendingCheckpoint`](crate::PendingCheckpoint):
 /// `model-RRRRR.safetensors` and `optimizer-RRRRR.safetensors`, none where there is nothing.
 ///
-/// Returns when the files are on the disk; one that cannot be written whole is removed. Their checksums are taken on the way. `pace` limits what
-/// this takes from computations beside it.
+/// Returns when the files are on the disk; one that cannot be written whole is removed. Their checksums
+/// are taken on the way. `pace` limits what this takes from computations beside it.
 ///
 /// # Errors
 /// [`CheckpointError::Refused`] names a tensor that is not as it says or comes twice,

@@ -284,11 +284,12 @@ impl<'a> Run<'a> {
         let ended =
             self.checkpoints.begin(&mut self.learner, &self.progress, self.samples, until_next_s, last)?;
         self.note(ended, observer);
-        let held_ms = started.elapsed().as_secs_f64() * 1e3;
-        tracing::info!(step = self.progress.step, held_ms, "training goes on beside a save");
         if last {
             let ended = self.checkpoints.finish()?;
             self.note(ended, observer);
+        } else {
+            let held_ms = started.elapsed().as_secs_f64() * 1e3;
+            tracing::info!(step = self.progress.step, held_ms, "training goes on beside a save");
         }
         Ok(())
     }
