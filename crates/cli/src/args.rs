@@ -497,7 +497,7 @@ pub(crate) struct BenchStepArguments {
     #[arg(long, default_value = "adamw", value_parser = ["adamw", "adafactor"])]
     pub optimizer: String,
     /// Number formats.
-    #[arg(long, default_value = "fp32", value_parser = ["fp32"])]
+    #[arg(long, default_value = "fp32", value_parser = ["fp32", "bf16", "selective"])]
     pub precision: String,
     /// Slots of all experts together, relative to tokens.
     #[arg(long, default_value_t = 1.25)]

@@ -13,6 +13,7 @@ mod nearest;
 pub mod parameters;
 pub mod partition;
 pub mod plan;
+mod precision;
 pub mod presets;
 mod provenance;
 mod reference;

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::precision::PrecisionMode;
+
 use crate::model::ModelConfig;
 
 /// Which router assigns tokens to experts.
@@ -93,14 +95,6 @@ impl RoutingConfig {
         };
         rounded.max(self.min_expert_capacity).min(tokens)
     }
-}
-
-/// Number formats of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PrecisionMode {
-    /// Everything in float32.
-    Fp32,
 }
 
 /// Which optimizer.

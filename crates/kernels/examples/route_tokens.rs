@@ -25,7 +25,7 @@ fn main() {
         }
     }
     // Experts that return their input: what comes back is each token times its gate.
-    let output = combine(dispatch(tokens, &routing.plan), routing.gates, &routing.plan);
+    let output = combine(dispatch(tokens, &routing.plan), routing.gates, &routing.plan, None);
     let dropped = with_values(output, |rows| rows.chunks(4).filter(|row| **row == [0.0; 4]).count());
     println!("{dropped} of 8 tokens dropped");
 }

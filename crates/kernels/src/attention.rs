@@ -6,16 +6,17 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::host;
+use crate::element::Element;
+use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
+use crate::host::{self, by_format};
 use crate::math::{dot, exp, max, sum};
-use crate::matmul::{Threads, View, ViewMut, Write, matmul};
 use crate::noise::{Factor, NoiseKey};
-use crate::operation::{Operand, Operation, apply};
+use crate::operation::{Operand, Operation, apply, given};
 
 /// Sizes and rules of one attention.
 #[derive(Debug, Clone, Copy)]
@@ -103,22 +104,24 @@ struct Saved {
     q: FlexTensor,
     k: FlexTensor,
     v: FlexTensor,
-    bias: Option<FlexTensor>,
+    /// `[num_heads, queries + keys - 1]`, empty without one; and the format of its gradient.
+    bias: Vec<f32>,
+    bias_format: DType,
     /// Largest score and sum of exponentials of each query, `[batch, num_heads, queries]`.
     rows: Vec<(f32, f32)>,
 }
 
 /// Slices of one batch row.
 #[derive(Clone, Copy)]
-struct Row<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
+struct Row<'a, E> {
+    q: &'a [E],
+    k: &'a [E],
+    v: &'a [E],
     width: usize,
 }
 
 impl Saved {
-    fn row(&self, b: usize, rules: &Attention) -> Row<'_> {
+    fn row<E: Element>(&self, b: usize, rules: &Attention) -> Row<'_, E> {
         let [_, width] = self.q.layout().shape().dims();
         let (s, t) = (rules.queries * width, rules.keys * width);
         let room = rules.key_room * width;
@@ -131,10 +134,34 @@ impl Saved {
     }
 }
 
-impl<'a> Row<'a> {
-    fn head(self, data: &'a [f32], head: usize, d_kv: usize) -> View<'a> {
+impl<'a, E: Element> Row<'a, E> {
+    fn head(self, data: &'a [E], head: usize, d_kv: usize) -> View<'a, E> {
         View::strided(&data[head * d_kv..], data.len() / self.width, d_kv, self.width)
     }
+}
+
+/// Room for one head of one row, `[queries, keys]` each.
+struct Scratch<E> {
+    /// Scores, then probabilities.
+    scores: Vec<f32>,
+    /// Gradients of probabilities, then of scores; empty in a forward pass.
+    gradients: Vec<f32>,
+    /// What a product reads: either of them in the format of the activations.
+    factor: Vec<E>,
+}
+
+impl<E: Element> Scratch<E> {
+    fn new(len: usize, backward: bool) -> Self {
+        let gradients = host::uninit(if backward { len } else { 0 });
+        Self { scores: host::uninit(len), gradients, factor: host::uninit(len) }
+    }
+}
+
+/// Where the gradients of one batch row go.
+struct RowGradients<'a, E> {
+    q: &'a mut [E],
+    k: &'a mut [E],
+    v: &'a mut [E],
 }
 
 impl Core {
@@ -144,14 +171,14 @@ impl Core {
     }
 
     /// Scores of one head of one row with bias and masks, `[queries, keys]`.
-    fn scores(&self, saved: &Saved, b: usize, head: usize, scores: &mut [f32]) {
+    fn scores<E: Multiply<f32>>(&self, saved: &Saved, b: usize, head: usize, scores: &mut [f32]) {
         let (rules, d_kv) = (&self.rules, self.head_width(saved));
         let (s, t) = (rules.queries, rules.keys);
-        let row = saved.row(b, rules);
+        let row = saved.row::<E>(b, rules);
         let (q, k) = (row.head(row.q, head, d_kv), row.head(row.k, head, d_kv));
         matmul(ViewMut::new(scores, s, t), q, k.t(), Write::Overwrite, Threads::One);
-        if let Some(bias) = &saved.bias {
-            let bias = &host::values(bias)[head * (s + t - 1)..][..s + t - 1];
+        if !saved.bias.is_empty() {
+            let bias = &saved.bias[head * (s + t - 1)..][..s + t - 1];
             for (i, scores) in scores.chunks_exact_mut(t).enumerate() {
                 add(scores, &bias[s - 1 - i..][..t]);
             }
@@ -198,59 +225,64 @@ impl Core {
         }
     }
 
-    fn compute(
-        &self,
-        q: &FlexTensor,
-        k: &FlexTensor,
-        v: &FlexTensor,
-        bias: Option<&FlexTensor>,
-    ) -> (FlexTensor, Saved) {
-        let rules = &self.rules;
-        let (s, t, h) = (rules.queries, rules.keys, rules.num_heads);
+    fn compute(&self, [q, k, v]: [&FlexTensor; 3], bias: Option<&FlexTensor>) -> (FlexTensor, Saved) {
         let mut saved = Saved {
             q: host::contiguous(q),
             k: host::contiguous(k),
             v: host::contiguous(v),
-            bias: bias.map(host::contiguous),
+            bias: bias.map(|bias| host::widened(&host::contiguous(bias)).into_owned()).unwrap_or_default(),
+            bias_format: bias.map_or(DType::F32, FlexTensor::dtype),
             rows: Vec::new(),
         };
+        let out = by_format!(q, E => self.outputs::<E>(&mut saved));
+        (out, saved)
+    }
+
+    fn outputs<E: Multiply<E> + Multiply<f32>>(&self, saved: &mut Saved) -> FlexTensor {
+        let rules = &self.rules;
+        let (s, t, h) = (rules.queries, rules.keys, rules.num_heads);
         let [tokens, width] = saved.q.layout().shape().dims();
-        let d_kv = self.head_width(&saved);
+        let d_kv = self.head_width(saved);
         let [key_rows, _] = saved.k.layout().shape().dims();
         assert!(t <= rules.key_room && key_rows == rules.batch * rules.key_room, "keys lie in their room");
         assert!(d_kv * h == width && tokens == rules.batch * s, "heads and batch rows cover the queries");
-        let mut out = host::uninit(tokens * width);
+        let mut out = host::uninit::<E>(tokens * width);
         let mut rows = vec![(0.0, 0.0); rules.batch * h * s];
         out.par_chunks_mut(s * width).zip(rows.par_chunks_mut(h * s)).enumerate().for_each_init(
-            || vec![0.0; s * t],
-            |probabilities, (b, (out, rows))| {
-                let row = saved.row(b, rules);
+            || Scratch::<E>::new(s * t, false),
+            |Scratch { scores, factor, .. }, (b, (out, rows))| {
+                let row = saved.row::<E>(b, rules);
                 for head in 0..h {
-                    self.scores(&saved, b, head, probabilities);
-                    softmax(probabilities, t, &mut rows[head * s..][..s]);
+                    self.scores::<E>(saved, b, head, scores);
+                    softmax(scores, t, &mut rows[head * s..][..s]);
                     if rules.dropout > 0.0 {
-                        self.drop(probabilities, &self.noise_words(b, head));
+                        self.drop(scores, &self.noise_words(b, head));
                     }
+                    round(scores, factor);
                     let v = row.head(row.v, head, d_kv);
                     let out = ViewMut::strided(&mut out[head * d_kv..], s, d_kv, width);
-                    matmul(out, View::new(probabilities, s, t), v, Write::Overwrite, Threads::One);
+                    matmul(out, View::new(factor, s, t), v, Write::Overwrite, Threads::One);
                 }
             },
         );
         saved.rows = rows;
-        (host::tensor(out, [tokens, width]), saved)
+        host::tensor(out, [tokens, width])
     }
 
     /// Gradients of q, k, v and the bias.
-    fn gradients(&self, saved: &Saved, gradient: &FlexTensor) -> [FlexTensor; 4] {
+    fn gradients<E: Multiply<E> + Multiply<f32>>(
+        &self,
+        saved: &Saved,
+        gradient: &FlexTensor,
+    ) -> [FlexTensor; 4] {
         let rules = &self.rules;
         let (s, t, h) = (rules.queries, rules.keys, rules.num_heads);
         let [tokens, width] = saved.q.layout().shape().dims();
         assert!(rules.key_room == t, "cached keys carry no gradient");
         let key_tokens = rules.batch * t;
-        let mut gq = host::uninit(tokens * width);
-        let mut gk = host::uninit(key_tokens * width);
-        let mut gv = host::uninit(key_tokens * width);
+        let mut gq = host::uninit::<E>(tokens * width);
+        let mut gk = host::uninit::<E>(key_tokens * width);
+        let mut gv = host::uninit::<E>(key_tokens * width);
         let bias_width = h * (s + t - 1);
         let biases: Vec<Vec<f32>> = gq
             .par_chunks_mut(s * width)
@@ -258,16 +290,17 @@ impl Core {
             .zip(gv.par_chunks_mut(t * width))
             .enumerate()
             .map_init(
-                || (vec![0.0; s * t], vec![0.0; s * t]),
-                |(p, gp), (b, ((gq, gk), gv))| {
-                    let g = &host::values(gradient)[b * s * width..][..s * width];
-                    let mut gbias = vec![0.0; if saved.bias.is_some() { bias_width } else { 0 }];
+                || Scratch::<E>::new(s * t, true),
+                |scratch, (b, ((q, k), v))| {
+                    let g = &host::values::<E>(gradient)[b * s * width..][..s * width];
+                    let mut gbias = vec![0.0; if saved.bias.is_empty() { 0 } else { bias_width }];
+                    let mut row = RowGradients { q, k, v };
                     for head in 0..h {
-                        self.head_gradients(saved, b, head, g, p, gp, gq, gk, gv);
-                        if saved.bias.is_some() {
+                        self.head_gradients(saved, b, head, g, scratch, &mut row);
+                        if !saved.bias.is_empty() {
                             let gbias = &mut gbias[head * (s + t - 1)..][..s + t - 1];
-                            for (i, gp) in gp.chunks_exact(t).enumerate() {
-                                add(&mut gbias[s - 1 - i..][..t], gp);
+                            for (i, gs) in scratch.gradients.chunks_exact(t).enumerate() {
+                                add(&mut gbias[s - 1 - i..][..t], gs);
                             }
                         }
                     }
@@ -283,49 +316,47 @@ impl Core {
             host::tensor(gq, [tokens, width]),
             host::tensor(gk, [key_tokens, width]),
             host::tensor(gv, [key_tokens, width]),
-            host::tensor(gbias, [h, s + t - 1]),
+            host::rounded(gbias, [h, s + t - 1], saved.bias_format),
         ]
     }
 
-    /// Writes the gradients of one head of one row; leaves that of the scores in `gp`.
-    #[allow(clippy::too_many_arguments)]
-    fn head_gradients(
+    /// Writes the gradients of one head of one row; leaves that of the scores in `scratch`.
+    fn head_gradients<E: Multiply<E> + Multiply<f32>>(
         &self,
         saved: &Saved,
         b: usize,
         head: usize,
-        g: &[f32],
-        p: &mut [f32],
-        gp: &mut [f32],
-        gq: &mut [f32],
-        gk: &mut [f32],
-        gv: &mut [f32],
+        g: &[E],
+        scratch: &mut Scratch<E>,
+        out: &mut RowGradients<'_, E>,
     ) {
         let rules = &self.rules;
         let (s, t, h) = (rules.queries, rules.keys, rules.num_heads);
         let d_kv = self.head_width(saved);
-        let row = saved.row(b, rules);
+        let row = saved.row::<E>(b, rules);
         let width = row.width;
-        self.scores(saved, b, head, p);
+        let Scratch { scores: p, gradients: gp, factor } = scratch;
+        self.scores::<E>(saved, b, head, p);
         softmax_again(p, t, &saved.rows[(b * h + head) * s..][..s]);
         let g = row.head(g, head, d_kv);
         matmul(ViewMut::new(gp, s, t), g, row.head(row.v, head, d_kv).t(), Write::Overwrite, Threads::One);
-        let into = |out, rows| ViewMut::strided(out, rows, d_kv, width);
         if rules.dropout > 0.0 {
             let words = self.noise_words(b, head);
             self.drop(gp, &words);
-            let mut dropped = p.to_vec();
+            let mut dropped = p.clone();
             self.drop(&mut dropped, &words);
-            let dropped = View::new(&dropped, s, t).t();
-            matmul(into(&mut gv[head * d_kv..], t), dropped, g, Write::Overwrite, Threads::One);
+            round(&dropped, factor);
         } else {
-            let p = View::new(p, s, t).t();
-            matmul(into(&mut gv[head * d_kv..], t), p, g, Write::Overwrite, Threads::One);
+            round(p, factor);
         }
+        let into = |out, rows| ViewMut::strided(out, rows, d_kv, width);
+        let probabilities = View::new(factor, s, t);
+        matmul(into(&mut out.v[head * d_kv..], t), probabilities.t(), g, Write::Overwrite, Threads::One);
         softmax_backward(p, gp, t);
-        let (gs, k, q) = (View::new(gp, s, t), row.head(row.k, head, d_kv), row.head(row.q, head, d_kv));
-        matmul(into(&mut gq[head * d_kv..], s), gs, k, Write::Overwrite, Threads::One);
-        matmul(into(&mut gk[head * d_kv..], t), gs.t(), q, Write::Overwrite, Threads::One);
+        round(gp, factor);
+        let (gs, k, q) = (View::new(factor, s, t), row.head(row.k, head, d_kv), row.head(row.q, head, d_kv));
+        matmul(into(&mut out.q[head * d_kv..], s), gs, k, Write::Overwrite, Threads::One);
+        matmul(into(&mut out.k[head * d_kv..], t), gs.t(), q, Write::Overwrite, Threads::One);
     }
 }
 
@@ -333,18 +364,18 @@ impl Operation<4, 1> for Core {
     type Saved = Saved;
 
     fn forward(&self, [q, k, v, bias]: &[FlexTensor; 4], _: bool) -> ([FlexTensor; 1], Saved) {
-        let (out, saved) = self.compute(q, k, v, Some(bias));
+        let (out, saved) = self.compute([q, k, v], Some(bias));
         ([out], saved)
     }
 
     fn backward(
         &self,
         saved: &Saved,
-        _: usize,
-        gradient: &FlexTensor,
+        gradients: [Option<FlexTensor>; 1],
         _: [bool; 4],
     ) -> [Option<FlexTensor>; 4] {
-        self.gradients(saved, gradient).map(Some)
+        let [gradient] = given(gradients);
+        by_format!(gradient, E => self.gradients::<E>(saved, &gradient)).map(Some)
     }
 }
 
@@ -352,19 +383,27 @@ impl Operation<3, 1> for Core {
     type Saved = Saved;
 
     fn forward(&self, [q, k, v]: &[FlexTensor; 3], _: bool) -> ([FlexTensor; 1], Saved) {
-        let (out, saved) = self.compute(q, k, v, None);
+        let (out, saved) = self.compute([q, k, v], None);
         ([out], saved)
     }
 
     fn backward(
         &self,
         saved: &Saved,
-        _: usize,
-        gradient: &FlexTensor,
+        gradients: [Option<FlexTensor>; 1],
         _: [bool; 3],
     ) -> [Option<FlexTensor>; 3] {
-        let [gq, gk, gv, _] = self.gradients(saved, gradient);
+        let [gradient] = given(gradients);
+        let [gq, gk, gv, _] = by_format!(gradient, E => self.gradients::<E>(saved, &gradient));
         [Some(gq), Some(gk), Some(gv)]
+    }
+}
+
+/// `values` in the format that the next product reads.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn round<E: Element>(values: &[f32], out: &mut [E]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = E::round(*value);
     }
 }
 

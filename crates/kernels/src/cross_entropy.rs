@@ -1,19 +1,20 @@
-//! Head and cross-entropy in one: the logits of a few rows at a time, never of all of them.
+//! Head and cross-entropy in one: float32 logits of a few rows at a time, never of all of them.
 //!
 //! The loss is a sum, so its gradients can be formed while the logits of a chunk are at hand; the
-//! backward pass only scales them.
+//! backward pass only hands them out.
 
 use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::host;
+use crate::element::Element;
+use crate::gemm::{Multiply, Packed, Threads, View, ViewMut, Write, matmul, matmul_packed};
+use crate::host::{self, by_format};
 use crate::math::{exp, max, sum};
-use crate::matmul::{Threads, View, ViewMut, Write, matmul};
 use crate::operation::{Operand, Operation, apply};
 use crate::vocabulary::VocabularyShard;
 
@@ -35,6 +36,9 @@ pub struct CrossEntropy {
     pub scale: f64,
     /// Weight of `logsumexp(logits)^2` in the loss.
     pub z_coefficient: f64,
+    /// What the loss sum will be multiplied by, as far as the caller knows: gradients are formed with
+    /// it, and any other factor costs a pass over them.
+    pub loss_scale: f64,
 }
 
 /// Sums over all weighted positions, and the parts a caller may regroup.
@@ -92,16 +96,25 @@ struct Fused {
     weights: Vec<f32>,
 }
 
-/// Gradients of the loss sum, if a backward pass may follow.
-///
-/// That pass takes them out, so that it can scale the head's, as large as the head, in place.
+/// Gradients of the scaled loss sum, if a backward pass may follow, which takes them out.
 #[derive(Debug)]
 struct Saved {
-    gradients: Mutex<Option<[FlexTensor; 2]>>,
+    gradients: Mutex<Option<Gradients>>,
+    format: DType,
 }
 
-/// Logits held at once; a chunk of rows has about this many.
+#[derive(Debug)]
+struct Gradients {
+    /// Of the hidden states, but for [`CrossEntropy::scale`]. `[tokens, d_model]`
+    hidden: Vec<f32>,
+    head: FlexTensor,
+}
+
+/// Logits held at once in float32; a chunk of rows has about this many.
 const CHUNK_LOGITS: usize = 1 << 22;
+
+/// Bytes of their gradients that are held at once, in the format of the head.
+const GROUP_BYTES: usize = 1 << 25;
 
 /// Results of one position.
 #[derive(Debug, Clone, Copy, Default)]
@@ -125,127 +138,177 @@ impl Operation<2, 3> for Fused {
 
     fn forward(&self, [hidden, head]: &[FlexTensor; 2], tracked: bool) -> ([FlexTensor; 3], Saved) {
         let (hidden, head) = (host::contiguous(hidden), host::contiguous(head));
-        let [tokens, d] = hidden.layout().shape().dims();
-        let [rows, cols] = head.layout().shape().dims();
-        let by_model = self.rules.layout == HeadLayout::ModelByVocabulary;
-        let vocabulary = if by_model { cols } else { rows };
-        let scale = self.rules.scale as f32;
-        let scaled = scaled(host::values(&hidden), scale);
-        let head_view = View::new(host::values(&head), rows, cols);
-        let head_view = if by_model { head_view } else { head_view.t() };
-
-        let mut positions = vec![Position::default(); tokens];
-        let mut g_hidden = host::uninit(if tracked { tokens * d } else { 0 });
-        let mut g_head = host::uninit(if tracked { rows * cols } else { 0 });
-        if tokens == 0 {
-            g_head.fill(0.0);
-        }
-        let chunk = (CHUNK_LOGITS / vocabulary).clamp(1, tokens.max(1));
-        let mut logits = host::uninit(chunk * vocabulary);
-        for start in (0..tokens).step_by(chunk) {
-            let n = chunk.min(tokens - start);
-            let logits = &mut logits[..n * vocabulary];
-            let x = View::new(&scaled[start * d..], n, d);
-            matmul(ViewMut::new(logits, n, vocabulary), x, head_view, Write::Overwrite, Threads::All);
-            let positions = &mut positions[start..start + n];
-            match &self.shard {
-                None => self.losses(logits, start, positions, tracked),
-                Some(shard) => self.losses_over_ranks(shard, logits, start, positions, tracked),
-            }
-            if tracked {
-                let g = View::new(logits, n, vocabulary);
-                let gx = ViewMut::new(&mut g_hidden[start * d..], n, d);
-                matmul(gx, g, head_view.t(), Write::Overwrite, Threads::All);
-                let out = ViewMut::new(&mut g_head, rows, cols);
-                let write = if start == 0 { Write::Overwrite } else { Write::Add };
-                if by_model {
-                    matmul(out, x.t(), g, write, Threads::All);
-                } else {
-                    matmul(out, g.t(), x, write, Threads::All);
-                }
-            }
-        }
-        let gradients = tracked.then(|| {
-            scale_in_place(&mut g_hidden, scale);
-            [host::tensor(g_hidden, [tokens, d]), host::tensor(g_head, [rows, cols])]
-        });
-        (self.outputs(&positions), Saved { gradients: Mutex::new(gradients) })
+        let format = head.dtype();
+        let (positions, gradients) = by_format!(head, E => self.compute::<E>(&hidden, &head, tracked));
+        (self.outputs(&positions), Saved { gradients: Mutex::new(gradients), format })
     }
 
     fn backward(
         &self,
         saved: &Saved,
-        output: usize,
-        gradient: &FlexTensor,
+        gradients: [Option<FlexTensor>; 3],
         _: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
-        if output != 0 {
-            return [None, None];
-        }
-        let factor = host::values(gradient)[0];
-        let gradients = saved.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
-        gradients.expect("a graph that is tracked is walked once").map(|mut gradient| {
-            scale_in_place(gradient.storage_mut::<f32>(), factor);
-            Some(gradient)
+        let [Some(gradient), ..] = gradients else { return [None, None] };
+        let factor = host::values::<f32>(&gradient)[0] / self.rules.loss_scale as f32;
+        let taken = saved.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Gradients { mut hidden, mut head } = taken.expect("a graph that is tracked is walked once");
+        let [rows, cols]: [usize; 2] = head.layout().shape().dims();
+        let width = if self.rules.layout == HeadLayout::ModelByVocabulary { rows } else { cols };
+        scale_in_place(&mut hidden, factor * self.rules.scale as f32);
+        by_format!(head, E => scale_in_place(host::writable::<E>(&mut head), factor));
+        [Some(host::rounded(hidden, [self.targets.len(), width], saved.format)), Some(head)]
+    }
+}
+
+/// What the rows of a chunk are computed from and into.
+struct Chunk<'a, E> {
+    /// Number of the first row.
+    start: usize,
+    logits: &'a mut [f32],
+    positions: &'a mut [Position],
+    /// Gradients of the logits; empty without a backward pass.
+    gradients: &'a mut [E],
+}
+
+/// One row of a chunk.
+struct ChunkRow<'a, E> {
+    /// Its number.
+    at: usize,
+    logits: &'a mut [f32],
+    position: &'a mut Position,
+    gradients: &'a mut [E],
+}
+
+impl<E: Element> Chunk<'_, E> {
+    fn rows(&mut self) -> impl IndexedParallelIterator<Item = ChunkRow<'_, E>> {
+        let vocabulary = self.logits.len() / self.positions.len();
+        let mut gradients: Vec<&mut [E]> = self.gradients.chunks_mut(vocabulary).collect();
+        gradients.resize_with(self.positions.len(), Default::default);
+        let start = self.start;
+        let rows = self.logits.par_chunks_mut(vocabulary).zip(&mut *self.positions).zip(gradients);
+        rows.enumerate().map(move |(i, ((logits, position), gradients))| ChunkRow {
+            at: start + i,
+            logits,
+            position,
+            gradients,
         })
     }
 }
 
 impl Fused {
-    /// Losses of the positions from `start` on, whose logits become their gradients when `tracked`.
-    fn losses(&self, logits: &mut [f32], start: usize, positions: &mut [Position], tracked: bool) {
-        let vocabulary = logits.len() / positions.len();
-        logits.par_chunks_mut(vocabulary).zip(positions).enumerate().for_each(|(row, (logits, position))| {
-            let at = start + row;
-            let target = self.targets[at] as usize;
-            *position = position_loss(logits, target);
-            if tracked {
-                self.turn_into_gradient(logits, at, Some(target), position.log_z);
+    fn compute<E: Multiply<E> + Multiply<f32>>(
+        &self,
+        hidden: &FlexTensor,
+        head: &FlexTensor,
+        tracked: bool,
+    ) -> (Vec<Position>, Option<Gradients>) {
+        let [tokens, d] = hidden.layout().shape().dims();
+        let [rows, cols] = head.layout().shape().dims();
+        let by_model = self.rules.layout == HeadLayout::ModelByVocabulary;
+        let vocabulary = if by_model { cols } else { rows };
+        let x = scaled(host::values::<E>(hidden), self.rules.scale as f32);
+        let head_view = View::new(host::values::<E>(head), rows, cols);
+        let head_view = if by_model { head_view } else { head_view.t() };
+        let forward = Packed::new(head_view);
+        let backward = tracked.then(|| Packed::new(head_view.t()));
+
+        let mut positions = vec![Position::default(); tokens];
+        let chunk = (CHUNK_LOGITS / vocabulary).clamp(1, tokens.max(1));
+        let group = (GROUP_BYTES / size_of::<E>() / vocabulary / chunk).max(1) * chunk;
+        let group = group.min(tokens.max(1));
+        let mut logits = host::uninit(chunk * vocabulary);
+        let mut gradients = host::uninit::<E>(if tracked { group * vocabulary } else { 0 });
+        let mut g_hidden = host::uninit(if tracked { tokens * d } else { 0 });
+        let mut g_head = HeadGradient::<E>::new(if tracked { rows * cols } else { 0 }, tokens, group);
+        for first in (0..tokens).step_by(group) {
+            let in_group = group.min(tokens - first);
+            for start in (first..first + in_group).step_by(chunk) {
+                let n = chunk.min(first + in_group - start);
+                let logits = &mut logits[..n * vocabulary];
+                let rows = View::new(&x[start * d..], n, d);
+                let out = ViewMut::new(logits, n, vocabulary);
+                matmul_packed(out, rows, &forward, Write::Overwrite, Threads::All);
+                let gradients = match tracked {
+                    true => &mut gradients[(start - first) * vocabulary..][..n * vocabulary],
+                    false => &mut [],
+                };
+                let chunk = Chunk { start, logits, positions: &mut positions[start..start + n], gradients };
+                match &self.shard {
+                    None => self.losses(chunk),
+                    Some(shard) => self.losses_over_ranks(shard, chunk),
+                }
             }
+            if let Some(backward) = &backward {
+                let g = View::new(&gradients, in_group, vocabulary);
+                let gx = ViewMut::new(&mut g_hidden[first * d..], in_group, d);
+                matmul_packed(gx, g, backward, Write::Overwrite, Threads::All);
+                let x = View::new(&x[first * d..], in_group, d);
+                if by_model {
+                    g_head.add(x.t(), g);
+                } else {
+                    g_head.add(g.t(), x);
+                }
+            }
+        }
+        let gradients = tracked.then(|| Gradients { hidden: g_hidden, head: g_head.finish([rows, cols]) });
+        (positions, gradients)
+    }
+
+    /// Losses of the positions of a chunk, and the gradients of their logits.
+    fn losses<E: Element>(&self, mut chunk: Chunk<'_, E>) {
+        chunk.rows().for_each(|ChunkRow { at, logits, position, gradients }| {
+            let target = self.targets[at] as usize;
+            let (largest, target_logit) = (row_max(logits), logits[target]);
+            let total = row_exponentials(logits, largest);
+            *position = Position::new(largest, total, target_logit);
+            self.gradient(logits, at, Some(target), position.log_z, total, gradients);
         });
     }
 
     /// [`losses`](Self::losses) where the logits are those of a part of the vocabulary.
-    fn losses_over_ranks(
-        &self,
-        shard: &VocabularyShard,
-        logits: &mut [f32],
-        start: usize,
-        positions: &mut [Position],
-        tracked: bool,
-    ) {
-        let n = positions.len();
-        let vocabulary = logits.len() / n;
-        let target = |row: usize| shard.local(self.targets[start + row] as usize, vocabulary);
-        let mut largest: Vec<f32> = logits.par_chunks(vocabulary).map(row_max).collect();
+    fn losses_over_ranks<E: Element>(&self, shard: &VocabularyShard, mut chunk: Chunk<'_, E>) {
+        let (start, n) = (chunk.start, chunk.positions.len());
+        let vocabulary = chunk.logits.len() / n;
+        let target = |at: usize| shard.local(self.targets[at] as usize, vocabulary);
+        let mut largest: Vec<f32> = chunk.logits.par_chunks(vocabulary).map(row_max).collect();
         shard.group.max(&mut largest);
         let mut sums = vec![0.0; 2 * n];
         let (totals, target_logits) = sums.split_at_mut(n);
-        (logits.par_chunks_mut(vocabulary).zip(&largest))
-            .zip(totals.par_iter_mut().zip(target_logits))
-            .enumerate()
-            .for_each(|(row, ((logits, &largest), (total, target_logit)))| {
+        (chunk.rows().zip(&largest)).zip(totals.par_iter_mut().zip(target_logits)).for_each(
+            |((ChunkRow { at, logits, .. }, &largest), (total, target_logit))| {
                 // 0 on the other ranks: the sum over ranks is the logit itself.
-                *target_logit = target(row).map_or(0.0, |target| logits[target]);
+                *target_logit = target(at).map_or(0.0, |target| logits[target]);
                 *total = row_exponentials(logits, largest);
-            });
+            },
+        );
         shard.group.sum(&mut sums);
         let (totals, target_logits) = sums.split_at(n);
-        logits.par_chunks_mut(vocabulary).zip(positions).enumerate().for_each(|(row, (logits, position))| {
+        chunk.rows().for_each(|ChunkRow { at, logits, position, gradients }| {
+            let row = at - start;
             *position = Position::new(largest[row], totals[row], target_logits[row]);
-            if tracked {
-                multiply(logits, 1.0 / totals[row]);
-                self.turn_into_gradient(logits, start + row, target(row), position.log_z);
-            }
+            self.gradient(logits, at, target(at), position.log_z, totals[row], gradients);
         });
     }
 
-    /// Turns the probabilities of position `at` into the gradient of its loss.
-    fn turn_into_gradient(&self, probabilities: &mut [f32], at: usize, target: Option<usize>, log_z: f32) {
-        let (weight, z) = (self.weights[at], self.rules.z_coefficient as f32);
-        multiply(probabilities, weight * (1.0 + 2.0 * z * log_z));
+    /// Gradient of the logits of position `at`, of which `exponentials` sum to `total`.
+    fn gradient<E: Element>(
+        &self,
+        exponentials: &[f32],
+        at: usize,
+        target: Option<usize>,
+        log_z: f32,
+        total: f32,
+        out: &mut [E],
+    ) {
+        if out.is_empty() {
+            return;
+        }
+        let weight = self.weights[at] * self.rules.loss_scale as f32;
+        let factor = weight * (1.0 + 2.0 * self.rules.z_coefficient as f32 * log_z) / total;
+        multiply(exponentials, factor, out);
         if let Some(target) = target {
-            probabilities[target] -= weight;
+            out[target] = E::round(exponentials[target] * factor - weight);
         }
     }
 
@@ -263,48 +326,66 @@ impl Fused {
     }
 }
 
+/// The gradient of the head, summed in float32 where it is the sum of several products.
+enum HeadGradient<E> {
+    Single(Vec<E>),
+    Summed { sums: Vec<f32>, begun: bool },
+}
+
+impl<E: Multiply<E> + Multiply<f32>> HeadGradient<E> {
+    fn new(len: usize, tokens: usize, group: usize) -> Self {
+        match tokens {
+            0 => Self::Single(vec![E::default(); len]),
+            _ if tokens <= group => Self::Single(host::uninit(len)),
+            _ => Self::Summed { sums: host::uninit(len), begun: false },
+        }
+    }
+
+    fn add(&mut self, a: View<'_, E>, b: View<'_, E>) {
+        let (rows, cols) = (a.rows(), b.cols());
+        match self {
+            Self::Single(values) => {
+                matmul(ViewMut::new(values, rows, cols), a, b, Write::Overwrite, Threads::All);
+            }
+            Self::Summed { sums, begun } => {
+                let write = if *begun { Write::Add } else { Write::Overwrite };
+                matmul(ViewMut::new(sums, rows, cols), a, b, write, Threads::All);
+                *begun = true;
+            }
+        }
+    }
+
+    fn finish(self, shape: [usize; 2]) -> FlexTensor {
+        match self {
+            Self::Single(values) => host::tensor(values, shape),
+            Self::Summed { sums, .. } if E::PER_WORD == 1 => host::tensor(sums, shape),
+            Self::Summed { sums, .. } => {
+                let mut values = host::uninit::<E>(sums.len());
+                let tasks = values.par_chunks_mut(TASK_VALUES).zip(sums.par_chunks(TASK_VALUES));
+                tasks.for_each(|(values, sums)| multiply(sums, 1.0, values));
+                host::tensor(values, shape)
+            }
+        }
+    }
+}
+
 /// Values that one task scales.
 const TASK_VALUES: usize = 1 << 16;
 
-fn scale_in_place(values: &mut [f32], factor: f32) {
+fn scale_in_place<E: Element>(values: &mut [E], factor: f32) {
     if factor != 1.0 {
-        values.par_chunks_mut(TASK_VALUES).for_each(|task| task.iter_mut().for_each(|v| *v *= factor));
+        let scale = |value: &mut E| *value = E::round(value.widen() * factor);
+        values.par_chunks_mut(TASK_VALUES).for_each(|task| task.iter_mut().for_each(scale));
     }
 }
 
-fn scaled(values: &[f32], factor: f32) -> Cow<'_, [f32]> {
+fn scaled<E: Element>(values: &[E], factor: f32) -> Cow<'_, [E]> {
     if factor == 1.0 {
         return Cow::Borrowed(values);
     }
-    let mut out = host::uninit(values.len());
-    out.par_chunks_mut(TASK_VALUES).zip(values.par_chunks(TASK_VALUES)).for_each(|(out, values)| {
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = value * factor;
-        }
-    });
-    Cow::Owned(out)
-}
-
-/// Loss of one position; leaves softmax probabilities in `logits`.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn position_loss(logits: &mut [f32], target: usize) -> Position {
-    let largest = max(logits);
-    let target_logit = logits[target];
-    let total = exponentials(logits, largest);
-    let inverse = 1.0 / total;
-    for logit in logits.iter_mut() {
-        *logit *= inverse;
-    }
-    Position::new(largest, total, target_logit)
-}
-
-/// Turns logits into `e^(logit - largest)` and returns the sum.
-#[inline(always)]
-fn exponentials(logits: &mut [f32], largest: f32) -> f32 {
-    for logit in logits.iter_mut() {
-        *logit = exp(*logit - largest);
-    }
-    sum(logits)
+    let mut scaled = values.to_vec();
+    scale_in_place(&mut scaled, factor);
+    Cow::Owned(scaled)
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
@@ -312,15 +393,19 @@ fn row_max(logits: &[f32]) -> f32 {
     max(logits)
 }
 
+/// Turns logits into `e^(logit - largest)` and returns the sum.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
 fn row_exponentials(logits: &mut [f32], largest: f32) -> f32 {
-    exponentials(logits, largest)
+    for logit in logits.iter_mut() {
+        *logit = exp(*logit - largest);
+    }
+    sum(logits)
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn multiply(values: &mut [f32], factor: f32) {
-    for value in values {
-        *value *= factor;
+fn multiply<E: Element>(values: &[f32], factor: f32, out: &mut [E]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = E::round(value * factor);
     }
 }
 

@@ -10,9 +10,10 @@ use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::host;
+use crate::element::Element;
+use crate::host::{self, by_format};
 use crate::math::dot;
-use crate::operation::{Operand, Operation, apply};
+use crate::operation::{Operand, Operation, apply, given};
 use crate::plan::DispatchPlan;
 
 /// Copies tokens `[tokens, d_model]` into their slots `[num_experts, slots, d_model]`; unused slots are 0.
@@ -26,11 +27,21 @@ pub fn dispatch(tokens: Tensor<2>, plan: &DispatchPlan) -> Tensor<3> {
 
 /// Sums the expert outputs of each token, weighted by the gates of its slots: `[tokens, d_model]`.
 ///
-/// `expert_outputs` is `[num_experts, slots, d_model]`, `gates` one value a slot. A token without
-/// a slot gets exactly 0, so only the residual connection carries it.
-pub fn combine(expert_outputs: Tensor<3>, gates: Tensor<1>, plan: &DispatchPlan) -> Tensor<2> {
+/// `expert_outputs` is `[num_experts, slots, d_model]`, `gates` one float32 a slot. A token without
+/// a slot gets exactly 0, so only the residual connection carries it. With a `residual` the sums are
+/// added to it, rounded once.
+pub fn combine(
+    expert_outputs: Tensor<3>,
+    gates: Tensor<1>,
+    plan: &DispatchPlan,
+    residual: Option<Tensor<2>>,
+) -> Tensor<2> {
     let operation = Combine(Indices::new(plan));
-    let [out] = apply(operation, [Operand::from(expert_outputs), Operand::from(gates)]);
+    let (outputs, gates) = (Operand::from(expert_outputs), Operand::from(gates));
+    let [out] = match residual {
+        Some(residual) => apply(operation, [outputs, gates, Operand::from(residual)]),
+        None => apply(operation, [outputs, gates]),
+    };
     out.into_tensor()
 }
 
@@ -64,11 +75,11 @@ impl Indices {
     }
 
     /// Row `token_of_slot[s]` of `rows`, times `gates[s]` if given, for every slot `s`.
-    fn scatter(&self, rows: &[f32], width: usize, gates: Option<&[f32]>) -> FlexTensor {
-        let mut out = host::uninit(self.experts * self.slots * width);
+    fn scatter<E: Element>(&self, rows: &[E], width: usize, gates: Option<&[f32]>) -> FlexTensor {
+        let mut out = host::uninit::<E>(self.experts * self.slots * width);
         out.par_chunks_mut(width).enumerate().with_min_len(64).for_each(|(slot, out)| {
             let Ok(token) = usize::try_from(self.token_of_slot[slot]) else {
-                out.fill(0.0);
+                out.fill(E::default());
                 return;
             };
             let row = &rows[token * width..][..width];
@@ -80,36 +91,66 @@ impl Indices {
         host::tensor(out, [self.experts, self.slots, width])
     }
 
-    /// Sum over each token's slots of its row in `slots`, times `gates[s]` if given.
-    fn gather(&self, slots: &[f32], width: usize, gates: Option<&[f32]>) -> FlexTensor {
-        let mut out = host::uninit(self.tokens() * width);
-        out.par_chunks_mut(width).enumerate().with_min_len(64).for_each(|(token, out)| {
-            out.fill(0.0);
-            for &slot in self.slots_of(token) {
-                let gate = gates.map_or(1.0, |gates| gates[slot as usize]);
-                add_scaled(out, &slots[slot as usize * width..][..width], gate);
-            }
-        });
+    /// `onto`, if given, plus each token's slots' rows of `slots`, times `gates[s]` if given.
+    fn gather<E: Element>(
+        &self,
+        slots: &[E],
+        width: usize,
+        gates: Option<&[f32]>,
+        onto: Option<&[E]>,
+    ) -> FlexTensor {
+        let mut out = host::uninit::<E>(self.tokens() * width);
+        out.par_chunks_mut(width).enumerate().with_min_len(64).for_each_init(
+            || vec![0.0; width],
+            |sums, (token, out)| {
+                let row = |slot: i32| &slots[slot as usize * width..][..width];
+                let gate = |slot: i32| gates.map_or(1.0, |gates| gates[slot as usize]);
+                let onto = onto.map(|onto| &onto[token * width..][..width]);
+                match (self.slots_of(token), onto) {
+                    ([], Some(onto)) => out.copy_from_slice(onto),
+                    ([], None) => out.fill(E::default()),
+                    (&[slot], None) => copy_scaled(out, row(slot), gate(slot)),
+                    (&[slot], Some(onto)) => add_to(out, onto, row(slot), gate(slot)),
+                    (slots, onto) => {
+                        sums.fill(0.0);
+                        for row in onto {
+                            add_scaled(sums, row, 1.0);
+                        }
+                        for &slot in slots {
+                            add_scaled(sums, row(slot), gate(slot));
+                        }
+                        copy_scaled(out, sums, 1.0);
+                    }
+                }
+            },
+        );
         host::tensor(out, [self.tokens(), width])
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn add_scaled(out: &mut [f32], row: &[f32], factor: f32) {
+fn add_scaled<E: Element>(out: &mut [f32], row: &[E], factor: f32) {
     for (out, value) in out.iter_mut().zip(row) {
-        *out += factor * value;
+        *out += factor * value.widen();
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn copy_scaled(out: &mut [f32], row: &[f32], factor: f32) {
+fn copy_scaled<E: Element, F: Element>(out: &mut [E], row: &[F], factor: f32) {
     for (out, value) in out.iter_mut().zip(row) {
-        *out = factor * value;
+        *out = E::round(factor * value.widen());
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn inner_product(a: &[f32], b: &[f32]) -> f32 {
+fn add_to<E: Element>(out: &mut [E], onto: &[E], row: &[E], factor: f32) {
+    for ((out, onto), value) in out.iter_mut().zip(onto).zip(row) {
+        *out = E::round(onto.widen() + factor * value.widen());
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn inner_product<E: Element>(a: &[E], b: &[E]) -> f32 {
     dot(a, b)
 }
 
@@ -123,17 +164,18 @@ impl Operation<1, 1> for Dispatch {
     fn forward(&self, [tokens]: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], usize) {
         let tokens = host::contiguous(tokens);
         let [_, width] = tokens.layout().shape().dims();
-        ([self.0.scatter(host::values(&tokens), width, None)], width)
+        let out = by_format!(tokens, E => self.0.scatter(host::values::<E>(&tokens), width, None));
+        ([out], width)
     }
 
     fn backward(
         &self,
         &width: &usize,
-        _: usize,
-        gradient: &FlexTensor,
+        gradients: [Option<FlexTensor>; 1],
         _: [bool; 1],
     ) -> [Option<FlexTensor>; 1] {
-        [Some(self.0.gather(host::values(gradient), width, None))]
+        let [gradient] = given(gradients);
+        [Some(by_format!(gradient, E => self.0.gather(host::values::<E>(&gradient), width, None, None)))]
     }
 }
 
@@ -146,39 +188,69 @@ struct CombineSaved {
     gates: FlexTensor,
 }
 
+impl Combine {
+    fn compute(&self, inputs: &[FlexTensor]) -> ([FlexTensor; 1], CombineSaved) {
+        let (expert_outputs, gates) = (host::contiguous(&inputs[0]), host::contiguous(&inputs[1]));
+        let residual = inputs.get(2).map(host::contiguous);
+        let [_, _, width] = expert_outputs.layout().shape().dims();
+        let out = by_format!(expert_outputs, E => {
+            let residual = residual.as_ref().map(host::values::<E>);
+            self.0.gather(host::values::<E>(&expert_outputs), width, Some(host::values(&gates)), residual)
+        });
+        ([out], CombineSaved { expert_outputs, gates })
+    }
+
+    /// Gradients of the expert outputs and of the gates.
+    fn gradients<E: Element>(&self, saved: &CombineSaved, gradient: &FlexTensor) -> [FlexTensor; 2] {
+        let [_, _, width] = saved.expert_outputs.layout().shape().dims();
+        let (rows, outputs) = (host::values::<E>(gradient), host::values::<E>(&saved.expert_outputs));
+        let to_experts = self.0.scatter(rows, width, Some(host::values(&saved.gates)));
+        let gates: Vec<f32> = (self.0.token_of_slot.par_iter().enumerate().with_min_len(64))
+            .map(|(slot, &token)| match usize::try_from(token) {
+                Ok(token) => {
+                    inner_product(&rows[token * width..][..width], &outputs[slot * width..][..width])
+                }
+                Err(_) => 0.0,
+            })
+            .collect();
+        let slots = gates.len();
+        [to_experts, host::tensor(gates, [slots])]
+    }
+}
+
 impl Operation<2, 1> for Combine {
     type Saved = CombineSaved;
 
-    fn forward(&self, [expert_outputs, gates]: &[FlexTensor; 2], _: bool) -> ([FlexTensor; 1], CombineSaved) {
-        let (expert_outputs, gates) = (host::contiguous(expert_outputs), host::contiguous(gates));
-        let [_, _, width] = expert_outputs.layout().shape().dims();
-        let out = self.0.gather(host::values(&expert_outputs), width, Some(host::values(&gates)));
-        ([out], CombineSaved { expert_outputs, gates })
+    fn forward(&self, inputs: &[FlexTensor; 2], _: bool) -> ([FlexTensor; 1], CombineSaved) {
+        self.compute(inputs)
     }
 
     fn backward(
         &self,
         saved: &CombineSaved,
-        _: usize,
-        gradient: &FlexTensor,
-        wanted: [bool; 2],
+        gradients: [Option<FlexTensor>; 1],
+        _: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
-        let [_, _, width] = saved.expert_outputs.layout().shape().dims();
-        let rows = host::values(gradient);
-        let outputs = host::values(&saved.expert_outputs);
-        let to_experts = wanted[0].then(|| self.0.scatter(rows, width, Some(host::values(&saved.gates))));
-        let to_gates = wanted[1].then(|| {
-            let gates: Vec<f32> = (self.0.token_of_slot.par_iter().enumerate().with_min_len(64))
-                .map(|(slot, &token)| match usize::try_from(token) {
-                    Ok(token) => {
-                        inner_product(&rows[token * width..][..width], &outputs[slot * width..][..width])
-                    }
-                    Err(_) => 0.0,
-                })
-                .collect();
-            let slots = gates.len();
-            host::tensor(gates, [slots])
-        });
-        [to_experts, to_gates]
+        let [gradient] = given(gradients);
+        by_format!(gradient, E => self.gradients::<E>(saved, &gradient)).map(Some)
+    }
+}
+
+impl Operation<3, 1> for Combine {
+    type Saved = CombineSaved;
+
+    fn forward(&self, inputs: &[FlexTensor; 3], _: bool) -> ([FlexTensor; 1], CombineSaved) {
+        self.compute(inputs)
+    }
+
+    fn backward(
+        &self,
+        saved: &CombineSaved,
+        gradients: [Option<FlexTensor>; 1],
+        _: [bool; 3],
+    ) -> [Option<FlexTensor>; 3] {
+        let [gradient] = given(gradients);
+        let [to_experts, to_gates] = by_format!(gradient, E => self.gradients::<E>(saved, &gradient));
+        [Some(to_experts), Some(to_gates), Some(gradient)]
     }
 }

@@ -10,11 +10,12 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::activation::Activation;
+use crate::element::Element;
 use crate::expert_rows::ExpertRows;
-use crate::host;
-use crate::matmul::{Threads, View, ViewMut, Write, matmul};
+use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
+use crate::host::{self, by_format};
 use crate::noise::{Columns, Factor, NoiseKey, TokenNoise};
-use crate::operation::{Operand, Operation, apply};
+use crate::operation::{Operand, Operation, apply, given};
 
 /// Weights of a dense layer.
 #[derive(Debug)]
@@ -50,12 +51,15 @@ pub struct HiddenDropout {
 }
 
 /// A dense layer on `x`, `[tokens, d_model]`, with dropout on its hidden activations.
+///
+/// With a `residual` the outputs are added to it, rounded once.
 pub fn feed_forward(
     x: Tensor<2>,
     weights: FeedForwardWeights,
     activation: Activation,
     dropout: f64,
     noise: TokenNoise,
+    residual: Option<Tensor<2>>,
 ) -> Tensor<2> {
     let [tokens, width] = x.dims();
     let stack = ExpertWeights {
@@ -65,8 +69,8 @@ pub fn feed_forward(
     };
     let rows = ExpertRows::dense(tokens, (dropout > 0.0).then_some(noise));
     let dropout = HiddenDropout { rate: dropout, key: noise.key, columns: noise.columns };
-    let x = x.reshape([1, tokens, width]);
-    run(x, stack, FeedForward { activation, dropout, rows }).reshape([tokens, width])
+    let stacked = |x: Tensor<2>| x.reshape([1, tokens, width]);
+    run(stacked(x), stack, activation, dropout, rows, residual.map(stacked)).reshape([tokens, width])
 }
 
 /// Every expert on its own slots: `dispatched`, `[experts, slots, d_model]`, to the same shape.
@@ -81,16 +85,26 @@ pub fn expert_feed_forward(
     dropout: HiddenDropout,
     rows: ExpertRows,
 ) -> Tensor<3> {
-    run(dispatched, weights, FeedForward { activation, dropout, rows })
+    run(dispatched, weights, activation, dropout, rows, None)
 }
 
-fn run(x: Tensor<3>, weights: ExpertWeights, operation: FeedForward) -> Tensor<3> {
+fn run(
+    x: Tensor<3>,
+    weights: ExpertWeights,
+    activation: Activation,
+    dropout: HiddenDropout,
+    rows: ExpertRows,
+    residual: Option<Tensor<3>>,
+) -> Tensor<3> {
     let [experts, slots, _] = x.dims();
-    operation.rows.check(experts, slots);
+    rows.check(experts, slots);
+    let gated = weights.wi_gate.is_some();
+    let operation = FeedForward { activation, dropout, rows, gated };
     let (x, wi, wo) = (Operand::from(x), Operand::from(weights.wi), Operand::from(weights.wo));
-    let [out] = match weights.wi_gate {
-        Some(gate) => apply(operation, [x, wo, wi, Operand::from(gate)]),
-        None => apply(operation, [x, wo, wi]),
+    let [out] = match (weights.wi_gate.map(Operand::from), residual.map(Operand::from)) {
+        (Some(gate), Some(residual)) => apply(operation, [x, wo, wi, gate, residual]),
+        (Some(other), None) | (None, Some(other)) => apply(operation, [x, wo, wi, other]),
+        (None, None) => apply(operation, [x, wo, wi]),
     };
     out.into_tensor()
 }
@@ -100,16 +114,24 @@ struct FeedForward {
     activation: Activation,
     dropout: HiddenDropout,
     rows: ExpertRows,
+    gated: bool,
+}
+
+/// Tensors of one layer.
+#[derive(Debug)]
+struct Inputs {
+    x: FlexTensor,
+    wo: FlexTensor,
+    wi: Vec<FlexTensor>,
+    residual: Option<FlexTensor>,
 }
 
 #[derive(Debug)]
 struct Saved {
-    x: FlexTensor,
-    wo: FlexTensor,
-    wi: Vec<FlexTensor>,
+    inputs: Inputs,
     /// `x wi` of every input matrix; of an ungated ReLU layer its activation. Only the rows of slots in
-    /// use are there; empty without a backward pass.
-    projected: Vec<Vec<f32>>,
+    /// use are there; empty without a backward pass. `[experts * slots * d_ff]`
+    projected: Vec<FlexTensor>,
 }
 
 /// Sizes of the stack: experts, slots, d_model, d_ff.
@@ -121,7 +143,7 @@ struct Sizes {
     f: usize,
 }
 
-/// Values that one pointwise task handles where a layer uses all threads.
+/// Values that one pointwise task handles.
 const TASK_VALUES: usize = 1 << 14;
 
 impl Sizes {
@@ -131,17 +153,9 @@ impl Sizes {
         Self { e, c, d, f }
     }
 
-    /// Fewer experts than threads use all threads inside; else the threads share the experts.
-    fn threads(self) -> Threads {
-        if self.e == 1 || self.e < rayon::current_num_threads() { Threads::All } else { Threads::One }
-    }
-
     /// Rows of hidden activations that one pointwise task handles.
     fn task_rows(self) -> usize {
-        match self.threads() {
-            Threads::All => (TASK_VALUES / self.f.max(1)).max(1),
-            Threads::One => self.c.max(1),
-        }
+        (TASK_VALUES / self.f.max(1)).max(1)
     }
 
     fn task_values(self) -> usize {
@@ -158,19 +172,24 @@ struct Run {
 
 impl Run {
     /// What `slots` of the run's expert take of a buffer with `c` slots an expert, `width` values each.
-    fn of<'a>(&self, buffer: &'a [f32], c: usize, width: usize) -> &'a [f32] {
+    fn of<'a, E>(&self, buffer: &'a [E], c: usize, width: usize) -> &'a [E] {
         &buffer[(self.expert * c + self.slots.start) * width..][..self.slots.len() * width]
     }
 }
 
 impl FeedForward {
+    /// Whether the backward pass can do with the activations that the outputs were computed from.
+    fn keeps_activated(&self) -> bool {
+        self.activation == Activation::Relu && !self.gated
+    }
+
     /// `act(projected[0]) * projected[1] * dropout` of one run.
-    fn hidden(&self, projected: &[&[f32]], sizes: Sizes, run: &Run) -> Vec<f32> {
+    fn hidden<E: Element>(&self, projected: &[&[E]], sizes: Sizes, run: &Run) -> Vec<E> {
         let mut hidden = host::uninit(projected[0].len());
         let task = sizes.task_values();
         hidden.par_chunks_mut(task).enumerate().for_each(|(i, hidden)| {
             let part = i * task..i * task + hidden.len();
-            let linear = projected.get(1).map(|rows| &rows[part.clone()]);
+            let linear = projected.get(1).map_or(&[] as &[E], |rows| &rows[part.clone()]);
             activate(self.activation, &projected[0][part.clone()], linear, hidden);
             self.drop_rows(hidden, sizes, run, i * sizes.task_rows());
         });
@@ -178,7 +197,7 @@ impl FeedForward {
     }
 
     /// Dropout of some rows of a run, from its row `first` on.
-    fn drop_rows(&self, hidden: &mut [f32], sizes: Sizes, run: &Run, first: usize) {
+    fn drop_rows<E: Element>(&self, hidden: &mut [E], sizes: Sizes, run: &Run, first: usize) {
         if self.dropout.rate == 0.0 {
             return;
         }
@@ -191,7 +210,7 @@ impl FeedForward {
         for (hidden, place) in hidden.chunks_exact_mut(sizes.f).zip(places) {
             place.fill(key, expert, columns, &mut words);
             for (value, &word) in hidden.iter_mut().zip(&words) {
-                *value *= factor.of(word);
+                *value = E::round(value.widen() * factor.of(word));
             }
         }
     }
@@ -201,83 +220,90 @@ impl FeedForward {
         self.rows.runs(expert, sizes.c).map(move |slots| Run { expert, slots })
     }
 
-    fn compute(
-        &self,
-        x: &FlexTensor,
-        wo: &FlexTensor,
-        wi: &[FlexTensor],
-        tracked: bool,
-    ) -> (FlexTensor, Saved) {
-        let (x, wo) = (host::contiguous(x), host::contiguous(wo));
-        let wi: Vec<_> = wi.iter().map(host::contiguous).collect();
-        let sizes @ Sizes { e, c, d, f } = Sizes::of(&x, &wi[0]);
+    fn inputs(&self, inputs: &[FlexTensor]) -> Inputs {
+        let mut inputs = inputs.iter().map(host::contiguous);
+        let mut next = || inputs.next().expect("a layer has three tensors at least");
+        let (x, wo, mut wi) = (next(), next(), vec![next()]);
+        if self.gated {
+            wi.push(next());
+        }
+        Inputs { x, wo, wi, residual: inputs.next() }
+    }
+
+    fn compute<E: Multiply<E> + Multiply<f32>>(&self, inputs: Inputs, tracked: bool) -> (FlexTensor, Saved) {
+        let sizes @ Sizes { e, c, d, f } = Sizes::of(&inputs.x, &inputs.wi[0]);
         let kept = if tracked { e * c * f } else { 0 };
-        let mut projected: Vec<Vec<f32>> = wi.iter().map(|_| host::uninit(kept)).collect();
-        let mut out = host::uninit(e * c * d);
-        let inputs = Saved { x, wo, wi, projected: Vec::new() };
+        let mut projected: Vec<Vec<E>> = inputs.wi.iter().map(|_| host::uninit(kept)).collect();
+        let mut out = host::uninit::<E>(e * c * d);
         out.par_chunks_mut((c * d).max(1))
             .zip(by_expert(&mut projected, c * f, e))
             .enumerate()
             .with_max_len(1)
-            .for_each(|(expert, (out, kept))| self.expert_outputs(&inputs, sizes, expert, out, kept));
-        (host::tensor(out, [e, c, d]), Saved { projected, ..inputs })
+            .for_each(|(expert, (out, kept))| self.expert_outputs::<E>(&inputs, sizes, expert, out, kept));
+        let projected = projected.into_iter().map(|rows| host::tensor(rows, [kept])).collect();
+        (host::tensor(out, [e, c, d]), Saved { inputs, projected })
     }
 
     /// Writes the outputs of one expert, and into `kept`, unless it is empty, what a backward pass needs.
-    fn expert_outputs(
+    fn expert_outputs<E: Multiply<E> + Multiply<f32>>(
         &self,
-        inputs: &Saved,
+        inputs: &Inputs,
         sizes: Sizes,
         expert: usize,
-        out: &mut [f32],
-        mut kept: Vec<&mut [f32]>,
+        out: &mut [E],
+        mut kept: Vec<&mut [E]>,
     ) {
         let Sizes { c, d, f, .. } = sizes;
-        let in_place = self.activation == Activation::Relu && inputs.wi.len() == 1;
-        let wo = View::new(&host::values(&inputs.wo)[expert * f * d..], f, d);
+        let wo = View::new(&host::values::<E>(&inputs.wo)[expert * f * d..], f, d);
         let mut written = 0;
         for run in self.runs(expert, sizes) {
             let (n, slots) = (run.slots.len(), run.slots.clone());
-            out[written * d..slots.start * d].fill(0.0);
+            out[written * d..slots.start * d].fill(E::default());
             written = slots.end;
-            let mut scratch: Vec<Vec<f32>>;
-            let rows: Vec<&mut [f32]> = if kept.is_empty() {
+            let mut scratch: Vec<Vec<E>>;
+            let rows: Vec<&mut [E]> = if kept.is_empty() {
                 scratch = inputs.wi.iter().map(|_| host::uninit(n * f)).collect();
                 scratch.iter_mut().map(Vec::as_mut_slice).collect()
             } else {
                 kept.iter_mut().map(|kept| &mut kept[slots.start * f..slots.end * f]).collect()
             };
-            let x = View::new(run.of(host::values(&inputs.x), c, d), n, d);
-            let mut projected: Vec<&[f32]> = Vec::new();
+            let x = View::new(run.of(host::values::<E>(&inputs.x), c, d), n, d);
+            let mut projected: Vec<&[E]> = Vec::new();
             for (wi, rows) in inputs.wi.iter().zip(rows) {
-                let wi = View::new(&host::values(wi)[expert * d * f..], d, f);
-                matmul(ViewMut::new(rows, n, f), x, wi, Write::Overwrite, sizes.threads());
-                if in_place {
-                    rows.par_chunks_mut(sizes.task_values()).for_each(relu);
-                }
+                let wi = View::new(&host::values::<E>(wi)[expert * d * f..], d, f);
+                let write = if self.keeps_activated() { Write::Relu } else { Write::Overwrite };
+                matmul(ViewMut::new(rows, n, f), x, wi, write, Threads::All);
                 projected.push(rows);
             }
             let hidden;
-            let hidden = if in_place && self.dropout.rate == 0.0 {
+            let hidden = if self.keeps_activated() && self.dropout.rate == 0.0 {
                 projected[0]
             } else {
                 hidden = self.hidden(&projected, sizes, &run);
                 &hidden
             };
             let out = ViewMut::new(&mut out[slots.start * d..slots.end * d], n, d);
-            matmul(out, View::new(hidden, n, f), wo, Write::Overwrite, sizes.threads());
+            let write = match &inputs.residual {
+                Some(residual) => Write::Onto(View::new(run.of(host::values::<E>(residual), c, d), n, d)),
+                None => Write::Overwrite,
+            };
+            matmul(out, View::new(hidden, n, f), wo, write, Threads::All);
         }
-        out[written * d..].fill(0.0);
+        out[written * d..].fill(E::default());
     }
 
     /// Gradients of `x`, `wo` and every `wi`.
-    fn gradients(&self, saved: &Saved, gradient: &FlexTensor) -> (FlexTensor, FlexTensor, Vec<FlexTensor>) {
-        let sizes @ Sizes { e, c, d, f } = Sizes::of(&saved.x, &saved.wi[0]);
+    fn gradients<E: Multiply<E> + Multiply<f32>>(
+        &self,
+        saved: &Saved,
+        gradient: &FlexTensor,
+    ) -> Vec<FlexTensor> {
+        let sizes @ Sizes { e, c, d, f } = Sizes::of(&saved.inputs.x, &saved.inputs.wi[0]);
         let parts = self.rows.gradients();
-        let mut gx = host::uninit(e * c * d);
-        let mut gwo = host::uninit(e * parts * f * d);
-        let mut gwi: Vec<Vec<f32>> = saved.wi.iter().map(|_| host::uninit(e * parts * d * f)).collect();
-        let mut gx_of: Vec<&mut [f32]> = gx.chunks_mut((c * d).max(1)).collect();
+        let mut gx = host::uninit::<E>(e * c * d);
+        let mut gwo = host::uninit::<E>(e * parts * f * d);
+        let mut gwi: Vec<Vec<E>> = saved.inputs.wi.iter().map(|_| host::uninit(e * parts * d * f)).collect();
+        let mut gx_of: Vec<&mut [E]> = gx.chunks_mut((c * d).max(1)).collect();
         gx_of.resize_with(e, Default::default);
         gwo.par_chunks_mut((parts * f * d).max(1))
             .zip(gx_of)
@@ -286,61 +312,80 @@ impl FeedForward {
             .with_max_len(1)
             .for_each(|(expert, ((wo, x), wi))| {
                 let out = ExpertGradients { x, wo, wi };
-                self.expert_gradients(saved, host::values(gradient), sizes, expert, out);
+                self.expert_gradients::<E>(saved, host::values(gradient), sizes, expert, out);
             });
-        let gwi = gwi.into_iter().map(|gwi| host::tensor(gwi, [e * parts, d, f])).collect();
-        (host::tensor(gx, [e, c, d]), host::tensor(gwo, [e * parts, f, d]), gwi)
+        let mut all = vec![host::tensor(gx, [e, c, d]), host::tensor(gwo, [e * parts, f, d])];
+        all.extend(gwi.into_iter().map(|gwi| host::tensor(gwi, [e * parts, d, f])));
+        all
     }
 
-    fn expert_gradients(
+    fn expert_gradients<E: Multiply<E> + Multiply<f32>>(
         &self,
         saved: &Saved,
-        gradient: &[f32],
+        gradient: &[E],
         sizes: Sizes,
         expert: usize,
-        out: ExpertGradients<'_>,
+        out: ExpertGradients<'_, E>,
     ) {
-        let (Sizes { c, d, f, .. }, threads) = (sizes, sizes.threads());
+        let Sizes { c, d, f, .. } = sizes;
         let ExpertGradients { x: gx, wo: mut gwo, wi: mut gwi } = out;
-        let wo = View::new(&host::values(&saved.wo)[expert * f * d..], f, d);
+        let inputs = &saved.inputs;
+        let wo = View::new(&host::values::<E>(&inputs.wo)[expert * f * d..], f, d);
         let (mut written, mut begun) = (0, 0);
         for run in self.runs(expert, sizes) {
             let (n, slots) = (run.slots.len(), run.slots.clone());
-            gx[written * d..slots.start * d].fill(0.0);
+            gx[written * d..slots.start * d].fill(E::default());
             written = slots.end;
             let part = self.rows.gradient_of(slots.start, c);
             let write = if part < begun { Write::Add } else { Write::Overwrite };
             for gradient in gwi.iter_mut().chain([&mut gwo]) {
-                gradient[begun * d * f..part.max(begun) * d * f].fill(0.0);
+                gradient[begun * d * f..part.max(begun) * d * f].fill(E::default());
             }
             begun = part + 1;
             let matrix = part * d * f..begun * d * f;
-            let x = View::new(run.of(host::values(&saved.x), c, d), n, d);
+            let x = View::new(run.of(host::values::<E>(&inputs.x), c, d), n, d);
             let g = View::new(run.of(gradient, c, d), n, d);
-            let projected: Vec<&[f32]> = saved.projected.iter().map(|rows| run.of(rows, c, f)).collect();
-            let mut gh = self.hidden(&projected, sizes, &run);
+            let projected: Vec<&[E]> =
+                saved.projected.iter().map(|rows| run.of(host::values::<E>(rows), c, f)).collect();
             let gwo = ViewMut::new(&mut gwo[matrix.clone()], f, d);
-            matmul(gwo, View::new(&gh, n, f).t(), g, write, threads);
-            matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, threads);
-            let gates = self.through_hidden(&projected, sizes, &run, &mut gh);
+            let mut gh;
+            let mut gates = Vec::new();
+            if self.keeps_activated() && self.dropout.rate == 0.0 {
+                let activated = View::new(projected[0], n, f);
+                matmul(gwo, activated.t(), g, write, Threads::All);
+                gh = host::uninit(n * f);
+                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Mask(activated), Threads::All);
+            } else {
+                gh = self.hidden(&projected, sizes, &run);
+                matmul(gwo, View::new(&gh, n, f).t(), g, write, Threads::All);
+                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, Threads::All);
+                gates = self.through_hidden(&projected, sizes, &run, &mut gh);
+            }
             for (i, (gp, gwi)) in [gh, gates].iter().zip(&mut gwi).enumerate() {
                 let gp = View::new(gp, n, f);
-                let wi = View::new(&host::values(&saved.wi[i])[expert * d * f..], d, f);
+                let wi = View::new(&host::values::<E>(&inputs.wi[i])[expert * d * f..], d, f);
                 let gwi = ViewMut::new(&mut gwi[matrix.clone()], d, f);
-                matmul(gwi, x.t(), gp, write, threads);
+                matmul(gwi, x.t(), gp, write, Threads::All);
                 let gx = ViewMut::new(&mut gx[slots.start * d..slots.end * d], n, d);
-                matmul(gx, gp, wi.t(), if i == 0 { Write::Overwrite } else { Write::Add }, threads);
+                let write = if i == 0 { Write::Overwrite } else { Write::Add };
+                matmul(gx, gp, wi.t(), write, Threads::All);
             }
         }
-        gx[written * d..].fill(0.0);
+        gx[written * d..].fill(E::default());
         for gradient in gwi.into_iter().chain([gwo]) {
-            gradient[begun * d * f..].fill(0.0);
+            gradient[begun * d * f..].fill(E::default());
         }
     }
 
     /// Turns the gradient of a run's hidden activations into that of its first `x wi`; returns that of
     /// the second, empty without one.
-    fn through_hidden(&self, projected: &[&[f32]], sizes: Sizes, run: &Run, gh: &mut [f32]) -> Vec<f32> {
+    fn through_hidden<E: Element>(
+        &self,
+        projected: &[&[E]],
+        sizes: Sizes,
+        run: &Run,
+        gh: &mut [E],
+    ) -> Vec<E> {
         let (task, rows) = (sizes.task_values(), sizes.task_rows());
         let Some(linear) = projected.get(1) else {
             gh.par_chunks_mut(task).zip(projected[0].par_chunks(task)).enumerate().for_each(
@@ -358,7 +403,6 @@ impl FeedForward {
             .enumerate()
             .for_each(|(i, ((gh, gates), (x, linear)))| {
                 self.drop_rows(gh, sizes, run, i * rows);
-                gates.copy_from_slice(gh);
                 activate_into_gradient(self.activation, x, linear, gh, gates);
             });
         gates
@@ -366,15 +410,15 @@ impl FeedForward {
 }
 
 /// Where the gradients of one expert go.
-struct ExpertGradients<'a> {
-    x: &'a mut [f32],
-    wo: &'a mut [f32],
-    wi: Vec<&'a mut [f32]>,
+struct ExpertGradients<'a, E> {
+    x: &'a mut [E],
+    wo: &'a mut [E],
+    wi: Vec<&'a mut [E]>,
 }
 
 /// Every buffer's part of each of `e` experts, `len` values long; no parts when the buffers are empty.
-fn by_expert(buffers: &mut [Vec<f32>], len: usize, e: usize) -> Vec<Vec<&mut [f32]>> {
-    let mut parts: Vec<Vec<&mut [f32]>> = (0..e).map(|_| Vec::new()).collect();
+fn by_expert<E>(buffers: &mut [Vec<E>], len: usize, e: usize) -> Vec<Vec<&mut [E]>> {
+    let mut parts: Vec<Vec<&mut [E]>> = (0..e).map(|_| Vec::new()).collect();
     for buffer in buffers {
         for (parts, part) in parts.iter_mut().zip(buffer.chunks_mut(len.max(1))) {
             parts.push(part);
@@ -383,86 +427,70 @@ fn by_expert(buffers: &mut [Vec<f32>], len: usize, e: usize) -> Vec<Vec<&mut [f3
     parts
 }
 
-impl Operation<3, 1> for FeedForward {
-    type Saved = Saved;
+macro_rules! operation {
+    ($inputs:literal) => {
+        impl Operation<$inputs, 1> for FeedForward {
+            type Saved = Saved;
 
-    fn forward(&self, [x, wo, wi]: &[FlexTensor; 3], tracked: bool) -> ([FlexTensor; 1], Saved) {
-        let (out, saved) = self.compute(x, wo, std::slice::from_ref(wi), tracked);
-        ([out], saved)
-    }
+            fn forward(&self, inputs: &[FlexTensor; $inputs], tracked: bool) -> ([FlexTensor; 1], Saved) {
+                let inputs = self.inputs(inputs);
+                let (out, saved) = by_format!(inputs.x, E => self.compute::<E>(inputs, tracked));
+                ([out], saved)
+            }
 
-    fn backward(
-        &self,
-        saved: &Saved,
-        _: usize,
-        gradient: &FlexTensor,
-        _: [bool; 3],
-    ) -> [Option<FlexTensor>; 3] {
-        let (gx, gwo, gwi) = self.gradients(saved, gradient);
-        let mut gwi = gwi.into_iter();
-        [Some(gx), Some(gwo), gwi.next()]
-    }
+            fn backward(
+                &self,
+                saved: &Saved,
+                gradients: [Option<FlexTensor>; 1],
+                _: [bool; $inputs],
+            ) -> [Option<FlexTensor>; $inputs] {
+                let [gradient] = given(gradients);
+                let computed = by_format!(gradient, E => self.gradients::<E>(saved, &gradient));
+                let residual = saved.inputs.residual.is_some().then_some(gradient);
+                let mut all = computed.into_iter().chain(residual);
+                std::array::from_fn(|_| all.next())
+            }
+        }
+    };
 }
 
-impl Operation<4, 1> for FeedForward {
-    type Saved = Saved;
-
-    fn forward(&self, [x, wo, wi, gate]: &[FlexTensor; 4], tracked: bool) -> ([FlexTensor; 1], Saved) {
-        let (out, saved) = self.compute(x, wo, &[wi.clone(), gate.clone()], tracked);
-        ([out], saved)
-    }
-
-    fn backward(
-        &self,
-        saved: &Saved,
-        _: usize,
-        gradient: &FlexTensor,
-        _: [bool; 4],
-    ) -> [Option<FlexTensor>; 4] {
-        let (gx, gwo, gwi) = self.gradients(saved, gradient);
-        let mut gwi = gwi.into_iter();
-        [Some(gx), Some(gwo), gwi.next(), gwi.next()]
-    }
-}
+operation!(3);
+operation!(4);
+operation!(5);
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn relu(values: &mut [f32]) {
-    for value in values {
-        *value = Activation::Relu.value(*value);
-    }
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn activate(activation: Activation, x: &[f32], linear: Option<&[f32]>, out: &mut [f32]) {
-    for (out, &x) in out.iter_mut().zip(x) {
-        *out = activation.value(x);
-    }
-    if let Some(linear) = linear {
-        for (out, linear) in out.iter_mut().zip(linear) {
-            *out *= linear;
+fn activate<E: Element>(activation: Activation, x: &[E], linear: &[E], out: &mut [E]) {
+    if linear.is_empty() {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = E::round(activation.value(x.widen()));
+        }
+    } else {
+        for ((out, x), linear) in out.iter_mut().zip(x).zip(linear) {
+            *out = E::round(activation.value(x.widen()) * linear.widen());
         }
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn multiply_by_derivative(activation: Activation, x: &[f32], gradient: &mut [f32]) {
-    for (g, &x) in gradient.iter_mut().zip(x) {
-        *g *= activation.derivative(x);
+fn multiply_by_derivative<E: Element>(activation: Activation, x: &[E], gradient: &mut [E]) {
+    for (g, x) in gradient.iter_mut().zip(x) {
+        *g = E::round(g.widen() * activation.derivative(x.widen()));
     }
 }
 
-/// Turns two copies of the hidden gradient into those of the activated and of the linear factor.
+/// Turns the hidden gradient into that of the activated factor, and writes that of the linear one.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn activate_into_gradient(
+fn activate_into_gradient<E: Element>(
     activation: Activation,
-    x: &[f32],
-    linear: &[f32],
-    activated_gradient: &mut [f32],
-    linear_gradient: &mut [f32],
+    x: &[E],
+    linear: &[E],
+    gradient: &mut [E],
+    linear_gradient: &mut [E],
 ) {
-    for (((ga, gl), &x), linear) in activated_gradient.iter_mut().zip(linear_gradient).zip(x).zip(linear) {
-        *ga *= linear * activation.derivative(x);
-        *gl *= activation.value(x);
+    for (((g, gl), x), linear) in gradient.iter_mut().zip(linear_gradient).zip(x).zip(linear) {
+        let (x, hidden) = (x.widen(), g.widen());
+        *g = E::round(hidden * linear.widen() * activation.derivative(x));
+        *gl = E::round(hidden * activation.value(x));
     }
 }
 

@@ -1,11 +1,34 @@
 //! Tensors of the CPU device as plain slices.
 
+use std::borrow::Cow;
 use std::mem::{ManuallyDrop, MaybeUninit};
+use std::ops::Range;
 
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
+
+use crate::element::{Element, bf16};
+
+/// Runs `$body` with `$E` the format of the tensor's values.
+macro_rules! by_format {
+    ($tensor:expr, $E:ident => $body:expr) => {
+        match $tensor.dtype() {
+            burn::tensor::DType::F32 => {
+                type $E = f32;
+                $body
+            }
+            burn::tensor::DType::BF16 => {
+                type $E = crate::element::bf16;
+                $body
+            }
+            other => panic!("no operation takes {other:?}: weights and activations are float32 or bfloat16"),
+        }
+    };
+}
+pub(crate) use by_format;
 
 /// Values that one thread copies before it looks for more.
 const COPIED_AT_ONCE: usize = 1 << 18;
@@ -14,17 +37,19 @@ const COPIED_AT_ONCE: usize = 1 << 18;
 ///
 /// Zeros would cost a pass over memory on one thread. In this crate's tests the values are NaN, so
 /// that one which nobody wrote shows.
-pub(crate) fn uninit(len: usize) -> Vec<f32> {
+pub(crate) fn uninit<T: bytemuck::Pod>(len: usize) -> Vec<T> {
     if cfg!(test) {
-        return vec![f32::NAN; len];
+        let mut values = vec![T::zeroed(); len];
+        bytemuck::cast_slice_mut::<T, u8>(&mut values).fill(0xFF);
+        return values;
     }
-    let mut values = Vec::<MaybeUninit<f32>>::with_capacity(len);
+    let mut values = Vec::<MaybeUninit<T>>::with_capacity(len);
     // SAFETY: the capacity is `len`, and these elements need not be initialized.
     unsafe { values.set_len(len) };
     let mut values = ManuallyDrop::new(values);
-    // SAFETY: `MaybeUninit<f32>` has the layout of `f32`, the allocation changes owner once, and every
+    // SAFETY: `MaybeUninit<T>` has the layout of `T`, the allocation changes owner once, and every
     // caller fills the whole slice, by products and maps that only write, before a value is read.
-    unsafe { Vec::from_raw_parts(values.as_mut_ptr().cast::<f32>(), len, values.capacity()) }
+    unsafe { Vec::from_raw_parts(values.as_mut_ptr().cast::<T>(), len, values.capacity()) }
 }
 
 /// Makes `copy` one of `values`, by all threads, in the memory that it has if that is as large.
@@ -37,7 +62,7 @@ pub fn copy_into(copy: &mut Vec<f32>, values: &[f32]) {
 }
 
 /// A fresh tensor from its values.
-pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
+pub(crate) fn tensor<E: Element, const D: usize>(values: Vec<E>, shape: [usize; D]) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape))
 }
 
@@ -46,9 +71,39 @@ pub(crate) fn contiguous(tensor: &FlexTensor) -> FlexTensor {
     tensor.to_contiguous()
 }
 
-/// The values of a contiguous tensor.
-pub(crate) fn values(tensor: &FlexTensor) -> &[f32] {
-    tensor.as_slice::<f32>().expect("operations receive contiguous float32 tensors")
+/// The values of a contiguous tensor of format `E`.
+pub(crate) fn values<E: Element>(tensor: &FlexTensor) -> &[E] {
+    assert!(tensor.dtype() == E::FORMAT, "operations choose their form by the formats of their inputs");
+    tensor.as_slice::<E>().expect("operations receive contiguous tensors")
+}
+
+/// The values of any float tensor as float32, copied only where they have another format.
+pub(crate) fn widened(tensor: &FlexTensor) -> Cow<'_, [f32]> {
+    by_format!(tensor, E => {
+        let values = values::<E>(tensor);
+        match bytemuck::try_cast_slice(values) {
+            Ok(same) if E::PER_WORD == 1 => Cow::Borrowed(same),
+            _ => Cow::Owned(values.iter().map(|value| value.widen()).collect()),
+        }
+    })
+}
+
+/// A tensor in the format of `like`, rounded from float32.
+pub(crate) fn rounded<const D: usize>(values: Vec<f32>, shape: [usize; D], like: DType) -> FlexTensor {
+    match like {
+        DType::BF16 => tensor(values.into_iter().map(bf16::round).collect(), shape),
+        _ => tensor(values, shape),
+    }
+}
+
+/// The values of `tensor` for writing: its own buffer where nothing shares it, else a copy.
+pub(crate) fn writable<E: Element>(tensor: &mut FlexTensor) -> &mut [E] {
+    assert!(tensor.dtype() == E::FORMAT && tensor.is_contiguous(), "operations receive what they ask for");
+    if tensor.layout().start_offset() != 0 {
+        let shape = tensor.layout().shape().clone();
+        *tensor = FlexTensor::from_data(TensorData::new(values::<E>(tensor).to_vec(), shape));
+    }
+    tensor.storage_mut::<E>()
 }
 
 /// The integers of a tensor made by [`int_tensor`].
@@ -67,35 +122,113 @@ pub fn int_tensor<const D: usize>(values: Vec<i32>, shape: [usize; D], device: &
     Tensor::from_data(TensorData::new(values, shape), (device, DType::I32))
 }
 
-/// Calls `read` with the values of `tensor`, row-major.
+/// Calls `read` with the values of `tensor` as float32, row-major.
 pub fn with_values<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32]) -> R) -> R {
-    let tensor = contiguous(
-        &tensor
-            .inner()
-            .try_into_primitive::<Flex>()
-            .expect("every device that a run can choose has a form of this operation"),
-    );
-    read(values(&tensor))
+    read(&widened(&contiguous(&on_host(tensor))))
 }
 
-/// The values of `tensor`, row-major, without a copy when nothing shares its buffer.
-pub fn into_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_into_vec().expect("float32 tensors hold float32 values")
+fn on_host<const D: usize>(tensor: Tensor<D>) -> FlexTensor {
+    let tensor = tensor.inner().try_into_primitive::<Flex>();
+    tensor.expect("every device that a run can choose has a form of this operation")
+}
+
+/// Values for writing, in the format that they are kept in.
+#[derive(Debug)]
+pub enum ValuesMut<'a> {
+    /// float32.
+    F32(&'a mut [f32]),
+    /// bfloat16.
+    Bf16(&'a mut [bf16]),
+}
+
+impl ValuesMut<'_> {
+    /// Some of the values.
+    pub fn part(&mut self, range: Range<usize>) -> ValuesMut<'_> {
+        match self {
+            Self::F32(values) => ValuesMut::F32(&mut values[range]),
+            Self::Bf16(values) => ValuesMut::Bf16(&mut values[range]),
+        }
+    }
+
+    /// Replaces all values, rounded to the format.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    pub fn set(&mut self, values: &[f32]) {
+        match self {
+            Self::F32(old) => old.copy_from_slice(values),
+            Self::Bf16(old) => {
+                assert_eq!(old.len(), values.len(), "as many values as there were");
+                let parts = old.par_chunks_mut(COPIED_AT_ONCE).zip(values.par_chunks(COPIED_AT_ONCE));
+                parts.for_each(|(old, values)| round_values(values, old));
+            }
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn round_values(values: &[f32], out: &mut [bf16]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = bf16::round(*value);
+    }
+}
+
+/// Gradients, or other values that are made once and read a few times, in the format they came in.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    /// float32.
+    F32(Vec<f32>),
+    /// bfloat16.
+    Bf16(Vec<bf16>),
+}
+
+impl Values {
+    /// Takes the values out of `tensor`, without a copy when nothing shares its buffer.
+    pub fn of<const D: usize>(tensor: Tensor<D>) -> Self {
+        const FORMATS: &str = "weights and their gradients are float32 or bfloat16";
+        let data = tensor.into_data();
+        match data.dtype() {
+            DType::BF16 => Self::Bf16(data.try_into_vec().expect(FORMATS)),
+            _ => Self::F32(data.try_into_vec().expect(FORMATS)),
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The same numbers as float32, without a copy where they are.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values,
+            Self::Bf16(values) => {
+                let mut wide = uninit(values.len());
+                let parts = wide.par_chunks_mut(COPIED_AT_ONCE).zip(values.par_chunks(COPIED_AT_ONCE));
+                parts
+                    .for_each(|(wide, values)| wide.iter_mut().zip(values).for_each(|(w, v)| *w = v.widen()));
+                wide
+            }
+        }
+    }
 }
 
 /// Calls `update` with the values of `tensor` for writing, in place unless the buffer is shared.
 ///
 /// The returned tensor is a leaf without gradient.
-pub fn update_in_place<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(&mut [f32])) -> Tensor<D> {
-    let primitive = tensor
-        .inner()
-        .try_into_primitive::<Flex>()
-        .expect("every device that a run can choose has a form of this operation");
-    let mut primitive = if primitive.is_contiguous() && primitive.layout().start_offset() == 0 {
-        primitive
-    } else {
-        primitive.to_contiguous()
-    };
-    update(primitive.storage_mut::<f32>());
+pub fn update_in_place<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(ValuesMut<'_>)) -> Tensor<D> {
+    let mut primitive = contiguous(&on_host(tensor));
+    match primitive.dtype() {
+        DType::BF16 => update(ValuesMut::Bf16(writable(&mut primitive))),
+        _ => update(ValuesMut::F32(writable(&mut primitive))),
+    }
     Tensor::from_primitive::<Flex>(primitive)
 }

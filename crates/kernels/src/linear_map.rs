@@ -9,7 +9,7 @@ use burn::tensor::{Shape, Tensor};
 use burn_flex::FlexTensor;
 
 use crate::host;
-use crate::operation::{Operand, Operation, apply};
+use crate::operation::{Operand, Operation, apply, given};
 
 /// A linear function of all values of a tensor, and its transpose.
 ///
@@ -57,29 +57,29 @@ impl Operation<1, 1> for Mapped {
 
     fn forward(&self, [x]: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], Shape) {
         let x = host::contiguous(x);
-        let out = shaped(self.map.forward(host::values(&x)), &x, self.shape.clone());
+        let out = shaped(self.map.forward(&host::widened(&x)), &x, self.shape.clone());
         ([out], x.layout().shape().clone())
     }
 
     fn backward(
         &self,
         shape: &Shape,
-        _: usize,
-        gradient: &FlexTensor,
+        gradients: [Option<FlexTensor>; 1],
         _: [bool; 1],
     ) -> [Option<FlexTensor>; 1] {
-        [Some(shaped(self.map.backward(host::values(gradient)), gradient, shape.clone()))]
+        let [gradient] = given(gradients);
+        [Some(shaped(self.map.backward(&host::widened(&gradient)), &gradient, shape.clone()))]
     }
 }
 
-/// `values`, or those of `unchanged`, as a tensor of `shape`.
+/// `values`, or those of `unchanged`, as a tensor of `shape` in the format of `unchanged`.
 fn shaped(values: Option<Vec<f32>>, unchanged: &FlexTensor, shape: Shape) -> FlexTensor {
     let Some(values) = values else {
         return unchanged.reshape(shape);
     };
     assert_eq!(values.len(), shape.num_elements(), "a linear map returns the values of its shape");
     let count = values.len();
-    host::tensor(values, [count]).reshape(shape)
+    host::rounded(values, [count], unchanged.dtype()).reshape(shape)
 }
 
 #[cfg(test)]

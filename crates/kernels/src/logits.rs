@@ -1,11 +1,14 @@
 //! Logits of a few rows for decoding, where the head's matrix is read once and nothing is learned.
 
 use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::cross_entropy::HeadLayout;
-use crate::host;
+use crate::element::Element;
+use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
+use crate::host::{self, by_format};
 use crate::math::{LANES, dot, sum};
 use crate::operation::Operand;
 
@@ -15,36 +18,47 @@ const FEW_ROWS: usize = 16;
 /// Vocabulary rows that one task handles: few enough to stay in the nearest cache.
 const TASK_ROWS: usize = 64;
 
-/// `hidden`, `[n, d_model]`, times the head: `[n, vocab_size]`. Not differentiable.
+/// `hidden`, `[n, d_model]`, times the head, in float32: `[n, vocab_size]`. Not differentiable.
 pub fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> Tensor<2> {
-    let (hidden, head) = (hidden.inner(), head.inner());
     let [rows, _] = hidden.dims();
-    match layout {
-        HeadLayout::ModelByVocabulary => hidden.matmul(head),
-        HeadLayout::VocabularyByModel if rows > FEW_ROWS => hidden.matmul(head.transpose()),
-        HeadLayout::VocabularyByModel => few_rows(hidden, head),
-    }
+    let [hidden, head] = [hidden, head].map(|tensor| Operand::from(tensor.inner()).into_plain());
+    let (hidden, head) = (host::contiguous(&hidden), host::contiguous(&head));
+    let few = layout == HeadLayout::VocabularyByModel && rows <= FEW_ROWS;
+    let out = by_format!(hidden, E => if few {
+        few_rows::<E>(&hidden, &head)
+    } else {
+        many_rows::<E>(&hidden, &head, layout)
+    });
+    Operand::Plain(out).into_tensor()
 }
 
-fn few_rows(hidden: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
-    let ([rows, width], [vocabulary, _]) = (hidden.dims(), head.dims());
+fn many_rows<E: Multiply<f32>>(hidden: &FlexTensor, head: &FlexTensor, layout: HeadLayout) -> FlexTensor {
+    let ([n, d], [rows, cols]) = (hidden.layout().shape().dims(), head.layout().shape().dims());
+    let head = View::new(host::values::<E>(head), rows, cols);
+    let head = if layout == HeadLayout::VocabularyByModel { head.t() } else { head };
+    let vocabulary = head.cols();
+    let mut out = host::uninit(n * vocabulary);
+    let hidden = View::new(host::values::<E>(hidden), n, d);
+    matmul(ViewMut::new(&mut out, n, vocabulary), hidden, head, Write::Overwrite, Threads::All);
+    host::tensor::<f32, 2>(out, [n, vocabulary])
+}
+
+fn few_rows<E: Element>(hidden: &FlexTensor, head: &FlexTensor) -> FlexTensor {
+    let ([rows, width], [vocabulary, _]) = (hidden.layout().shape().dims(), head.layout().shape().dims());
     let mut by_vocabulary = host::uninit(rows * vocabulary);
-    host::with_values(hidden, |hidden| {
-        host::with_values(head, |head| {
-            by_vocabulary
-                .par_chunks_mut(TASK_ROWS * rows)
-                .zip(head.par_chunks(TASK_ROWS * width))
-                .with_min_len(8)
-                .for_each(|(out, head)| inner_products(hidden, head, width, out));
-        });
-    });
-    let out = Operand::Plain(host::tensor(by_vocabulary, [vocabulary, rows])).into_tensor::<2>();
-    if rows == 1 { out.reshape([1, vocabulary]) } else { out.transpose() }
+    let hidden = host::values::<E>(hidden);
+    by_vocabulary
+        .par_chunks_mut(TASK_ROWS * rows)
+        .zip(host::values::<E>(head).par_chunks(TASK_ROWS * width))
+        .with_min_len(8)
+        .for_each(|(out, head)| inner_products(hidden, head, width, out));
+    let out = host::tensor::<f32, 2>(by_vocabulary, [vocabulary, rows]);
+    if rows == 1 { out.reshape([1, vocabulary].into()) } else { out.transpose(0, 1) }
 }
 
 /// `out[v, n] = head[v] . hidden[n]`
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn inner_products(hidden: &[f32], head: &[f32], width: usize, out: &mut [f32]) {
+fn inner_products<E: Element>(hidden: &[E], head: &[E], width: usize, out: &mut [f32]) {
     let rows = hidden.len() / width;
     let fours = rows / 4 * 4;
     for (out, head) in out.chunks_exact_mut(rows).zip(head.chunks_exact(width)) {
@@ -59,31 +73,31 @@ fn inner_products(hidden: &[f32], head: &[f32], width: usize, out: &mut [f32]) {
 
 /// Inner products of four rows with `head`: four sums at once hide the delay of each addition.
 #[inline(always)]
-fn four_dots(rows: &[f32], head: &[f32]) -> [f32; 4] {
+fn four_dots<E: Element>(rows: &[E], head: &[E]) -> [f32; 4] {
     let width = head.len();
     let (a, rest) = rows.split_at(width);
     let (b, rest) = rest.split_at(width);
     let (c, d) = rest.split_at(width);
     let mut sums = [[0.0_f32; LANES]; 4];
     let [sa, sb, sc, sd] = &mut sums;
-    let lanes = |x| <[f32]>::as_chunks::<LANES>(x).0;
+    let lanes = |x| <[E]>::as_chunks::<LANES>(x).0;
     let pairs = lanes(a).iter().zip(lanes(b)).zip(lanes(c).iter().zip(lanes(d)));
     for (((a, b), (c, d)), head) in pairs.zip(lanes(head)) {
         for i in 0..LANES {
-            sa[i] += a[i] * head[i];
+            sa[i] += a[i].widen() * head[i].widen();
         }
         for i in 0..LANES {
-            sb[i] += b[i] * head[i];
+            sb[i] += b[i].widen() * head[i].widen();
         }
         for i in 0..LANES {
-            sc[i] += c[i] * head[i];
+            sc[i] += c[i].widen() * head[i].widen();
         }
         for i in 0..LANES {
-            sd[i] += d[i] * head[i];
+            sd[i] += d[i].widen() * head[i].widen();
         }
     }
     let tail = width / LANES * LANES;
-    let total = |sums: &[f32; LANES], row: &[f32]| sum(sums) + dot(&row[tail..], &head[tail..]);
+    let total = |sums: &[f32; LANES], row: &[E]| sum(sums) + dot(&row[tail..], &head[tail..]);
     [total(sa, a), total(sb, b), total(sc, c), total(sd, d)]
 }
 

@@ -3,6 +3,8 @@
 //! Callers are compiled for several instruction sets and choose at run time; what stands here is
 //! inlined into them. Sums run over sixteen lanes, in an order that never changes.
 
+use crate::element::Element;
+
 pub(crate) const LANES: usize = 16;
 
 /// `e^x`, exact to about 2 units in the last place; 0 below -87, `e^88` above 88 (never infinite).
@@ -73,8 +75,8 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
 
 /// Sum of all squares.
 #[inline(always)]
-pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
-    fold(x, 0.0, |a, v| a + v * v, |a, b| a + b)
+pub(crate) fn sum_of_squares<E: Element>(x: &[E]) -> f32 {
+    dot(x, x)
 }
 
 /// Largest value.
@@ -85,14 +87,14 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 
 /// Inner product.
 #[inline(always)]
-pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+pub(crate) fn dot<A: Element, B: Element>(x: &[A], y: &[B]) -> f32 {
     let mut lanes = [[0.0; LANES]; 2];
     let (xs, ys) = (x.chunks_exact(2 * LANES), y.chunks_exact(2 * LANES));
-    let tail: f32 = xs.remainder().iter().zip(ys.remainder()).map(|(a, b)| a * b).sum();
+    let tail: f32 = xs.remainder().iter().zip(ys.remainder()).map(|(a, b)| a.widen() * b.widen()).sum();
     for (a, b) in xs.zip(ys) {
         for lane in 0..LANES {
-            lanes[0][lane] += a[lane] * b[lane];
-            lanes[1][lane] += a[lane + LANES] * b[lane + LANES];
+            lanes[0][lane] += a[lane].widen() * b[lane].widen();
+            lanes[1][lane] += a[lane + LANES].widen() * b[lane + LANES].widen();
         }
     }
     let [mut even, odd] = lanes;

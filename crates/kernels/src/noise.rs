@@ -5,8 +5,9 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 use switchyard_random::{Philox, unit_f32};
 
-use crate::host;
-use crate::operation::{Operand, Operation, apply};
+use crate::element::Element;
+use crate::host::{self, by_format};
+use crate::operation::{Operand, Operation, apply, given};
 
 /// Names one place of one step: with a batch row and an element it fixes a random number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,17 +151,17 @@ struct Scale {
 }
 
 impl Scale {
-    fn run(&self, x: &FlexTensor) -> FlexTensor {
+    fn run<E: Element>(&self, x: &FlexTensor) -> FlexTensor {
         let x = host::contiguous(x);
         let [tokens, width] = x.layout().shape().dims();
-        let values = host::values(&x);
+        let values = host::values::<E>(&x);
         let mut out = host::uninit(tokens * width);
         out.par_chunks_mut(width.max(1)).enumerate().with_min_len(16).for_each_init(
             || vec![0; width],
             |words, (token, out)| {
                 self.noise.fill(token, words);
                 for ((out, value), &word) in out.iter_mut().zip(&values[token * width..]).zip(words.iter()) {
-                    *out = value * self.factor.of(word);
+                    *out = E::round(value.widen() * self.factor.of(word));
                 }
             },
         );
@@ -172,11 +173,12 @@ impl Operation<1, 1> for Scale {
     type Saved = ();
 
     fn forward(&self, [x]: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], ()) {
-        ([self.run(x)], ())
+        ([by_format!(x, E => self.run::<E>(x))], ())
     }
 
-    fn backward(&self, (): &(), _: usize, gradient: &FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
-        [Some(self.run(gradient))]
+    fn backward(&self, (): &(), gradients: [Option<FlexTensor>; 1], _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        let [gradient] = given(gradients);
+        [Some(by_format!(gradient, E => self.run::<E>(&gradient)))]
     }
 }
 

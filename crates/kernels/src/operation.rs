@@ -4,7 +4,7 @@
 //! know what any of them computes.
 
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
@@ -20,17 +20,25 @@ pub(crate) trait Operation<const N: usize, const M: usize>: Debug + Send + Sync 
     /// What the backward pass needs of the forward pass.
     type Saved: Debug + Send + Sync + 'static;
 
+    /// Whether the gradients of all outputs are needed at once. The loss must then depend on every
+    /// output; if not, the backward pass runs for each one that it depends on.
+    const TOGETHER: bool = false;
+
     /// Computes the outputs; `tracked` says whether a backward pass may follow.
     fn forward(&self, inputs: &[FlexTensor; N], tracked: bool) -> ([FlexTensor; M], Self::Saved);
 
-    /// Gradients of the wanted inputs, given that of output number `output` alone.
+    /// Gradients of the wanted inputs, given those of all outputs or of one.
     fn backward(
         &self,
         saved: &Self::Saved,
-        output: usize,
-        gradient: &FlexTensor,
+        gradients: [Option<FlexTensor>; M],
         wanted: [bool; N],
     ) -> [Option<FlexTensor>; N];
+}
+
+/// The gradient of the only output, or of each one of an operation that takes them together.
+pub(crate) fn given<const M: usize>(gradients: [Option<FlexTensor>; M]) -> [FlexTensor; M] {
+    gradients.map(|gradient| gradient.expect("operations that need all gradients get them"))
 }
 
 /// A tensor that automatic differentiation may follow.
@@ -62,6 +70,14 @@ impl Operand {
         }
     }
 
+    /// The tensor itself, without its history.
+    pub(crate) fn into_plain(self) -> FlexTensor {
+        match self {
+            Self::Plain(tensor) => tensor,
+            Self::Tracked(tensor) => tensor.into_primitive(),
+        }
+    }
+
     fn into_tracked(self) -> TrackedTensor {
         match self {
             Self::Plain(tensor) => Autodiff::<Flex>::from_inner(tensor),
@@ -76,11 +92,7 @@ where
     O: Operation<N, M>,
 {
     if inputs.iter().all(|input| matches!(input, Operand::Plain(_))) {
-        let plain = inputs.map(|input| match input {
-            Operand::Plain(tensor) => tensor,
-            Operand::Tracked(tensor) => tensor.into_primitive(),
-        });
-        return operation.forward(&plain, false).0.map(Operand::Plain);
+        return operation.forward(&inputs.map(Operand::into_plain), false).0.map(Operand::Plain);
     }
     let inputs = inputs.map(Operand::into_tracked);
     let prepared: [_; M] = std::array::from_fn(|output| {
@@ -89,7 +101,8 @@ where
     });
     let tracked = prepared.iter().any(|kind| matches!(kind, OpsKind::Tracked(_)));
     let (outputs, saved) = operation.forward(&inputs.map(TrackedTensor::into_primitive), tracked);
-    let state = Arc::new((operation, saved));
+    let arrived = Mutex::new([const { None }; M]);
+    let state = Arc::new(State { operation, saved, arrived });
     let mut outputs = outputs.into_iter();
     prepared.map(|kind| {
         let output = outputs.next().expect("forward returned M outputs");
@@ -98,6 +111,15 @@ where
             OpsKind::UnTracked(prepared) => prepared.finish(output),
         })
     })
+}
+
+/// What the backward steps of all outputs share.
+#[derive(Debug)]
+struct State<O, S, const M: usize> {
+    operation: O,
+    saved: S,
+    /// Gradients of outputs that wait for those of the others.
+    arrived: Mutex<[Option<FlexTensor>; M]>,
 }
 
 /// The backward step of one output; the gradients of several outputs add up in the inputs.
@@ -116,13 +138,25 @@ impl<O, const N: usize, const M: usize> Backward<Flex, N> for Step<O, N, M>
 where
     O: Operation<N, M>,
 {
-    type State = Arc<(O, O::Saved)>;
+    type State = Arc<State<O, O::Saved, M>>;
 
     fn backward(self, ops: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
         let gradient = gradients.consume::<Flex>(&ops.node).to_contiguous();
+        let State { operation, saved, arrived } = &*ops.state;
+        let mut outputs = [const { None }; M];
+        if O::TOGETHER {
+            let mut arrived = arrived.lock().unwrap_or_else(PoisonError::into_inner);
+            arrived[self.output] = Some(gradient);
+            // Consumers of all outputs are deeper in the graph, so nothing reads the inputs' gradients yet.
+            if arrived.iter().any(Option::is_none) {
+                return;
+            }
+            std::mem::swap(&mut *arrived, &mut outputs);
+        } else {
+            outputs[self.output] = Some(gradient);
+        }
         let wanted = ops.parents.each_ref().map(Option::is_some);
-        let (operation, saved) = &*ops.state;
-        let computed = operation.backward(saved, self.output, &gradient, wanted);
+        let computed = operation.backward(saved, outputs, wanted);
         for (parent, gradient) in ops.parents.into_iter().zip(computed) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
                 gradients.register::<Flex>(parent.id, gradient);

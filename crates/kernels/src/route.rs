@@ -1,15 +1,17 @@
 //! From router logits to a dispatch plan, gates and the quantities of the router losses.
 //!
 //! The plan is built by counting, once over the tokens of a group: no `[tokens, experts, capacity]`
-//! tensor exists. Everything here is float32.
+//! tensor exists. Sums are float32; probabilities are float32 too unless the logits are bfloat16, as
+//! they are where not even the router keeps float32.
 
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
+use crate::element::{Element, bf16};
 use crate::host;
 use crate::math::{dot, exp, max, sum};
 use crate::operation::{Operand, Operation, apply};
@@ -117,6 +119,8 @@ enum GateRule {
 /// Probabilities of a layer and what follows from them alone.
 struct Scores {
     experts: usize,
+    /// Of the logits, and so of probabilities and gates.
+    format: DType,
     options: RouteOptions,
     mask: Vec<bool>,
     probabilities: Vec<f32>,
@@ -135,6 +139,7 @@ impl Scores {
             Some(mask) => host::integers(mask).into_iter().map(|m| m != 0).collect(),
             None => vec![true; tokens],
         };
+        let format = logits.dtype();
         let (mut log_z, mut entropy) = (vec![0.0; tokens], vec![0.0; tokens]);
         let probabilities = host::with_values(logits.clone(), |logits| {
             let mut probabilities = logits.to_vec();
@@ -142,6 +147,9 @@ impl Scores {
                 .zip(log_z.par_chunks_mut(64).zip(entropy.par_chunks_mut(64)))
                 .for_each(|((rows, logits), (log_z, entropy))| {
                     softmax_rows(rows, logits, experts, log_z, entropy);
+                    if format == DType::BF16 {
+                        rows.iter_mut().for_each(|p| *p = bf16::round(*p).widen());
+                    }
                 });
             probabilities
         });
@@ -152,7 +160,7 @@ impl Scores {
                 (true, false) => first_largest(row),
             })
             .collect();
-        Self { experts, options, mask, probabilities, log_z, entropy, best }
+        Self { experts, format, options, mask, probabilities, log_z, entropy, best }
     }
 
     fn tokens(&self) -> usize {
@@ -382,15 +390,11 @@ impl Operation<1, 3> for Gate {
         ([host::tensor(gates, [slots]), host::tensor(mean, [groups, experts]), host::tensor(z, [groups])], ())
     }
 
-    fn backward(
-        &self,
-        (): &(),
-        output: usize,
-        gradient: &FlexTensor,
-        _: [bool; 1],
-    ) -> [Option<FlexTensor>; 1] {
+    fn backward(&self, (): &(), gradients: [Option<FlexTensor>; 3], _: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let (scores, experts) = (&self.scores, self.scores.experts);
-        let gradient = host::values(gradient);
+        let arrived = gradients.iter().enumerate().find_map(|(i, g)| g.as_ref().map(|g| (i, g)));
+        let (output, gradient) = arrived.expect("a backward pass begins with a gradient");
+        let gradient = host::values::<f32>(gradient);
         let through_gates = if output == 0 { self.through_gates(gradient) } else { Vec::new() };
         let mut logits = vec![0.0; scores.probabilities.len()];
         logits.par_chunks_mut(experts).enumerate().with_min_len(64).for_each(|(token, out)| {
@@ -410,7 +414,7 @@ impl Operation<1, 3> for Gate {
                 }
             }
         });
-        [Some(host::tensor(logits, [scores.tokens(), experts]))]
+        [Some(host::rounded(logits, [scores.tokens(), experts], scores.format))]
     }
 }
 

@@ -1,8 +1,9 @@
 //! What a forward pass knows beside its tensors.
 
+use burn::tensor::Tensor;
 use switchyard_config::plan::RoutingConfig;
 use switchyard_config::{ModelConfig, StackKind};
-use switchyard_kernels::{NoiseKey, TokenNoise};
+use switchyard_kernels::{NoiseKey, TokenNoise, add, dropout};
 
 use crate::dispatcher::{LocalDispatcher, TokenDispatcher};
 use crate::tensor_parallel::{TensorParallel, WholeTensors};
@@ -33,6 +34,8 @@ pub struct ForwardContext<'a> {
     pub expert_dropout: f64,
     /// Noise on the router's input; 0 outside training.
     pub router_jitter_noise: f64,
+    /// What the sum of the cross-entropies will be multiplied by, as far as it is known.
+    pub loss_scale: f64,
     /// Seed of the run.
     pub seed: u64,
     /// Step of the run.
@@ -55,12 +58,30 @@ impl<'a> ForwardContext<'a> {
             dropout_rate: 0.0,
             expert_dropout: 0.0,
             router_jitter_noise: 0.0,
+            loss_scale: 1.0,
             seed: 0,
             step: 0,
             first_row: 0,
             dispatcher: &LocalDispatcher,
             tensor_parallel: &WholeTensors,
         }
+    }
+
+    /// The sum of `residual_nd` and of what a sub-layer computes, with dropout. `[n, d]`
+    ///
+    /// Where nothing stands between, neither devices that hold parts of a sum nor dropout, `sub_layer` is
+    /// given the residual and must add it itself.
+    pub fn residual(
+        &self,
+        residual_nd: Tensor<2>,
+        noise: TokenNoise,
+        sub_layer: impl FnOnce(Option<Tensor<2>>) -> Tensor<2>,
+    ) -> Tensor<2> {
+        if self.dropout_rate == 0.0 && !self.tensor_parallel.splits() {
+            return sub_layer(Some(residual_nd));
+        }
+        let out_nd = self.tensor_parallel.reduce_out(sub_layer(None));
+        add(residual_nd, dropout(out_nd, self.dropout_rate, noise))
     }
 
     /// Key of the random numbers of one place.

@@ -25,13 +25,14 @@ pub trait TokenDispatcher: Send + Sync {
     ///
     /// # Shapes
     /// `outputs_lcd`: `[l, c, d]` as dispatched with these `counts`; `gates`: one a slot of the plan. Returns
-    /// `[n, d]`; a dropped token gets exactly 0.
+    /// `[n, d]`, added to `residual_nd` if given; a dropped token gets exactly 0.
     fn combine(
         &self,
         outputs_lcd: Tensor<3>,
         gates: Tensor<1>,
         plan: &DispatchPlan,
         counts: &SenderCounts,
+        residual_nd: Option<Tensor<2>>,
     ) -> Tensor<2>;
 
     /// Whether any of the ranks that run their forward passes together says `here`: those that share
@@ -75,8 +76,9 @@ impl TokenDispatcher for LocalDispatcher {
         gates: Tensor<1>,
         plan: &DispatchPlan,
         _: &SenderCounts,
+        residual_nd: Option<Tensor<2>>,
     ) -> Tensor<2> {
-        combine(outputs_lcd, gates, plan)
+        combine(outputs_lcd, gates, plan, residual_nd)
     }
 
     fn any(&self, here: bool) -> bool {

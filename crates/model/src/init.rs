@@ -4,13 +4,16 @@
 //! any device can draw any slice.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use burn::module::{Param, ParamId};
-use burn::tensor::{Device, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Device, Shape, Tensor, TensorData};
 use rayon::prelude::*;
 use switchyard_config::parameters::{ParameterKind, ParameterSpec, parameters};
 use switchyard_config::partition::{Part, held_part};
+use switchyard_config::plan::PrecisionMode;
 use switchyard_config::{Coordinates, Initialization, MeshShape, ModelConfig};
+use switchyard_kernels::{Element, bf16};
 use switchyard_random::{Philox, fnv1a64, normal_pair};
 
 /// Makes the parameters of one rank's model.
@@ -19,6 +22,7 @@ pub(crate) struct ParameterFactory {
     device: Device,
     mesh: MeshShape,
     at: Coordinates,
+    precision: PrecisionMode,
     distributions: HashMap<String, (ParameterSpec, Distribution)>,
 }
 
@@ -29,12 +33,19 @@ impl ParameterFactory {
         device: &Device,
         mesh: MeshShape,
         at: Coordinates,
+        precision: PrecisionMode,
     ) -> Self {
         let distributions = parameters(config)
             .into_iter()
             .map(|spec| (spec.name.clone(), (spec.clone(), Distribution::of(&spec, config))))
             .collect();
-        Self { seed, device: device.clone(), mesh, at, distributions }
+        Self { seed, device: device.clone(), mesh, at, precision, distributions }
+    }
+
+    /// Format of every parameter.
+    pub(crate) fn formats(&self) -> Arc<HashMap<String, DType>> {
+        let specs = self.distributions.iter();
+        Arc::new(specs.map(|(name, (spec, _))| (name.clone(), format(self.precision, spec))).collect())
     }
 
     /// This rank's part of the parameter called `name`; its values are drawn when first needed, so
@@ -42,13 +53,13 @@ impl ParameterFactory {
     pub(crate) fn parameter<const D: usize>(&self, name: &str) -> Param<Tensor<D>> {
         let (spec, distribution) =
             self.distributions.get(name).expect("modules ask for names of the parameter table").clone();
-        let seed = self.seed;
+        let (seed, format) = (self.seed, format(self.precision, &spec));
         let part = held_part(&spec, self.mesh, self.at);
         let shape = Shape::from(part.shape.clone());
         let init_shape = shape.clone();
         let init = move |device: &Device, _: bool| {
             let values = distribution.draw(seed, &spec, &part);
-            leaf(Tensor::from_data(TensorData::new(values, init_shape), device))
+            of_values(values, init_shape, format, device)
         };
         Param::uninitialized(ParamId::new(), init, self.device.clone(), true, shape)
     }
@@ -67,6 +78,25 @@ pub fn fresh_parameter(config: &ModelConfig, seed: u64, name: &str, part: &Part)
 /// A trainable tensor where the device differentiates, a constant elsewhere.
 pub(crate) fn leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     if tensor.is_autodiff() { tensor.require_grad() } else { tensor }
+}
+
+/// A trainable tensor of `values`, rounded to `format`.
+pub(crate) fn of_values<const D: usize>(
+    values: Vec<f32>,
+    shape: Shape,
+    format: DType,
+    device: &Device,
+) -> Tensor<D> {
+    let data = match format {
+        DType::BF16 => TensorData::new(values.into_iter().map(bf16::round).collect::<Vec<bf16>>(), shape),
+        _ => TensorData::new(values, shape),
+    };
+    leaf(Tensor::from_data(data, (device, format)))
+}
+
+/// Format of a parameter in a model of that precision.
+fn format(precision: PrecisionMode, spec: &ParameterSpec) -> DType {
+    if precision.keeps_fp32(spec.kind) { DType::F32 } else { DType::BF16 }
 }
 
 /// How the values of one parameter are drawn.

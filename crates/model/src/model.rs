@@ -1,11 +1,15 @@
 //! The whole encoder-decoder: embedding, two stacks, head and losses.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
+use switchyard_config::plan::PrecisionMode;
 use switchyard_config::{Coordinates, MeshShape, ModelConfig, StackKind};
 use switchyard_kernels::{
-    CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, embedding_shard, int_tensor,
-    logits,
+    CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy, embedding, embedding_and_table,
+    embedding_shard, embedding_two, int_tensor, logits,
 };
 
 use crate::context::ForwardContext;
@@ -20,6 +24,9 @@ pub struct SwitchTransformer {
     encoder: Stack,
     decoder: Stack,
     lm_head: Option<Param<Tensor<2>>>,
+    /// Format of every parameter, which one that is not drawn yet does not tell.
+    #[module(skip)]
+    pub(crate) formats: Arc<HashMap<String, DType>>,
 }
 
 /// The embedding of both stacks and, when tied, of the head.
@@ -76,20 +83,30 @@ pub struct LossOutput {
 impl SwitchTransformer {
     /// A model whose parameters are drawn from `seed` when first used.
     pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Self {
-        Self::part(config, seed, device, MeshShape::SOLO, MeshShape::SOLO.coordinates(0))
+        let at = MeshShape::SOLO.coordinates(0);
+        Self::part(config, seed, device, MeshShape::SOLO, at, PrecisionMode::Fp32)
     }
 
     /// What the rank `at` of `mesh` holds of [`new`](Self::new): of every parameter the
     /// [`held_part`](switchyard_config::partition::held_part), with the values that the whole has there.
     ///
-    /// A forward pass needs the dispatcher and the tensor parallelism of the same mesh in its context.
-    pub fn part(config: &ModelConfig, seed: u64, device: &Device, mesh: MeshShape, at: Coordinates) -> Self {
-        let factory = ParameterFactory::new(config, seed, device, mesh, at);
+    /// Each parameter is rounded to the format that it has in `precision`. A forward pass needs the
+    /// dispatcher and the tensor parallelism of the same mesh in its context.
+    pub fn part(
+        config: &ModelConfig,
+        seed: u64,
+        device: &Device,
+        mesh: MeshShape,
+        at: Coordinates,
+        precision: PrecisionMode,
+    ) -> Self {
+        let factory = ParameterFactory::new(config, seed, device, mesh, at, precision);
         Self {
             shared: SharedEmbedding { embedding: factory.parameter("shared.embedding") },
             encoder: Stack::new(&factory, config, StackKind::Encoder),
             decoder: Stack::new(&factory, config, StackKind::Decoder),
             lm_head: (!config.tie_word_embeddings).then(|| factory.parameter("lm_head")),
+            formats: factory.formats(),
         }
     }
 
@@ -181,17 +198,24 @@ impl SwitchTransformer {
     /// # Shapes
     /// See [`Seq2SeqBatch`]; `z_loss` is the coefficient of the output softmax's z term.
     pub fn loss(&self, batch: &Seq2SeqBatch, z_loss: f64, context: &ForwardContext<'_>) -> LossOutput {
-        // Both stacks at once: the gradient of the table, as large as the table, is then built once.
-        let (inputs, targets) = (batch.input_ids.dims()[0], batch.decoder_input_ids.dims()[0]);
-        let ids = Tensor::cat(vec![batch.input_ids.clone(), batch.decoder_input_ids.clone()], 0);
-        let embedded_nd = self.embed(ids, context);
-        let (encoded_nd, decoded_nd) =
-            (embedded_nd.clone().slice(0..inputs), embedded_nd.slice(inputs..inputs + targets));
+        // All uses of the table at once: its gradient, as large as the table, is then built once.
+        let ids = [batch.input_ids.clone(), batch.decoder_input_ids.clone()];
+        let first_row = context.tensor_parallel.vocabulary(context.model.vocab_size).start;
+        let table = self.shared.embedding.val();
+        let ([encoded_nd, decoded_nd], head) = match &self.lm_head {
+            Some(head) => (embedding_two(table, ids, first_row), head.val()),
+            None => {
+                let [encoded_nd, decoded_nd, table] = embedding_and_table(table, ids, first_row);
+                ([encoded_nd, decoded_nd], table)
+            }
+        };
+        let [encoded_nd, decoded_nd] =
+            [encoded_nd, decoded_nd].map(|embedded_nd| context.tensor_parallel.reduce_out(embedded_nd));
         let mut encoder = self.encode_embedded(encoded_nd, batch.input_mask.clone(), context);
         let encoder_routers = std::mem::take(&mut encoder.routers);
         let inputs = self.decoder_inputs(batch, &encoder, context);
         let (hidden_nd, decoder_routers) = self.decoder.forward(decoded_nd, &inputs, None, context);
-        let cross_entropy = self.cross_entropy(hidden_nd, batch, z_loss, context);
+        let cross_entropy = self.cross_entropy_under(head, hidden_nd, batch, z_loss, context);
         let stacks = [(&encoder_routers, StackKind::Encoder), (&decoder_routers, StackKind::Decoder)];
         let router_losses = stacks
             .into_iter()
@@ -211,9 +235,26 @@ impl SwitchTransformer {
         z_loss: f64,
         context: &ForwardContext<'_>,
     ) -> CrossEntropyOutput {
-        let (head, layout) = self.head();
+        self.cross_entropy_under(self.head().0, hidden_nd, batch, z_loss, context)
+    }
+
+    /// [`cross_entropy`](Self::cross_entropy) under the values of the head.
+    fn cross_entropy_under(
+        &self,
+        head: Tensor<2>,
+        hidden_nd: Tensor<2>,
+        batch: &Seq2SeqBatch,
+        z_loss: f64,
+        context: &ForwardContext<'_>,
+    ) -> CrossEntropyOutput {
+        let (_, layout) = self.head();
         let device = hidden_nd.device().inner();
-        let rules = CrossEntropy { layout, scale: output_scale(context.model), z_coefficient: z_loss };
+        let rules = CrossEntropy {
+            layout,
+            scale: output_scale(context.model),
+            z_coefficient: z_loss,
+            loss_scale: context.loss_scale,
+        };
         let weights = Tensor::from_data(batch.weights.as_slice(), &device);
         cross_entropy(
             context.tensor_parallel.copy_in(hidden_nd),

@@ -3,13 +3,14 @@
 //! A module's field path *is* the logical name of the parameter table, which the constructors
 //! check by asking the table for every name.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Gradients, Shape, Tensor, TensorData};
-use switchyard_kernels::{into_values, update_in_place, with_values};
+use burn::tensor::{DType, Device, Gradients, Tensor};
+use switchyard_kernels::{Values, ValuesMut, update_in_place, with_values};
 
-use crate::init::leaf;
+use crate::init::{leaf, of_values};
 use crate::model::SwitchTransformer;
 
 /// A parameter that cannot be loaded.
@@ -60,6 +61,7 @@ impl SwitchTransformer {
         struct Replace<'a> {
             name: &'a str,
             values: Option<Vec<f32>>,
+            format: DType,
             outcome: Result<(), ParameterError>,
         }
         impl MapParameter for Replace<'_> {
@@ -77,10 +79,11 @@ impl SwitchTransformer {
                     });
                     return param;
                 }
-                initialized(param, values, shape, &device)
+                Param::initialized(param.id, of_values(values, shape, self.format, &device))
             }
         }
-        let mut replace = NamedMap::new(Replace { name, values: Some(values), outcome: Ok(()) });
+        let format = self.formats.get(name).copied().unwrap_or(DType::F32);
+        let mut replace = NamedMap::new(Replace { name, values: Some(values), format, outcome: Ok(()) });
         *self = Module::map(self.clone(), &mut replace);
         match replace.on {
             Replace { values: None, outcome, .. } => outcome,
@@ -88,7 +91,8 @@ impl SwitchTransformer {
         }
     }
 
-    /// This model with the values that `read` gives for each parameter; none is drawn.
+    /// This model with the values that `read` gives for each parameter, rounded to its format; none is
+    /// drawn.
     ///
     /// `read` is called with the name and the number of values, and must return as many.
     ///
@@ -97,6 +101,7 @@ impl SwitchTransformer {
     pub fn with_parameters<E>(self, read: impl FnMut(&str, usize) -> Result<Vec<f32>, E>) -> Result<Self, E> {
         struct Load<F, E> {
             read: F,
+            formats: Arc<HashMap<String, DType>>,
             failure: Option<E>,
         }
         impl<E, F: FnMut(&str, usize) -> Result<Vec<f32>, E>> MapParameter for Load<F, E> {
@@ -106,7 +111,9 @@ impl SwitchTransformer {
                 }
                 let (shape, device) = (param.lazy_shape(), param.lazy_device());
                 match (self.read)(name, shape.num_elements()) {
-                    Ok(values) => initialized(param, values, shape, &device),
+                    Ok(values) => {
+                        Param::initialized(param.id, of_values(values, shape, self.formats[name], &device))
+                    }
                     Err(error) => {
                         self.failure = Some(error);
                         param
@@ -114,7 +121,8 @@ impl SwitchTransformer {
                 }
             }
         }
-        let mut load = NamedMap::new(Load { read, failure: None });
+        let formats = Arc::clone(&self.formats);
+        let mut load = NamedMap::new(Load { read, formats, failure: None });
         let model = Module::map(self, &mut load);
         load.on.failure.map_or(Ok(model), Err)
     }
@@ -122,19 +130,19 @@ impl SwitchTransformer {
     /// Takes the gradients out of `gradients` and calls `take` with the name and values of each.
     ///
     /// A parameter that the loss does not depend on has none and is left out.
-    pub fn take_gradients(&self, gradients: &mut Gradients, take: impl FnMut(&str, Vec<f32>)) {
+    pub fn take_gradients(&self, gradients: &mut Gradients, take: impl FnMut(&str, Values)) {
         struct Take<'a, F>(&'a mut Gradients, F);
-        impl<F: FnMut(&str, Vec<f32>)> OnParameter for Take<'_, F> {
+        impl<F: FnMut(&str, Values)> OnParameter for Take<'_, F> {
             fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
                 if let Some(gradient) = param.val().grad_remove(self.0) {
-                    (self.1)(name, into_values(gradient));
+                    (self.1)(name, Values::of(gradient));
                 }
             }
         }
         Module::visit(self, &mut Named::new(Take(gradients, take)));
     }
 
-    /// Calls `read` with the name and values of every parameter.
+    /// Calls `read` with the name and values of every parameter, widened to float32.
     pub fn visit_parameters(&self, read: impl FnMut(&str, &[f32])) {
         struct Read<F>(F);
         impl<F: FnMut(&str, &[f32])> OnParameter for Read<F> {
@@ -147,9 +155,9 @@ impl SwitchTransformer {
 
     /// Lets `update` write into the values of every parameter, in place where nothing shares them.
     #[must_use]
-    pub fn update_parameters(self, update: impl FnMut(&str, &[usize], &mut [f32])) -> Self {
+    pub fn update_parameters(self, update: impl FnMut(&str, &[usize], ValuesMut<'_>)) -> Self {
         struct Update<F>(F);
-        impl<F: FnMut(&str, &[usize], &mut [f32])> MapParameter for Update<F> {
+        impl<F: FnMut(&str, &[usize], ValuesMut<'_>)> MapParameter for Update<F> {
             fn map<const D: usize>(&mut self, name: &str, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
                 let (id, tensor, mapper) = param.consume();
                 let (device, shape) = (tensor.device(), tensor.dims());
@@ -177,15 +185,6 @@ impl SwitchTransformer {
 /// A leaf on `device` that shares the buffer of `tensor`.
 fn on_device<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
     leaf(if device.is_autodiff() { tensor.autodiff() } else { tensor })
-}
-
-fn initialized<const D: usize>(
-    param: Param<Tensor<D>>,
-    values: Vec<f32>,
-    shape: Shape,
-    device: &Device,
-) -> Param<Tensor<D>> {
-    Param::initialized(param.id, leaf(Tensor::from_data(TensorData::new(values, shape), device)))
 }
 
 trait OnParameter {

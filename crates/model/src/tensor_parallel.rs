@@ -10,6 +10,9 @@ use switchyard_kernels::{Columns, VocabularyShard};
 /// The devices of one group hold equal parts of heads, of `d_ff` and of the vocabulary, in order.
 /// They compute the same routing, and draw parts of the same noise.
 pub trait TensorParallel: Send + Sync {
+    /// Whether any matrix is split, so that products of this device are parts of sums.
+    fn splits(&self) -> bool;
+
     /// Before column-split matrices: identity forward, a sum over devices backward. `[n, d]`
     fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2>;
 
@@ -39,6 +42,10 @@ pub trait TensorParallel: Send + Sync {
 pub struct WholeTensors;
 
 impl TensorParallel for WholeTensors {
+    fn splits(&self) -> bool {
+        false
+    }
+
     fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2> {
         x_nd
     }

@@ -124,12 +124,13 @@ impl TokenDispatcher for AllToAllDispatcher {
         gates: Tensor<1>,
         plan: &DispatchPlan,
         counts: &SenderCounts,
+        residual_nd: Option<Tensor<2>>,
     ) -> Tensor<2> {
         let [_, _, d] = outputs_lcd.dims();
         let slots = plan.slots_per_expert;
         let back = self.travel(Direction::ToTokens, self.layout(counts, slots, d));
         let outputs_ecd = linear_map(outputs_lcd, back, [plan.num_experts, slots, d]);
-        combine(outputs_ecd, gates, plan)
+        combine(outputs_ecd, gates, plan, residual_nd)
     }
 }
 

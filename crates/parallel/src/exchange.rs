@@ -12,13 +12,14 @@ use switchyard_comm::{CommError, Communicator};
 use switchyard_config::ModelConfig;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::{OwnedMatrices, Part, held_part, owners};
+use switchyard_kernels::Values;
 use switchyard_kernels::optimizer::{add_assign, sum_of_squares};
 use switchyard_model::SwitchTransformer;
 
 use crate::mesh::Mesh;
 
-/// Values of the parts that a rank holds, by parameter.
-pub type Values = BTreeMap<String, Vec<f32>>;
+/// Gradients by parameter, of the parts that a rank holds or of the matrices that it owns.
+pub type Gradients = BTreeMap<String, Values>;
 
 /// Values of the matrices that a rank owns, by parameter; row-major in their order.
 pub type Owned = BTreeMap<String, Vec<f32>>;
@@ -135,26 +136,28 @@ impl OwnerExchange {
         &self.units
     }
 
-    /// Adds the gradients of all holders to those that this rank owns.
+    /// Adds the gradients of all holders to those that this rank owns, in float32 wherever there are two.
     ///
     /// Gradients of experts hold `segments` summands each, in the order of their senders.
     ///
     /// # Errors
     /// As every collective.
-    pub fn reduce(&self, mut local: Values, segments: usize, into: &mut Owned) -> Result<(), CommError> {
+    pub fn reduce(
+        &self,
+        mut local: Gradients,
+        segments: usize,
+        into: &mut Gradients,
+    ) -> Result<(), CommError> {
         for (lane, segments) in [(&self.dense, 1), (&self.expert, segments)] {
             if lane.group.size() > 1 || segments > 1 {
-                lane.reduce(&local, segments, into, &self.units)?;
+                lane.reduce(&mut local, segments, into, &self.units)?;
                 continue;
             }
             let here = lane.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
             for name in here.map(|leg| &leg.name) {
                 // Parameters without a gradient stay without one; large ones come in several legs.
                 let Some(gradient) = local.remove(name) else { continue };
-                match into.get_mut(name) {
-                    Some(sum) => add_assign(sum, &gradient),
-                    None => drop(into.insert(name.clone(), gradient)),
-                }
+                add_gradient(into, name, gradient);
             }
         }
         Ok(())
@@ -164,11 +167,16 @@ impl OwnerExchange {
     ///
     /// # Errors
     /// As every collective.
-    pub fn sum_of_squares(&self, owned: &Owned) -> Result<f64, CommError> {
+    pub fn sum_of_squares(&self, owned: &Gradients) -> Result<f64, CommError> {
         let mut squares = Vec::new();
         for (name, unit) in &self.units {
             match owned.get(name) {
-                Some(values) => squares.extend(values.chunks(unit.matrix_len()).map(sum_of_squares)),
+                Some(Values::F32(values)) => {
+                    squares.extend(values.chunks(unit.matrix_len()).map(sum_of_squares));
+                }
+                Some(Values::Bf16(values)) => {
+                    squares.extend(values.chunks(unit.matrix_len()).map(sum_of_squares));
+                }
                 None => squares.resize(squares.len() + unit.matrices(), 0.0),
             }
         }
@@ -203,6 +211,30 @@ impl OwnerExchange {
             }
         }
         (model, Ok(()))
+    }
+}
+
+/// Adds a gradient to the sum of its parameter; the first one stays in its own format.
+pub fn add_gradient(sums: &mut Gradients, name: &str, gradient: Values) {
+    let Some(sum) = sums.get_mut(name) else {
+        sums.insert(name.to_owned(), gradient);
+        return;
+    };
+    let sum = in_f32(sum);
+    match gradient {
+        Values::F32(gradient) => add_assign(sum, &gradient),
+        Values::Bf16(gradient) => add_assign(sum, &gradient),
+    }
+}
+
+/// The values, turned into float32 if they are not.
+fn in_f32(values: &mut Values) -> &mut Vec<f32> {
+    if let Values::Bf16(narrow) = values {
+        *values = Values::F32(Values::Bf16(std::mem::take(narrow)).into_f32());
+    }
+    match values {
+        Values::F32(values) => values,
+        Values::Bf16(_) => unreachable!("just widened"),
     }
 }
 
@@ -323,16 +355,21 @@ impl<'a> LaneBuilder<'a> {
 impl Lane {
     fn reduce(
         &self,
-        local: &Values,
+        local: &mut Gradients,
         segments: usize,
-        into: &mut Owned,
+        into: &mut Gradients,
         units: &BTreeMap<String, Unit>,
     ) -> Result<(), CommError> {
+        let held = self.buckets.iter().flat_map(|bucket| bucket.held.iter().flatten());
+        for leg in held.filter(|leg| leg.adds) {
+            local.get_mut(&leg.name).map(in_f32);
+        }
         let owned = self.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
         let fresh: BTreeSet<&str> =
             owned.map(|leg| leg.name.as_str()).filter(|name| !into.contains_key(*name)).collect();
         for &name in &fresh {
-            into.entry(name.to_owned()).or_insert_with(|| vec![0.0; units[name].part.num_elements()]);
+            let zeros = || Values::F32(vec![0.0; units[name].part.num_elements()]);
+            into.entry(name.to_owned()).or_insert_with(zeros);
         }
         for bucket in &self.buckets {
             let received = bucket.send_gradients(&*self.group, local, segments)?;
@@ -340,7 +377,7 @@ impl Lane {
             for leg in bucket.owned.iter().flatten().filter(|leg| leg.adds) {
                 let (piece, after) = rest.split_at(leg.held.len() * segments);
                 rest = after;
-                let sum = into.get_mut(&leg.name).expect("entered above");
+                let sum = in_f32(into.get_mut(&leg.name).expect("entered above"));
                 leg.add(sum, piece, segments, leg.first && fresh.contains(leg.name.as_str()));
             }
         }
@@ -381,7 +418,7 @@ impl Bucket {
     fn send_gradients(
         &self,
         group: &dyn Communicator,
-        local: &Values,
+        local: &Gradients,
         segments: usize,
     ) -> Result<Vec<f32>, CommError> {
         let count =
@@ -391,9 +428,10 @@ impl Bucket {
         let mut sent = Vec::with_capacity(sends.iter().sum());
         for leg in self.held.iter().flatten().filter(|leg| leg.adds) {
             match local.get(&leg.name) {
-                Some(values) => {
+                Some(Values::F32(values)) => {
                     sent.extend_from_slice(&values[leg.held.start * segments..leg.held.end * segments]);
                 }
+                Some(Values::Bf16(_)) => unreachable!("`reduce` widens what is sent"),
                 None => sent.resize(sent.len() + leg.held.len() * segments, 0.0),
             }
         }
@@ -430,9 +468,9 @@ impl Bucket {
             rest = after;
             arrived.entry(&leg.name).or_default().push((leg.held.clone(), values));
         }
-        let model = model.update_parameters(|name, _, held| {
+        let model = model.update_parameters(|name, _, mut held| {
             for (range, values) in arrived.get(name).into_iter().flatten() {
-                held[range.clone()].copy_from_slice(values);
+                held.part(range.clone()).set(values);
             }
         });
         (model, Ok(()))
@@ -466,9 +504,28 @@ impl Bucket {
             write(name, values);
         }
         model.visit_parameters(|name, held| {
-            if let Some(Unit { part, in_held: Some(start), .. }) = units.get(name) {
+            let Some(Unit { part, in_held: Some(start), .. }) = units.get(name) else { return };
+            if !masters.contains_key(name) {
                 write(name, &held[*start..start + part.num_elements()]);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use switchyard_kernels::{Element, bf16};
+
+    use super::*;
+
+    #[test]
+    fn one_gradient_keeps_its_format_and_a_sum_is_float32() {
+        let narrow = |values: &[f32]| Values::Bf16(values.iter().map(|&v| bf16::round(v)).collect());
+        let mut sums = Gradients::new();
+        add_gradient(&mut sums, "a", narrow(&[1.0, 2.0]));
+        add_gradient(&mut sums, "b", Values::F32(vec![2.0]));
+        assert_eq!(sums["a"], narrow(&[1.0, 2.0]));
+        add_gradient(&mut sums, "a", narrow(&[0.0, 1.0 / 512.0]));
+        assert_eq!(sums["a"], Values::F32(vec![1.0, 2.0 + 1.0 / 512.0]));
     }
 }

@@ -92,6 +92,10 @@ impl VocabularyGroup for Group {
 }
 
 impl TensorParallel for SplitTensors {
+    fn splits(&self) -> bool {
+        true
+    }
+
     fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2> {
         let shape = x_nd.dims();
         linear_map(x_nd, Arc::new(CopyIn(self.group.clone())), shape)

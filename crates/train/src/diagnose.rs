@@ -6,10 +6,10 @@ use switchyard_comm::CommError;
 use switchyard_config::RunPlan;
 use switchyard_config::parameters::parameters;
 use switchyard_data::HostBatch;
-use switchyard_kernels::with_values;
+use switchyard_kernels::{Element, Values, with_values};
 use switchyard_model::t5::{BlockInputs, Stack};
 use switchyard_model::{ForwardContext, SwitchTransformer};
-use switchyard_parallel::{Mesh, Owned};
+use switchyard_parallel::{Gradients, Mesh};
 
 use crate::step::{Learner, device_batch, training_context};
 
@@ -21,7 +21,7 @@ pub(crate) fn first_non_finite(
     micro_batches: &[HostBatch],
     step: u64,
     total_loss: f64,
-    gradients: &Owned,
+    gradients: &Gradients,
 ) -> Result<String, CommError> {
     let (model, mesh) = (learner.model(), learner.mesh());
     let names: Vec<String> = parameters(&plan.model).into_iter().map(|spec| spec.name).collect();
@@ -30,7 +30,11 @@ pub(crate) fn first_non_finite(
         return Ok(name);
     }
     if total_loss.is_finite() {
-        let broken = |name: &&String| gradients.get(*name).is_some_and(|values| !all_finite(values));
+        let broken = |name: &&String| match gradients.get(*name) {
+            Some(Values::F32(values)) => !all_finite(values),
+            Some(Values::Bf16(values)) => !all_finite(values),
+            None => false,
+        };
         let found = first_of(mesh, &names, names.iter().find(broken))?;
         return Ok(found.unwrap_or_else(|| "gradient norm".to_owned()));
     }
@@ -89,6 +93,6 @@ fn layer_of(
     Ok(None)
 }
 
-fn all_finite(values: &[f32]) -> bool {
-    values.iter().all(|value| value.is_finite())
+fn all_finite<E: Element>(values: &[E]) -> bool {
+    values.iter().all(|value| value.widen().is_finite())
 }

@@ -8,7 +8,6 @@ mod checkpointing;
 mod diagnose;
 mod error;
 pub mod evaluate;
-mod gradients;
 mod metrics;
 mod optimizer;
 mod parameters;

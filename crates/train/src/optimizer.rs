@@ -1,13 +1,15 @@
 //! The optimizer of a run: moments of the matrices that this rank owns, and one update of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use switchyard_config::RunPlan;
+use switchyard_config::parameters::parameters;
 use switchyard_config::partition::Part;
 use switchyard_config::plan::{OptimizerKind, OptimizerPlan};
 use switchyard_kernels::optimizer::{Adafactor, AdafactorState, Adamw, AdamwState, adafactor, adamw};
+use switchyard_kernels::{Element, Values, ValuesMut, bf16};
 use switchyard_model::{SwitchTransformer, fresh_parameter};
-use switchyard_parallel::{Owned, Unit};
+use switchyard_parallel::{Gradients, Owned, Unit};
 
 /// Moments of every owned matrix and the rules of their update.
 #[derive(Debug)]
@@ -15,7 +17,7 @@ pub(crate) struct Optimizer {
     plan: OptimizerPlan,
     units: BTreeMap<String, Unit>,
     states: BTreeMap<String, State>,
-    /// Values of owned matrices of which the model holds only a part.
+    /// Values of owned matrices that the model holds only a part of, or holds in fewer bits.
     masters: Owned,
     /// Updates done; steps that were skipped do not count.
     updates: u64,
@@ -44,8 +46,13 @@ impl Optimizer {
     /// Fresh state for the owned matrices.
     pub(crate) fn new(plan: &RunPlan, units: &BTreeMap<String, Unit>) -> Self {
         let kind = plan.optimizer.kind;
+        let narrow: HashSet<String> = parameters(&plan.model)
+            .into_iter()
+            .filter(|spec| !plan.precision.keeps_fp32(spec.kind))
+            .map(|spec| spec.name)
+            .collect();
         let fresh = |(name, unit): (&String, &Unit)| {
-            let beside = unit.in_held.is_none();
+            let beside = unit.in_held.is_none() || narrow.contains(name);
             beside.then(|| (name.clone(), fresh_parameter(&plan.model, plan.seed, name, &unit.part)))
         };
         Self {
@@ -64,27 +71,34 @@ impl Optimizer {
     pub(crate) fn step(
         &mut self,
         model: SwitchTransformer,
-        gradients: &Owned,
+        gradients: &Gradients,
         learning_rate: f64,
         gradient_scale: f64,
     ) -> SwitchTransformer {
         self.updates += 1;
         let Self { plan, units, states, masters, updates } = self;
         let rules = Rules { plan, learning_rate, gradient_scale: gradient_scale as f32, update: *updates };
-        for (name, values) in masters {
+        let elsewhere = masters.iter_mut().filter(|(name, _)| units[*name].in_held.is_none());
+        for (name, values) in elsewhere {
             if let (Some(gradient), Some(state)) = (gradients.get(name), states.get_mut(name)) {
-                state.update(values, gradient, &units[name], rules);
+                state.update(values, gradient, &units[name], rules, &mut []);
             }
         }
-        model.update_parameters(|name, _, held| {
+        model.update_parameters(|name, _, mut held| {
             let Some(unit @ Unit { in_held: Some(start), .. }) = units.get(name) else { return };
-            if let (Some(gradient), Some(state)) = (gradients.get(name), states.get_mut(name)) {
-                state.update(&mut held[*start..start + gradient.len()], gradient, unit, rules);
+            let (Some(gradient), Some(state)) = (gradients.get(name), states.get_mut(name)) else { return };
+            let owned = held.part(*start..start + gradient.len());
+            match (masters.get_mut(name), owned) {
+                (None, ValuesMut::F32(values)) => state.update(values, gradient, unit, rules, &mut []),
+                (Some(master), ValuesMut::Bf16(rounded)) => {
+                    state.update(master, gradient, unit, rules, rounded);
+                }
+                _ => unreachable!("bfloat16 weights have masters, complete float32 ones have none"),
             }
         })
     }
 
-    /// Values of owned matrices of which the model holds only a part.
+    /// Values of owned matrices that the model holds only a part of, or holds in fewer bits.
     pub(crate) fn masters(&self) -> &Owned {
         &self.masters
     }
@@ -134,7 +148,30 @@ impl State {
     }
 
     /// Updates whole matrices: scales and clips are those of each alone.
-    fn update(&mut self, values: &mut [f32], gradient: &[f32], unit: &Unit, rules: Rules<'_>) {
+    ///
+    /// `rounded`, if not empty, gets the new values as bfloat16.
+    fn update(
+        &mut self,
+        values: &mut [f32],
+        gradient: &Values,
+        unit: &Unit,
+        rules: Rules<'_>,
+        rounded: &mut [bf16],
+    ) {
+        match gradient {
+            Values::F32(gradient) => self.update_by(values, gradient, unit, rules, rounded),
+            Values::Bf16(gradient) => self.update_by(values, gradient, unit, rules, rounded),
+        }
+    }
+
+    fn update_by<G: Element>(
+        &mut self,
+        values: &mut [f32],
+        gradient: &[G],
+        unit: &Unit,
+        rules: Rules<'_>,
+        rounded: &mut [bf16],
+    ) {
         let Rules { plan, learning_rate, gradient_scale, update } = rules;
         match self {
             Self::Adamw(state) => {
@@ -148,7 +185,7 @@ impl State {
                     parameter_scale: plan.parameter_scale.then_some(plan.eps2),
                     update,
                 };
-                adamw(values, gradient, state, unit.matrix_len(), rules);
+                adamw(values, gradient, state, unit.matrix_len(), rules, rounded);
             }
             Self::Adafactor(state) => {
                 let rules = Adafactor {
@@ -161,7 +198,7 @@ impl State {
                     parameter_scale: plan.parameter_scale.then_some(plan.eps2),
                     update,
                 };
-                adafactor(values, gradient, &unit.part.shape, state, rules);
+                adafactor(values, gradient, &unit.part.shape, state, rules, rounded);
             }
         }
     }

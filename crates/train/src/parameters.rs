@@ -7,6 +7,7 @@ use switchyard_checkpoint::{Checkpoint, CheckpointError, ModelDirectory, TensorP
 use switchyard_config::RunPlan;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::held_part;
+use switchyard_config::plan::PrecisionMode;
 use switchyard_kernels::copy_into;
 use switchyard_model::SwitchTransformer;
 use switchyard_parallel::{Mesh, Unit};
@@ -14,7 +15,7 @@ use switchyard_parallel::{Mesh, Unit};
 use crate::error::TrainError;
 use crate::step::Learner;
 
-/// Builds the model of a directory on `device`, or this rank's part of it.
+/// Builds the model of a directory on `device`, or this rank's part of it, rounded to `precision`.
 ///
 /// # Errors
 /// When a file cannot be read.
@@ -22,10 +23,11 @@ pub fn load_model(
     directory: &ModelDirectory,
     device: &Device,
     mesh: &Mesh,
+    precision: PrecisionMode,
 ) -> Result<SwitchTransformer, CheckpointError> {
     let config = directory.model();
     let specs = parameters(config);
-    let model = SwitchTransformer::part(config, 0, device, mesh.shape(), mesh.at());
+    let model = SwitchTransformer::part(config, 0, device, mesh.shape(), mesh.at(), precision);
     model.with_parameters(|name, len| {
         let spec = spec_of(&specs, name)?;
         fitting(name, directory.read_part(name, &held_part(spec, mesh.shape(), mesh.at()))?, len)
@@ -97,7 +99,8 @@ impl Snapshot {
         let beside = masters.iter().map(|(name, values)| part_of(name, &units[name], copy_of(values)));
         let mut parameters: Vec<TensorPart> = beside.collect();
         learner.model().visit_parameters(|name, held| {
-            if let Some(unit @ Unit { in_held: Some(start), part, .. }) = units.get(name) {
+            let Some(unit @ Unit { in_held: Some(start), part, .. }) = units.get(name) else { return };
+            if !masters.contains_key(name) {
                 let owned = &held[*start..start + part.num_elements()];
                 parameters.push(part_of(name, unit, copy_of(owned)));
             }

@@ -9,11 +9,10 @@ use switchyard_data::HostBatch;
 use switchyard_kernels::with_values;
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
-use switchyard_parallel::{Mesh, Owned, OwnerExchange};
+use switchyard_parallel::{Gradients, Mesh, OwnerExchange, add_gradient};
 
 use crate::diagnose::first_non_finite;
 use crate::error::TrainError;
-use crate::gradients::GradientSums;
 use crate::optimizer::Optimizer;
 use crate::report::{MicroLoss, gathered};
 use crate::schedule;
@@ -79,8 +78,9 @@ impl Learner {
     /// A fresh model on `device`, which must differentiate, and fresh optimizer state.
     pub fn new(plan: &RunPlan, device: &Device, mesh: Arc<Mesh>) -> Self {
         let exchange = OwnerExchange::new(&plan.model, &mesh);
+        let (shape, at) = (mesh.shape(), mesh.at());
         Self {
-            model: Some(SwitchTransformer::part(&plan.model, plan.seed, device, mesh.shape(), mesh.at())),
+            model: Some(SwitchTransformer::part(&plan.model, plan.seed, device, shape, at, plan.precision)),
             optimizer: Optimizer::new(plan, exchange.units()),
             exchange,
             mesh,
@@ -147,19 +147,19 @@ impl Learner {
         let counts = [count(HostBatch::num_targets), count(HostBatch::num_tokens)];
         let [targets, tokens] = self.mesh.sum_over_data(counts)?;
         let denominators = Denominators::of(plan, targets);
-        let (mut local, mut gradients) = (GradientSums::default(), Owned::new());
+        let (mut local, mut gradients) = (Gradients::new(), Gradients::new());
         let mut losses = Vec::with_capacity(micro_batches.len());
         let mut moe = Vec::new();
         for micro in micro_batches {
             losses.push(self.accumulate(plan, micro, step, denominators, &mut local, &mut moe));
             if plan.comm.deterministic {
                 let segments = self.mesh.shape().expert;
-                self.exchange.reduce(local.take(), segments, &mut gradients)?;
+                self.exchange.reduce(std::mem::take(&mut local), segments, &mut gradients)?;
             }
             self.mesh.check()?;
         }
         if !plan.comm.deterministic {
-            self.exchange.reduce(local.take(), 1, &mut gradients)?;
+            self.exchange.reduce(local, 1, &mut gradients)?;
         }
         let MicroLoss { loss, total_loss } = gathered(&self.mesh, &losses, &mut moe)?;
         let mut outcome = StepOutcome {
@@ -187,10 +187,12 @@ impl Learner {
         micro: &HostBatch,
         step: u64,
         denominators: Denominators,
-        sums: &mut GradientSums,
+        sums: &mut Gradients,
         moe: &mut Vec<(String, LayerMetrics)>,
     ) -> MicroLoss {
-        let context = training_context(plan, &self.mesh, step, micro.first_row);
+        let loss_scale = 1.0 / denominators.targets;
+        let context =
+            ForwardContext { loss_scale, ..training_context(plan, &self.mesh, step, micro.first_row) };
         let batch = device_batch(micro, plan.model.pad_token_id as i32, &self.device.clone().inner());
         let output = self.model().loss(&batch, plan.trainer.z_loss, &context);
         let loss = total_loss(plan, &output, denominators);
@@ -200,12 +202,19 @@ impl Learner {
         merge_moe(moe, &output);
         let mut gradients = loss.backward();
         drop(output);
-        self.model().take_gradients(&mut gradients, |name, gradient| sums.add(name, gradient));
+        self.model().take_gradients(&mut gradients, |name, gradient| {
+            add_gradient(sums, name, gradient);
+        });
         MicroLoss { loss: sum / denominators.targets, total_loss: total }
     }
 
     /// Clips and applies the gradients; every rank then holds the new values.
-    fn update(&mut self, plan: &RunPlan, gradients: &Owned, outcome: &StepOutcome) -> Result<(), TrainError> {
+    fn update(
+        &mut self,
+        plan: &RunPlan,
+        gradients: &Gradients,
+        outcome: &StepOutcome,
+    ) -> Result<(), TrainError> {
         let clip = plan.optimizer.clip_norm;
         let scale = if clip > 0.0 { (clip / outcome.grad_norm.max(f64::MIN_POSITIVE)).min(1.0) } else { 1.0 };
         let model = self.model.take().expect("every method that takes the model puts it back");
@@ -230,6 +239,7 @@ pub(crate) fn training_context<'a>(
         dropout_rate: plan.trainer.dropout_rate,
         expert_dropout: plan.trainer.expert_dropout,
         router_jitter_noise: plan.routing.router_jitter_noise,
+        loss_scale: 1.0,
         seed: plan.seed,
         step: step as u32,
         first_row,

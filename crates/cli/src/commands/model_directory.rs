@@ -7,7 +7,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use switchyard_checkpoint::{ModelDirectory, latest_complete, open_model};
 use switchyard_config::ModelConfig;
-use switchyard_config::plan::RoutingConfig;
+use switchyard_config::plan::{PrecisionMode, RoutingConfig};
 use switchyard_data::Tokenizer;
 use switchyard_model::SwitchTransformer;
 use switchyard_parallel::Mesh;
@@ -41,7 +41,7 @@ impl LoadedModel {
 
     /// Loads this rank's part of an opened model.
     pub(crate) fn of(directory: ModelDirectory, device: &Device, mesh: Arc<Mesh>) -> anyhow::Result<Self> {
-        let model = load_model(&directory, device, &mesh)?;
+        let model = load_model(&directory, device, &mesh, PrecisionMode::Fp32)?;
         let (config, routing) = (directory.model().clone(), directory.routing().clone());
         Ok(Self { model, config, routing, directory, mesh })
     }

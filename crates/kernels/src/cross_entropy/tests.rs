@@ -16,7 +16,7 @@ struct Sizes {
 
 fn check(sizes: Sizes, rules: CrossEntropy) {
     let Sizes { tokens, d_model, vocabulary } = sizes;
-    let CrossEntropy { layout, scale, z_coefficient } = rules;
+    let CrossEntropy { layout, scale, z_coefficient, .. } = rules;
     let device = Device::flex().autodiff();
     let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
     let by_model = layout == HeadLayout::ModelByVocabulary;
@@ -58,7 +58,7 @@ fn equals_the_composed_reference() {
     for layout in LAYOUTS {
         for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
             let sizes = Sizes { tokens: 11, d_model: 6, vocabulary: 37 };
-            check(sizes, CrossEntropy { layout, scale, z_coefficient });
+            check(sizes, CrossEntropy { layout, scale, z_coefficient, loss_scale: 1.0 });
         }
     }
 }
@@ -69,7 +69,7 @@ fn several_chunks_add_up() {
     let tokens = 2 * (CHUNK_LOGITS / vocabulary) + 3;
     for layout in LAYOUTS {
         let sizes = Sizes { tokens, d_model: 3, vocabulary };
-        check(sizes, CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 });
+        check(sizes, CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4, loss_scale: 0.25 });
     }
 }
 
@@ -79,7 +79,12 @@ fn positions_without_weight_touch_nothing() {
     let hidden = Tensor::<2>::ones([2, 3], &device).require_grad();
     let head = Tensor::<2>::ones([3, 5], &device).require_grad();
     let ids = host::int_tensor(vec![1, 2], [2], &device);
-    let rules = CrossEntropy { layout: HeadLayout::ModelByVocabulary, scale: 1.0, z_coefficient: 1e-2 };
+    let rules = CrossEntropy {
+        layout: HeadLayout::ModelByVocabulary,
+        scale: 1.0,
+        z_coefficient: 1e-2,
+        loss_scale: 1.0,
+    };
     let out = cross_entropy(hidden.clone(), head, ids, Tensor::zeros([2], &device.inner()), rules, None);
     assert_eq!(out.loss_sum.clone().into_scalar::<f32>(), 0.0);
     let gradients = out.loss_sum.backward();
@@ -209,11 +214,11 @@ fn a_split_vocabulary_gives_the_loss_and_the_gradients_of_the_whole() {
     for layout in LAYOUTS {
         for count in [2, 3] {
             for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
-                let rules = CrossEntropy { layout, scale, z_coefficient };
+                let rules = CrossEntropy { layout, scale, z_coefficient, loss_scale: 1.0 };
                 check_split(Sizes { tokens: 65, d_model: 6, vocabulary: 30 }, rules, count);
             }
         }
-        let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 };
+        let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4, loss_scale: 0.25 };
         let tokens_of_chunk = 64;
         let vocabulary = 2 * CHUNK_LOGITS / tokens_of_chunk;
         check_split(Sizes { tokens: 2 * tokens_of_chunk + 3, d_model: 3, vocabulary }, rules, 2);

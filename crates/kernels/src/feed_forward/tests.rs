@@ -96,7 +96,7 @@ fn dense_layers_equal_the_composed_reference() {
         let (x, wi, gate, wo) = (random([9, 6]), random([6, 20]), random([6, 20]), random([20, 6]));
         let weights =
             FeedForwardWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
-        let fused = feed_forward(x.clone(), weights, kind, rate, noise());
+        let fused = feed_forward(x.clone(), weights, kind, rate, noise(), None);
         let dropped = factors(0, &[0, 1, 2, 3, 4, 5, 6, 7, 8], 20, rate);
         let plain = reference(x.clone(), [wi.clone(), gate.clone(), wo.clone()], kind, gated, dropped);
         let used = if gated { vec![wi, wo, gate] } else { vec![wi, wo] };
@@ -287,7 +287,7 @@ fn a_relu_layer_passes_nan_on() {
         wi_gate: None,
         wo: Tensor::ones([4, 3], &device),
     };
-    let out = feed_forward(Tensor::ones([2, 3], &device), weights, Activation::Relu, 0.0, noise());
+    let out = feed_forward(Tensor::ones([2, 3], &device), weights, Activation::Relu, 0.0, noise(), None);
     assert!(host::with_values(out, |out| out.iter().all(|value| value.is_nan())));
 }
 

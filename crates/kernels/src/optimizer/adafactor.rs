@@ -3,7 +3,8 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::parallel::{CHUNK, root_mean_square, sum_of_squares};
+use super::parallel::{CHUNK, root_mean_square, round_into, sum_of_squares};
+use crate::element::{Element, bf16};
 use crate::math::{dot, sum};
 
 /// Constants of one update.
@@ -56,14 +57,17 @@ impl AdafactorState {
 
 /// Updates `parameter` of `shape`; clipping and scale are those of each matrix alone.
 ///
+/// `rounded`, if not empty, gets the new values as bfloat16.
+///
 /// # Source
 /// Shazeer and Stern 2018 (arXiv:1804.04235), algorithms 4 and 5, without momentum, as in T5.
-pub fn adafactor(
+pub fn adafactor<G: Element>(
     parameter: &mut [f32],
-    gradient: &[f32],
+    gradient: &[G],
     shape: &[usize],
     state: &mut AdafactorState,
     rules: Adafactor,
+    rounded: &mut [bf16],
 ) {
     let decay = (1.0 - (rules.update as f64).powf(-rules.decay_exponent)) as f32;
     match state {
@@ -72,20 +76,34 @@ pub fn adafactor(
             full_update(&mut update, gradient, v, decay, rules.gradient_scale, rules.eps as f32);
             let moved = sum_of_squares(&update);
             apply(parameter, &update, moved, rules);
+            round_into(parameter, rounded);
         }
         AdafactorState::Factored { row, col } => {
             let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
+            let mut of_matrices: Vec<&mut [bf16]> = rounded.chunks_mut(rows * cols).collect();
+            of_matrices.resize_with(parameter.len().div_ceil(rows * cols), Default::default);
             let matrices = parameter
                 .par_chunks_mut(rows * cols)
                 .zip(gradient.par_chunks(rows * cols))
-                .zip(row.par_chunks_mut(rows).zip(col.par_chunks_mut(cols)));
-            matrices.for_each(|((p, g), (row, col))| factored(p, g, row, col, decay, rules));
+                .zip(row.par_chunks_mut(rows).zip(col.par_chunks_mut(cols)))
+                .zip(of_matrices);
+            matrices.for_each(|(((p, g), (row, col)), rounded)| {
+                factored(p, g, row, col, decay, rules, rounded);
+            });
         }
     }
 }
 
 /// One matrix: `update = g * rsqrt(row * col / mean(row))`.
-fn factored(p: &mut [f32], g: &[f32], row: &mut [f32], col: &mut [f32], decay: f32, rules: Adafactor) {
+fn factored<G: Element>(
+    p: &mut [f32],
+    g: &[G],
+    row: &mut [f32],
+    col: &mut [f32],
+    decay: f32,
+    rules: Adafactor,
+    rounded: &mut [bf16],
+) {
     let cols = col.len();
     let block_rows = (CHUNK / cols).max(1);
     let parts: Vec<Vec<f32>> = g
@@ -110,10 +128,16 @@ fn factored(p: &mut [f32], g: &[f32], row: &mut [f32], col: &mut [f32], decay: f
         .map(|(g, rows)| f64::from(update_squares(g, rows, &col_factor)))
         .collect();
     let step = Step::new(p, squares.iter().sum(), rules);
+    let mut of_blocks: Vec<&mut [bf16]> = rounded.chunks_mut(block_rows * cols).collect();
+    of_blocks.resize_with(row_factor.len().div_ceil(block_rows), Default::default);
     p.par_chunks_mut(block_rows * cols)
         .zip(g.par_chunks(block_rows * cols))
         .zip(row_factor.par_chunks(block_rows))
-        .for_each(|((p, g), rows)| apply_factored(p, g, rows, &col_factor, step));
+        .zip(of_blocks)
+        .for_each(|(((p, g), rows), rounded)| {
+            apply_factored(p, g, rows, &col_factor, step);
+            round_into(p, rounded);
+        });
 }
 
 #[derive(Clone, Copy)]
@@ -140,9 +164,9 @@ fn apply(p: &mut [f32], update: &[f32], squares: f64, rules: Adafactor) {
     }
 }
 
-fn full_update(update: &mut [f32], g: &[f32], v: &mut [f32], decay: f32, scale: f32, eps: f32) {
+fn full_update<G: Element>(update: &mut [f32], g: &[G], v: &mut [f32], decay: f32, scale: f32, eps: f32) {
     for ((u, g), v) in update.iter_mut().zip(g).zip(v) {
-        let g = g * scale;
+        let g = g.widen() * scale;
         *v = decay * *v + (1.0 - decay) * (g * g + eps);
         *u = g / v.sqrt();
     }
@@ -150,12 +174,13 @@ fn full_update(update: &mut [f32], g: &[f32], v: &mut [f32], decay: f32, scale: 
 
 /// Updates the row means of a block of rows and adds up its columns.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn accumulate(g: &[f32], row: &mut [f32], columns: &mut [f32], decay: f32, scale: f32, eps: f32) {
+fn accumulate<G: Element>(g: &[G], row: &mut [f32], columns: &mut [f32], decay: f32, scale: f32, eps: f32) {
     let cols = columns.len();
     let mut squares = vec![0.0; cols];
     for (g, row) in g.chunks_exact(cols).zip(row) {
         for (square, g) in squares.iter_mut().zip(g) {
-            *square = g * scale * (g * scale) + eps;
+            let g = g.widen() * scale;
+            *square = g * g + eps;
         }
         *row = decay * *row + (1.0 - decay) * sum(&squares) / cols as f32;
         for (column, square) in columns.iter_mut().zip(&squares) {
@@ -165,12 +190,12 @@ fn accumulate(g: &[f32], row: &mut [f32], columns: &mut [f32], decay: f32, scale
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn update_squares(g: &[f32], rows: &[f32], cols: &[f32]) -> f32 {
+fn update_squares<G: Element>(g: &[G], rows: &[f32], cols: &[f32]) -> f32 {
     let mut total = 0.0;
     let mut scaled = vec![0.0; cols.len()];
     for (g, row) in g.chunks_exact(cols.len()).zip(rows) {
         for ((scaled, g), col) in scaled.iter_mut().zip(g).zip(cols) {
-            *scaled = g * col;
+            *scaled = g.widen() * col;
         }
         total += dot(&scaled, &scaled) * row * row;
     }
@@ -178,11 +203,11 @@ fn update_squares(g: &[f32], rows: &[f32], cols: &[f32]) -> f32 {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn apply_factored(p: &mut [f32], g: &[f32], rows: &[f32], cols: &[f32], step: Step) {
+fn apply_factored<G: Element>(p: &mut [f32], g: &[G], rows: &[f32], cols: &[f32], step: Step) {
     for ((p, g), row) in p.chunks_exact_mut(cols.len()).zip(g.chunks_exact(cols.len())).zip(rows) {
         let rate = step.rate * row;
         for ((p, g), col) in p.iter_mut().zip(g).zip(cols) {
-            *p = *p * step.keep - rate * g * col;
+            *p = *p * step.keep - rate * g.widen() * col;
         }
     }
 }
@@ -206,7 +231,7 @@ mod tests {
     fn a_rank_one_gradient_moves_every_value_by_the_scaled_rate() {
         let g: Vec<f32> = (0..12).map(|i| (1 + i / 4) as f32 * (1 + i % 4) as f32).collect();
         let mut p = vec![2.0; 12];
-        adafactor(&mut p, &g, &[3, 4], &mut AdafactorState::new(&[3, 4]), RULES);
+        adafactor(&mut p, &g, &[3, 4], &mut AdafactorState::new(&[3, 4]), RULES, &mut []);
         for value in p {
             assert!((value - (2.0 - 0.01 * 2.0)).abs() < 1e-5, "{value}");
         }
@@ -217,10 +242,17 @@ mod tests {
         let g: Vec<f32> = (0..24).map(|i| ((i * 7) % 11) as f32 - 5.0).collect();
         let start: Vec<f32> = (0..24).map(|i| (i as f32 * 0.37).sin()).collect();
         let mut stacked = start.clone();
-        adafactor(&mut stacked, &g, &[2, 3, 4], &mut AdafactorState::new(&[2, 3, 4]), RULES);
+        adafactor(&mut stacked, &g, &[2, 3, 4], &mut AdafactorState::new(&[2, 3, 4]), RULES, &mut []);
         for expert in 0..2 {
             let mut alone = start[expert * 12..][..12].to_vec();
-            adafactor(&mut alone, &g[expert * 12..][..12], &[3, 4], &mut AdafactorState::new(&[3, 4]), RULES);
+            adafactor(
+                &mut alone,
+                &g[expert * 12..][..12],
+                &[3, 4],
+                &mut AdafactorState::new(&[3, 4]),
+                RULES,
+                &mut [],
+            );
             assert_eq!(alone, stacked[expert * 12..][..12]);
         }
     }
@@ -230,7 +262,7 @@ mod tests {
         let mut p = vec![0.5; 8];
         let mut state = AdafactorState::new(&[2, 2, 2]);
         for update in 1..4 {
-            adafactor(&mut p, &[0.0; 8], &[2, 2, 2], &mut state, Adafactor { update, ..RULES });
+            adafactor(&mut p, &[0.0_f32; 8], &[2, 2, 2], &mut state, Adafactor { update, ..RULES }, &mut []);
         }
         assert_eq!(p, [0.5; 8]);
     }

@@ -133,6 +133,7 @@ proptest! {
             dispatch(Tensor::ones([case.len(), D], &device), &routing.plan),
             routing.gates.clone(),
             &routing.plan,
+            None,
         );
         let out = host::with_values(out, <[f32]>::to_vec);
         let (mut kept, mut dropped) = (0, 0);
@@ -162,7 +163,7 @@ proptest! {
         let device = Device::flex();
         let x = random([case.len(), D], 3, &device);
         let routing = case.route(case.logits(&device));
-        let back = combine(dispatch(x.clone(), &routing.plan), routing.gates.ones_like(), &routing.plan);
+        let back = combine(dispatch(x.clone(), &routing.plan), routing.gates.ones_like(), &routing.plan, None);
         prop_assert_eq!(back.into_data(), x.into_data());
     }
 
@@ -186,7 +187,7 @@ proptest! {
         prop_assert_eq!(used.into_iter().fold(1, i32::max) as usize, fitted.plan.slots_per_expert);
         let x = random([case.len(), D], 3, &device);
         let out = |routing: &Routing| {
-            combine(dispatch(x.clone(), &routing.plan), routing.gates.clone(), &routing.plan).into_data()
+            combine(dispatch(x.clone(), &routing.plan), routing.gates.clone(), &routing.plan, None).into_data()
         };
         prop_assert_eq!(out(&fitted), out(&roomy));
     }

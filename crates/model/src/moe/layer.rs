@@ -1,10 +1,10 @@
 //! A sparse feed-forward sub-layer: norm, router, dispatch, experts, combine.
 
 use burn::module::{Module, Param};
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::Tensor;
 use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingSemantics;
-use switchyard_kernels::{RouteOptions, Routing, dropout, jitter, rms_norm};
+use switchyard_kernels::{RouteOptions, Routing, rms_norm_beside, router_logits};
 
 use crate::context::{Capacity, ForwardContext, Site};
 use crate::init::ParameterFactory;
@@ -42,7 +42,7 @@ impl MoeLayer {
         }
     }
 
-    /// The sub-layer without its residual. `[n, d] -> [n, d]`
+    /// The sub-layer with its residual. `[n, d] -> [n, d]`
     ///
     /// # Source
     /// Switch Transformer, section 2 (arXiv:2101.03961).
@@ -53,8 +53,8 @@ impl MoeLayer {
         inputs: &BlockInputs,
         context: &ForwardContext<'_>,
     ) -> (Tensor<2>, RouterOutput) {
-        let normed_nd = rms_norm(x_nd, self.norm.val(), context.model.layer_norm_epsilon);
-        let logits_ne = self.logits(normed_nd.clone(), layer, inputs, context);
+        let [x_nd, normed_nd] = rms_norm_beside(x_nd, self.norm.val(), context.model.layer_norm_epsilon);
+        let [logits_ne, normed_nd] = self.logits(normed_nd, layer, inputs, context);
         let options = self.options(inputs, context);
         let routing = router_of(context.routing.router).route(logits_ne.clone(), options);
         let slots = context.dispatcher.slots(&routing.plan);
@@ -67,28 +67,29 @@ impl MoeLayer {
         let counts = dispatched.counts.clone();
         let outputs_lcd = self.experts.forward(dispatched, hidden.key, context);
         let gates = context.tensor_parallel.copy_in_gates(routing.gates.clone());
-        let out_nd = context.dispatcher.combine(outputs_lcd, gates, &routing.plan, &counts);
-        let out_nd = context.tensor_parallel.reduce_out(out_nd);
-
         let noise = context.noise(inputs.stack, layer, Site::FeedForwardOutput, inputs.row_tokens);
-        (dropout(out_nd, context.dropout_rate, noise), RouterOutput { layer, logits_ne, routing })
+        let out_nd = context.residual(x_nd, noise, |residual_nd| {
+            context.dispatcher.combine(outputs_lcd, gates, &routing.plan, &counts, residual_nd)
+        });
+        (out_nd, RouterOutput { layer, logits_ne, routing })
     }
 
-    /// Router logits in float32; only the router sees the jittered input. `[n, d] -> [n, e]`
+    /// Router logits, `[n, e]`, in the format of the router's matrix, and the input for the experts.
     fn logits(
         &self,
         normed_nd: Tensor<2>,
         layer: usize,
         inputs: &BlockInputs,
         context: &ForwardContext<'_>,
-    ) -> Tensor<2> {
+    ) -> [Tensor<2>; 2] {
         let noise = context.noise(inputs.stack, layer, Site::RouterJitter, inputs.row_tokens);
-        let router_input_nd = jitter(normed_nd.cast(FloatDType::F32), context.router_jitter_noise, noise);
-        let logits_ne = router_input_nd.matmul(self.router.val());
-        match &self.router_bias {
+        let jitter = context.router_jitter_noise;
+        let [logits_ne, normed_nd] = router_logits(normed_nd, self.router.val(), jitter, noise);
+        let logits_ne = match &self.router_bias {
             Some(bias) => logits_ne + bias.val().unsqueeze(),
             None => logits_ne,
-        }
+        };
+        [logits_ne, normed_nd]
     }
 
     fn options(&self, inputs: &BlockInputs, context: &ForwardContext<'_>) -> RouteOptions {

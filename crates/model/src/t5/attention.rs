@@ -4,7 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use switchyard_config::StackKind;
 use switchyard_kernels::{
-    Attention, AttentionInputs, attention, dropout, rms_norm, update_in_place, with_values,
+    Attention, AttentionInputs, ValuesMut, attention, project, project_onto, project_three, project_two,
+    rms_norm_beside, update_in_place, with_values,
 };
 
 use crate::context::{ForwardContext, Site};
@@ -65,23 +66,36 @@ impl AttentionLayer {
         }
     }
 
-    /// The normed input of this sub-layer, ready for the projections. `[n, d]`
-    pub fn normed(&self, x_nd: Tensor<2>, context: &ForwardContext<'_>) -> Tensor<2> {
-        let x_nd = rms_norm(x_nd, self.norm.val(), context.model.layer_norm_epsilon);
-        context.tensor_parallel.copy_in(x_nd)
+    /// The residual and the normed input of this sub-layer, ready for the projections. `[n, d]`
+    pub fn normed(&self, x_nd: Tensor<2>, context: &ForwardContext<'_>) -> [Tensor<2>; 2] {
+        let [x_nd, normed_nd] = rms_norm_beside(x_nd, self.norm.val(), context.model.layer_norm_epsilon);
+        [x_nd, context.tensor_parallel.copy_in(normed_nd)]
     }
 
-    /// Keys and values of `source_nd`, which is the normed input or the encoder's output.
-    pub fn key_values(&self, source_nd: Tensor<2>, batch: usize) -> KeyValues {
-        let [tokens, _] = source_nd.dims();
-        let (k, keys) = (source_nd.clone().matmul(self.k.val()), tokens / batch);
-        KeyValues { k, v: source_nd.matmul(self.v.val()), keys, room: keys }
+    /// Queries, keys and values of the normed input.
+    pub fn self_projections(&self, normed_nd: Tensor<2>, batch: usize) -> (Tensor<2>, KeyValues) {
+        let keys = normed_nd.dims()[0] / batch;
+        let [q, k, v] = project_three(normed_nd, [self.q.val(), self.k.val(), self.v.val()]);
+        (q, KeyValues { k, v, keys, room: keys })
     }
 
-    /// Attention of `normed_nd` over `memory`, with the output's dropout but without the residual.
+    /// Queries of the normed input, for the keys and values of something else.
+    pub fn queries(&self, normed_nd: Tensor<2>) -> Tensor<2> {
+        project(normed_nd, self.q.val())
+    }
+
+    /// Keys and values of the encoder's output.
+    pub fn key_values(&self, encoder_nd: Tensor<2>, batch: usize) -> KeyValues {
+        let keys = encoder_nd.dims()[0] / batch;
+        let [k, v] = project_two(encoder_nd, [self.k.val(), self.v.val()]);
+        KeyValues { k, v, keys, room: keys }
+    }
+
+    /// `residual_nd` and the attention of queries `q` over `memory`. `[n, d]`
     pub fn attend(
         &self,
-        normed_nd: Tensor<2>,
+        residual_nd: Tensor<2>,
+        q: Tensor<2>,
         memory: &KeyValues,
         scope: AttentionScope<'_>,
         context: &ForwardContext<'_>,
@@ -91,7 +105,6 @@ impl AttentionLayer {
         } else {
             (Site::SelfAttention, Site::SelfAttentionOutput)
         };
-        let q = normed_nd.matmul(self.q.val());
         // The heads of this device, which may be a part.
         let num_heads = q.dims()[1] / context.model.d_kv;
         let inputs = AttentionInputs {
@@ -115,10 +128,12 @@ impl AttentionLayer {
             first_row: context.first_row,
             first_head: context.tensor_parallel.columns(num_heads).first,
         };
-        let out_nd = attention(inputs, rules).matmul(self.o.val());
-        let out_nd = context.tensor_parallel.reduce_out(out_nd);
+        let core = attention(inputs, rules);
         let noise = context.noise(scope.stack, scope.layer, output, scope.queries);
-        dropout(out_nd, context.dropout_rate, noise)
+        context.residual(residual_nd, noise, |residual_nd| match residual_nd {
+            Some(residual_nd) => project_onto(residual_nd, core, self.o.val()),
+            None => project(core, self.o.val()),
+        })
     }
 }
 
@@ -139,18 +154,20 @@ impl KeyValues {
             let grown = if room == self.room {
                 earlier
             } else {
-                let wider = Tensor::zeros([batch * room, width], &earlier.device().inner());
-                let copy = |from: &[f32], to: &mut [f32]| {
-                    for (to, from) in to.chunks_exact_mut(has).zip(from.chunks_exact(had)) {
-                        to[..self.keys * width].copy_from_slice(&from[..self.keys * width]);
+                let wider =
+                    Tensor::zeros([batch * room, width], (&earlier.device().inner(), earlier.dtype()));
+                let copy = |from: &[f32], mut to: ValuesMut<'_>| {
+                    for (row, from) in from.chunks_exact(had).enumerate() {
+                        to.part(row * has..row * has + self.keys * width).set(&from[..self.keys * width]);
                     }
                 };
                 with_values(earlier, |from| update_in_place(wider, |to| copy(from, to)))
             };
             with_values(later.clone(), |from| {
-                update_in_place(grown, |to| {
-                    let rows = to.chunks_exact_mut(has).zip(from.chunks_exact(from.len() / batch));
-                    rows.for_each(|(to, from)| to[self.keys * width..keys * width].copy_from_slice(from));
+                update_in_place(grown, |mut to| {
+                    for (row, from) in from.chunks_exact(from.len() / batch).enumerate() {
+                        to.part(row * has + self.keys * width..row * has + keys * width).set(from);
+                    }
                 })
             })
         };

@@ -117,13 +117,11 @@ impl Block {
         let hidden_nd = self.attend_to_encoder(layer, hidden_nd, inputs, cache, context);
         match (&self.moe, &self.feed_forward) {
             (Some(moe), _) => {
-                let (out_nd, router) = moe.forward(hidden_nd.clone(), layer, inputs, context);
-                (hidden_nd + out_nd, Some(router))
+                let (hidden_nd, router) = moe.forward(hidden_nd, layer, inputs, context);
+                (hidden_nd, Some(router))
             }
             (None, Some(dense)) => {
-                let out_nd =
-                    dense.forward(hidden_nd.clone(), inputs.stack, layer, inputs.row_tokens, context);
-                (hidden_nd + out_nd, None)
+                (dense.forward(hidden_nd, inputs.stack, layer, inputs.row_tokens, context), None)
             }
             (None, None) => unreachable!("a block is dense or sparse"),
         }
@@ -137,8 +135,8 @@ impl Block {
         cache: Option<&mut BlockCache>,
         context: &ForwardContext<'_>,
     ) -> Tensor<2> {
-        let normed_nd = self.self_attention.normed(hidden_nd.clone(), context);
-        let mut memory = self.self_attention.key_values(normed_nd.clone(), inputs.batch);
+        let [hidden_nd, normed_nd] = self.self_attention.normed(hidden_nd, context);
+        let (q, mut memory) = self.self_attention.self_projections(normed_nd, inputs.batch);
         if let Some(cache) = cache {
             memory = match cache.own.take() {
                 Some(earlier) => earlier.followed_by(&memory, inputs.batch),
@@ -156,7 +154,7 @@ impl Block {
             relative_bias: Some(&inputs.relative_bias),
             key_mask: inputs.self_mask.as_ref(),
         };
-        hidden_nd + self.self_attention.attend(normed_nd, &memory, scope, context)
+        self.self_attention.attend(hidden_nd, q, &memory, scope, context)
     }
 
     fn attend_to_encoder(
@@ -185,7 +183,7 @@ impl Block {
             relative_bias: None,
             key_mask: inputs.encoder_mask.as_ref(),
         };
-        let normed_nd = attention.normed(hidden_nd.clone(), context);
-        hidden_nd + attention.attend(normed_nd, &memory, scope, context)
+        let [hidden_nd, normed_nd] = attention.normed(hidden_nd, context);
+        attention.attend(hidden_nd, attention.queries(normed_nd), &memory, scope, context)
     }
 }

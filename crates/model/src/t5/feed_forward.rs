@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use switchyard_config::{ModelConfig, StackKind};
-use switchyard_kernels::{FeedForwardWeights, TokenNoise, dropout, feed_forward, rms_norm};
+use switchyard_kernels::{FeedForwardWeights, TokenNoise, feed_forward, rms_norm_beside};
 
 use crate::context::{ForwardContext, Site};
 use crate::init::ParameterFactory;
@@ -30,7 +30,7 @@ impl DenseLayer {
         }
     }
 
-    /// The sub-layer without its residual. `[n, d] -> [n, d]`
+    /// The sub-layer with its residual. `[n, d] -> [n, d]`
     pub fn forward(
         &self,
         x_nd: Tensor<2>,
@@ -39,7 +39,7 @@ impl DenseLayer {
         row_tokens: usize,
         context: &ForwardContext<'_>,
     ) -> Tensor<2> {
-        let normed_nd = rms_norm(x_nd, self.norm.val(), context.model.layer_norm_epsilon);
+        let [x_nd, normed_nd] = rms_norm_beside(x_nd, self.norm.val(), context.model.layer_norm_epsilon);
         let activated = self.wi.as_ref().or(self.wi_0.as_ref()).expect("a layer is gated or not");
         let weights = FeedForwardWeights {
             wi: activated.val(),
@@ -49,15 +49,12 @@ impl DenseLayer {
         let [_, d_ff] = weights.wi.dims();
         let columns = Some(context.tensor_parallel.columns(d_ff));
         let hidden = TokenNoise { columns, ..context.noise(stack, layer, Site::FeedForward, row_tokens) };
-        let out_nd = feed_forward(
-            context.tensor_parallel.copy_in(normed_nd),
-            weights,
-            kernel_activation(context.model),
-            context.dropout_rate,
-            hidden,
-        );
+        let normed_nd = context.tensor_parallel.copy_in(normed_nd);
+        let (activation, rate) = (kernel_activation(context.model), context.dropout_rate);
         let output = context.noise(stack, layer, Site::FeedForwardOutput, row_tokens);
-        dropout(context.tensor_parallel.reduce_out(out_nd), context.dropout_rate, output)
+        context.residual(x_nd, output, |residual_nd| {
+            feed_forward(normed_nd, weights, activation, rate, hidden, residual_nd)
+        })
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) fn total(output: &LossOutput) -> Tensor<1> {
 pub(super) fn gradients(model: &SwitchTransformer, loss: &Tensor<1>) -> BTreeMap<String, Vec<f32>> {
     let mut found = BTreeMap::new();
     model.take_gradients(&mut loss.backward(), |name, gradient| {
-        found.insert(name.to_owned(), gradient);
+        found.insert(name.to_owned(), gradient.into_f32());
     });
     found
 }

@@ -6,6 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use switchyard_config::parameters::parameters;
 use switchyard_config::partition::held_part;
+use switchyard_config::plan::PrecisionMode;
 use switchyard_config::{Initialization, MeshShape, ModelConfig, preset, preset_names};
 use switchyard_model::{ParameterError, SwitchTransformer};
 
@@ -63,7 +64,7 @@ fn the_model_of_a_rank_is_its_part_of_the_whole_model() {
         for (data, expert, tensor) in [(2, 2, 1), (4, 4, 1), (4, 2, 1), (1, 1, 2), (1, 1, 4), (2, 2, 2)] {
             let mesh = MeshShape { data, expert, tensor };
             for at in (0..mesh.ranks()).map(|rank| mesh.coordinates(rank)) {
-                let model = SwitchTransformer::part(&config, 7, &device, mesh, at);
+                let model = SwitchTransformer::part(&config, 7, &device, mesh, at, PrecisionMode::Fp32);
                 let mut shapes = Shapes::default();
                 model.visit(&mut shapes);
                 for spec in parameters(&config) {

@@ -19,6 +19,10 @@ use super::{paper_routing, random_batch, random_ids, small_model, values};
 struct Part(Range<usize>);
 
 impl TensorParallel for Part {
+    fn splits(&self) -> bool {
+        true
+    }
+
     fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2> {
         x_nd
     }
@@ -131,8 +135,9 @@ impl TokenDispatcher for Beside {
         gates: Tensor<1>,
         plan: &DispatchPlan,
         counts: &SenderCounts,
+        residual_nd: Option<Tensor<2>>,
     ) -> Tensor<2> {
-        LocalDispatcher.combine(outputs_lcd, gates, plan, counts)
+        LocalDispatcher.combine(outputs_lcd, gates, plan, counts, residual_nd)
     }
 
     fn any(&self, here: bool) -> bool {

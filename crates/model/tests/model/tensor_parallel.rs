@@ -7,7 +7,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use burn::tensor::{Device, Tensor};
 use switchyard_config::parameters::parameters;
 use switchyard_config::partition::held_part;
-use switchyard_config::plan::{RouterKind, RoutingConfig};
+use switchyard_config::plan::{PrecisionMode, RouterKind, RoutingConfig};
 use switchyard_config::{Activation, MeshShape, ModelConfig};
 use switchyard_kernels::{Columns, LinearMap, VocabularyGroup, VocabularyShard, linear_map};
 use switchyard_model::generate::greedy;
@@ -89,6 +89,10 @@ impl LinearMap for Border {
 }
 
 impl TensorParallel for Rank {
+    fn splits(&self) -> bool {
+        true
+    }
+
     fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2> {
         let shape = x_nd.dims();
         linear_map(x_nd, Arc::new(Border::CopyIn(self.clone())), shape)
@@ -171,7 +175,7 @@ fn assert_split_changes_nothing(config: &ModelConfig, routing: &RoutingConfig) {
     let whole = SwitchTransformer::new(config, 6, &device);
     let (loss, whole) = loss_and_gradients(&whole, &batch, &noisy(config, routing, &WholeTensors));
     let ranks = on_ranks(|rank| {
-        let model = SwitchTransformer::part(config, 6, &device, MESH, MESH.coordinates(rank.number));
+        let model = part(config, &device, rank.number);
         loss_and_gradients(&model, &batch, &noisy(config, routing, &rank))
     });
     for (number, (loss_of_rank, gradients)) in ranks.iter().enumerate() {
@@ -189,6 +193,10 @@ fn assert_split_changes_nothing(config: &ModelConfig, routing: &RoutingConfig) {
             assert!(difference <= 1e-5 * largest, "{name} on rank {number}: {difference} of {largest}");
         }
     }
+}
+
+fn part(config: &ModelConfig, device: &Device, rank: usize) -> SwitchTransformer {
+    SwitchTransformer::part(config, 6, device, MESH, MESH.coordinates(rank), PrecisionMode::Fp32)
 }
 
 #[test]
@@ -240,7 +248,7 @@ fn ranks_that_split_a_model_decode_what_the_whole_decodes() {
     };
     let whole = decode(&SwitchTransformer::new(&config, 6, &device), &WholeTensors);
     let ranks = on_ranks(|rank| {
-        let model = SwitchTransformer::part(&config, 6, &device, MESH, MESH.coordinates(rank.number));
+        let model = part(&config, &device, rank.number);
         decode(&model, &rank)
     });
     assert_eq!(ranks, [whole.clone(), whole]);

@@ -6,6 +6,7 @@ use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use switchyard_checkpoint::{ModelDirectory, open_model};
+use switchyard_config::plan::PrecisionMode;
 use switchyard_model::SwitchTransformer;
 use switchyard_parallel::Mesh;
 use switchyard_train::load_model;
@@ -32,7 +33,8 @@ impl Fixture {
     }
 
     pub(crate) fn model(&self, device: &Device) -> SwitchTransformer {
-        load_model(&self.directory, device, &Mesh::solo()).expect("every parameter is there")
+        load_model(&self.directory, device, &Mesh::solo(), PrecisionMode::Fp32)
+            .expect("every parameter is there")
     }
 
     /// An allowed difference that the fixture itself suggests.

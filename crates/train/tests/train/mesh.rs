@@ -10,6 +10,7 @@ use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::{Part, held_part, owners};
 use switchyard_config::{MeshShape, RunPlan};
 use switchyard_data::Share;
+use switchyard_kernels::ValuesMut;
 use switchyard_parallel::Mesh;
 use switchyard_train::evaluate::{Evaluation, EvaluationRules, evaluate};
 use switchyard_train::{Learner, StepOutcome};
@@ -186,7 +187,10 @@ fn the_last_bit_of_weights_moves_gradients_as_far_as_split_tensors_do() {
     let world = threads(1, Duration::from_secs(60)).remove(0);
     let mesh = Arc::new(Mesh::new(world, MeshShape::SOLO, false).unwrap());
     let mut learner = Learner::new(&plan, &Device::flex().autodiff(), Arc::clone(&mesh));
-    let every_other = |values: &mut [f32]| values.iter_mut().step_by(2).for_each(|v| *v = v.next_up());
+    let every_other = |values: ValuesMut<'_>| {
+        let ValuesMut::F32(values) = values else { panic!("float32 weights") };
+        values.iter_mut().step_by(2).for_each(|v| *v = v.next_up());
+    };
     let model = learner.model().clone().update_parameters(|_, _, values| every_other(values));
     *learner.model_mut() = model;
     let share = Share { index: 0, of: 1, micro_batch_rows: plan.data.micro_batch_rows };

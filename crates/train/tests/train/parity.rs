@@ -67,7 +67,7 @@ fn gradients(fixture: &Fixture, loss: impl Fn(&LossOutput) -> Tensor<1>) -> BTre
     let total = output.cross_entropy.loss_sum.clone() / f64::from(targets) + loss(&output);
     let mut found = BTreeMap::new();
     model.take_gradients(&mut total.backward(), |name, gradient| {
-        found.insert(name.to_owned(), gradient);
+        found.insert(name.to_owned(), gradient.into_f32());
     });
     found
 }

@@ -111,7 +111,8 @@ fn once(
     let options = RouteOptions { groups: 1, expert_capacity, token_mask: None, force_balanced: false };
     let routing = route_top1(logits, options);
     let there = dispatcher.dispatch(x, &routing.plan, None);
-    let out = dispatcher.combine(there.slots_lcd, routing.gates.clone(), &routing.plan, &there.counts);
+    let (gates, plan) = (routing.gates.clone(), &routing.plan);
+    let out = dispatcher.combine(there.slots_lcd, gates, plan, &there.counts, None);
     drop(out.sum().backward());
     started.elapsed().as_secs_f64() * 1e3
 }

@@ -152,7 +152,7 @@ fn fast(case: &Case, leaves: &[Tensor<2>; 3]) -> Outcome {
     let [x, logits, scale] = leaves.clone();
     let routing = case.route(logits);
     let expert_out = dispatch(x, &routing.plan) * scale.unsqueeze_dim(1);
-    let out = combine(expert_out, routing.gates, &routing.plan);
+    let out = combine(expert_out, routing.gates, &routing.plan, None);
     let balance =
         (routing.mean_probability * Tensor::from_inner(routing.fraction)).sum() * case.experts as f64;
     outcome(out, balance + routing.z.sum(), leaves)
@@ -198,7 +198,7 @@ fn assert_exact(case: &Case, slots: &[Slot], [x, logits, _]: &[Tensor<2>; 3]) {
     }
     let spread = Tensor::<1>::from_data(spread.as_slice(), &device).unsqueeze::<2>();
     let plain = (mask * spread).matmul(by_einsum);
-    let fused = combine(dispatched, routing.gates, &routing.plan);
+    let fused = combine(dispatched, routing.gates, &routing.plan, None);
     if case.router == Kind::Top1 {
         assert_eq!(fused.into_data(), plain.into_data(), "combine of {case:?}");
     } else {

@@ -1,0 +1,85 @@
+//! Number formats of a run: the one place that says what stays in float32.
+
+use serde::{Deserialize, Serialize};
+
+use crate::parameters::ParameterKind;
+
+/// Number formats of a run.
+///
+/// # Source
+/// Switch Transformer, section 2.4 and table 2 (arXiv:2101.03961): bfloat16 everywhere diverges,
+/// bfloat16 but for the router trains as float32 does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrecisionMode {
+    /// Everything in float32.
+    Fp32,
+    /// Weights, activations and their gradients in bfloat16, the router's too.
+    Bf16,
+    /// As `bf16`, but the router, norm weights and relative bias in float32.
+    Selective,
+}
+
+impl PrecisionMode {
+    /// Whether weights of this kind, and so the products with them, are float32.
+    pub fn keeps_fp32(self, kind: ParameterKind) -> bool {
+        match self {
+            Self::Fp32 => true,
+            Self::Bf16 => false,
+            Self::Selective => matches!(
+                kind,
+                ParameterKind::Norm
+                    | ParameterKind::Router
+                    | ParameterKind::RouterBias
+                    | ParameterKind::RelativeBias
+            ),
+        }
+    }
+
+    /// Bytes of a weight of this kind in the model, and of its gradient.
+    pub fn bytes(self, kind: ParameterKind) -> usize {
+        if self.keeps_fp32(kind) { 4 } else { 2 }
+    }
+
+    /// What is float32, in words for people.
+    pub fn kept_in_fp32(self) -> &'static [&'static str] {
+        const ALWAYS: [&str; 5] = [
+            "master weights and moments of the optimizer",
+            "sums of gradients over micro-batches and ranks",
+            "sums inside matrix products, norms, softmax and losses",
+            "attention scores and their softmax",
+            "logits of the head and the cross-entropy",
+        ];
+        const SELECTIVE: [&str; 8] = [
+            ALWAYS[0],
+            ALWAYS[1],
+            ALWAYS[2],
+            ALWAYS[3],
+            ALWAYS[4],
+            "the router: its input, weights, logits, probabilities and gates",
+            "weights of norms",
+            "relative attention bias",
+        ];
+        match self {
+            Self::Fp32 => &["everything"],
+            Self::Bf16 => &ALWAYS,
+            Self::Selective => &SELECTIVE,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_router_is_what_selective_precision_selects() {
+        use PrecisionMode::{Bf16, Fp32, Selective};
+        let kept = |kind| [Fp32, Selective, Bf16].map(|mode: PrecisionMode| mode.keeps_fp32(kind));
+        assert_eq!(kept(ParameterKind::Router), [true, true, false]);
+        assert_eq!(kept(ParameterKind::ExpertIn), [true, false, false]);
+        assert_eq!(Selective.bytes(ParameterKind::Embedding), 2);
+        assert!(Selective.kept_in_fp32().iter().any(|kept| kept.contains("router")));
+        assert!(!Bf16.kept_in_fp32().iter().any(|kept| kept.contains("router")));
+    }
+}
