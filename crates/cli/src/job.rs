@@ -159,6 +159,7 @@ pub(crate) fn of_all_ranks(error: TrainError) -> anyhow::Error {
 /// Gives this process its share of the machine's cores, unless the user has said how many.
 fn share_cores(local_ranks: usize) {
     if std::env::var_os("RAYON_NUM_THREADS").is_some() {
+        start_threads(0);
         return;
     }
     let within_reach = std::thread::available_parallelism().map_or(1, usize::from);
@@ -167,8 +168,21 @@ fn share_cores(local_ranks: usize) {
     // all of the machine's.
     let shared = if within_reach < bound { within_reach } else { online_cores().unwrap_or(within_reach) };
     let threads = (shared / local_ranks).clamp(1, bound);
+    start_threads(threads);
+}
+
+/// Starts `threads` threads, or as many as the user has said if 0; the calling one is among them.
+///
+/// So it works on its own operations instead of going to sleep at each one. Alone it could not: the
+/// threads that read data would wait for it while it waits for them.
+fn start_threads(threads: usize) {
+    let builder = || rayon::ThreadPoolBuilder::new().num_threads(threads);
+    let alone = match threads {
+        0 => std::env::var("RAYON_NUM_THREADS").is_ok_and(|threads| threads.trim() == "1"),
+        threads => threads == 1,
+    };
     // Fails only when the pool is there already, which then serves as well.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let _ = if alone { builder().build_global() } else { builder().use_current_thread().build_global() };
 }
 
 /// Cores that the launcher has bound this process to.

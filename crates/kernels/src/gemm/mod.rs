@@ -22,7 +22,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub use tile::CpuPath;
-pub(crate) use tile::Multiply;
+pub use tile::{Kernel, Multiply};
 pub(crate) use view::{View, ViewMut};
 
 use crate::element::Element;
@@ -60,9 +60,6 @@ const TASK_WORK: usize = 1 << 20;
 /// Tasks for each thread, so that one that is held up does not hold up the others.
 const TASKS_PER_THREAD: usize = 4;
 
-/// Rows that a task keeps before its columns' packing is done twice.
-const TASK_ROWS: usize = 256;
-
 /// Words of the inner dimension that are summed at once; longer sums are taken in blocks.
 const BLOCK_WORDS: usize = 512;
 
@@ -84,15 +81,18 @@ impl Packed {
     /// Packs `b` by all threads.
     pub(crate) fn new<In: Multiply<f32>>(b: View<'_, In>) -> Self {
         let kernel = In::micro_kernel(CpuPath::best()).0;
-        let lines = b.columns();
-        let panel = lines.words() * kernel.cols;
-        let mut words = host::uninit(panel * b.cols().div_ceil(kernel.cols));
-        words.par_chunks_mut(panel.max(1)).enumerate().for_each(|(i, out)| {
-            let first = i * kernel.cols;
-            lines.pack(first..b.cols().min(first + kernel.cols), kernel.cols, out);
-        });
-        Self { words, inner: b.rows(), cols: b.cols() }
+        Self { words: pack_right(b.columns(), b.cols(), kernel.cols), inner: b.rows(), cols: b.cols() }
     }
+}
+
+/// Packs all panels of a right factor by all threads.
+fn pack_right<In: Element>(lines: Lines<'_, In>, cols: usize, width: usize) -> Vec<u32> {
+    let panel = lines.words() * width;
+    let mut words = host::uninit(panel * cols.div_ceil(width));
+    words.par_chunks_mut(panel.max(1)).enumerate().for_each(|(i, out)| {
+        lines.pack(i * width..cols.min((i + 1) * width), width, out);
+    });
+    words
 }
 
 /// `a * b` into `out`, as `write` says.
@@ -202,8 +202,7 @@ fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
     let direct = lines.inner_stride == 1 && lines.inner.is_multiple_of(In::PER_WORD);
     // Rows that must be packed are packed once if no two tasks share them.
     let across = if !direct && rows >= cols { 1 } else { tasks.min(panels) };
-    let least = if across == 1 { kernel.rows } else { TASK_ROWS };
-    let down = (tasks / across).min(rows.div_ceil(least)).max(1);
+    let down = (tasks / across).min(rows.div_ceil(kernel.rows)).max(1);
     let left = if direct {
         let data = Address(lines.data.as_ptr().cast_mut().cast());
         Left::InPlace { data, row_bytes: lines.line_stride * size_of::<In>() }
@@ -211,6 +210,14 @@ fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         Left::Later(lines)
     } else {
         Left::Packed(pack_left(lines, rows, kernel.rows, tasks > 1))
+    };
+    let packed;
+    let right = match right {
+        Right::Plain(lines) if down > 1 => {
+            packed = pack_right(lines, cols, kernel.cols);
+            Right::Packed(&packed)
+        }
+        right => right,
     };
     let out_row = out.row_stride() * size_of::<Out>();
     let out = Address(out.as_mut_ptr().cast());

@@ -48,6 +48,18 @@ impl<'a, E: Element> Lines<'a, E> {
 
     /// Lines are neighbours in memory.
     fn pack_side_by_side(&self, lines: Range<usize>, width: usize, out: &mut [u32]) {
+        #[cfg(target_arch = "x86_64")]
+        if E::PER_WORD == 2 && lines.len() <= 2 * SQUARE && is_x86_feature_detected!("avx512bw") {
+            let last = self.inner.saturating_sub(1) * self.inner_stride + lines.end;
+            assert!(self.inner == 0 || last <= self.data.len(), "lines lie in their slice");
+            // SAFETY: the CPU has the instructions; every element of these lines lies in the slice, as was
+            // just asserted, and the output has a row of `width` words for every word.
+            unsafe {
+                let from = self.data.as_ptr().add(lines.start).cast::<u16>();
+                join_rows(from, self.inner, self.inner_stride, lines.len(), width, out);
+            }
+            return;
+        }
         for (word, out) in out.chunks_exact_mut(width).enumerate() {
             let part = |element: usize| -> &[E] {
                 if element < self.inner {
@@ -115,6 +127,59 @@ fn join(low: &[u16], high: &[u16], out: &mut [u32]) {
     } else {
         for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
             *out = u32::from(low) | u32::from(high) << 16;
+        }
+    }
+}
+
+/// Joins neighbours along the inner dimension of up to 32 lines, which lie side by side.
+///
+/// # Safety
+/// Element `i` of line `l` is at `from + i * stride + l`, and `out` has `width >= count` words for every
+/// two elements.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn join_rows(
+    from: *const u16,
+    inner: usize,
+    stride: usize,
+    count: usize,
+    width: usize,
+    out: &mut [u32],
+) {
+    use std::arch::x86_64::{
+        __m512i, __mmask16, __mmask32, _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi16,
+        _mm512_permutex2var_epi16, _mm512_set_epi16, _mm512_setzero_si512,
+    };
+    // Words 0 to 15: element l of the first, then of the second row.
+    let low = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
+        2, 33, 1, 32, 0,
+    );
+    let high = _mm512_set_epi16(
+        63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21, 52, 20, 51,
+        19, 50, 18, 49, 17, 48, 16,
+    );
+    let load = ((1_u64 << count) - 1) as __mmask32;
+    let [store_low, store_high] = [load as __mmask16, (load >> 16) as __mmask16];
+    let row = |element: usize| -> __m512i {
+        if element < inner {
+            // SAFETY: the caller's promise; lines that do not exist are masked off.
+            unsafe { _mm512_maskz_loadu_epi16(load, from.add(element * stride).cast()) }
+        } else {
+            _mm512_setzero_si512()
+        }
+    };
+    for (word, out) in out.chunks_exact_mut(width).enumerate() {
+        let (first, second) = (row(2 * word), row(2 * word + 1));
+        // SAFETY: stores beyond `count` words are masked off.
+        unsafe {
+            let out = out.as_mut_ptr();
+            let words = _mm512_permutex2var_epi16(first, low, second);
+            _mm512_mask_storeu_epi32(out.cast(), store_low, words);
+            if store_high != 0 {
+                let words = _mm512_permutex2var_epi16(first, high, second);
+                _mm512_mask_storeu_epi32(out.add(16).cast(), store_high, words);
+            }
         }
     }
 }

@@ -136,14 +136,14 @@ pub(super) struct MicroKernel {
 }
 
 /// Formats whose products have micro-kernels, from `Self` to `Out`.
-pub(crate) trait Multiply<Out: Element>: Element {
+pub trait Multiply<Out: Element>: Element {
     #[doc(hidden)]
     fn micro_kernel(path: CpuPath) -> Kernel;
 }
 
 /// A micro-kernel, opaque outside of this module.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Kernel(pub(super) MicroKernel);
+pub struct Kernel(pub(super) MicroKernel);
 
 macro_rules! multiply {
     ($from:ty, $to:ty, $portable:ident, $avx2:ident, $avx512:ident, $bf16:ident) => {
