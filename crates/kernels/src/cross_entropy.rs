@@ -242,13 +242,12 @@ impl Fused {
             if let Some(backward) = &backward {
                 let g = View::new(&gradients, in_group, vocabulary);
                 let gx = ViewMut::new(&mut g_hidden[first * d..], in_group, d);
-                matmul_packed(gx, g, backward, Write::Overwrite, Threads::All);
                 let x = View::new(&x[first * d..], in_group, d);
-                if by_model {
-                    g_head.add(x.t(), g);
-                } else {
-                    g_head.add(g.t(), x);
-                }
+                let (left, right) = if by_model { (x.t(), g) } else { (g.t(), x) };
+                rayon::join(
+                    || matmul_packed(gx, g, backward, Write::Overwrite, Threads::All),
+                    || g_head.add(left, right),
+                );
             }
         }
         let gradients = tracked.then(|| Gradients { hidden: g_hidden, head: g_head.finish([rows, cols]) });

@@ -113,8 +113,8 @@ impl Indices {
                     (&[slot], Some(onto)) => add_to(out, onto, row(slot), gate(slot)),
                     (slots, onto) => {
                         sums.fill(0.0);
-                        for row in onto {
-                            add_scaled(sums, row, 1.0);
+                        if let Some(onto) = onto {
+                            add_scaled(sums, onto, 1.0);
                         }
                         for &slot in slots {
                             add_scaled(sums, row(slot), gate(slot));

@@ -352,9 +352,12 @@ impl FeedForward {
             let mut gates = Vec::new();
             if self.keeps_activated() && self.dropout.rate == 0.0 {
                 let activated = View::new(projected[0], n, f);
-                matmul(gwo, activated.t(), g, write, Threads::All);
                 gh = host::uninit(n * f);
-                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Mask(activated), Threads::All);
+                let through = ViewMut::new(&mut gh, n, f);
+                rayon::join(
+                    || matmul(through, g, wo.t(), Write::Mask(activated), Threads::All),
+                    || matmul(gwo, activated.t(), g, write, Threads::All),
+                );
             } else {
                 gh = self.hidden(&projected, sizes, &run);
                 matmul(gwo, View::new(&gh, n, f).t(), g, write, Threads::All);
@@ -365,10 +368,12 @@ impl FeedForward {
                 let gp = View::new(gp, n, f);
                 let wi = View::new(&host::values::<E>(&inputs.wi[i])[expert * d * f..], d, f);
                 let gwi = ViewMut::new(&mut gwi[matrix.clone()], d, f);
-                matmul(gwi, x.t(), gp, write, Threads::All);
                 let gx = ViewMut::new(&mut gx[slots.start * d..slots.end * d], n, d);
-                let write = if i == 0 { Write::Overwrite } else { Write::Add };
-                matmul(gx, gp, wi.t(), write, Threads::All);
+                let onto = if i == 0 { Write::Overwrite } else { Write::Add };
+                rayon::join(
+                    || matmul(gx, gp, wi.t(), onto, Threads::All),
+                    || matmul(gwi, x.t(), gp, write, Threads::All),
+                );
             }
         }
         gx[written * d..].fill(E::default());

@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 use switchyard_random::{Philox, unit_f32};
 
@@ -27,18 +28,29 @@ impl NoiseKey {
     /// experts of a layer.
     pub(crate) fn fill(self, row: u32, plane: u32, start: usize, out: &mut [u32]) {
         let philox = Philox::new(self.seed).derive(u64::from(self.step) << 32 | u64::from(self.site));
-        let mut filled = 0;
-        while filled < out.len() {
-            let element = start + filled;
-            let words = philox.block([(element / 4) as u32, ((element / 4) as u64 >> 32) as u32, row, plane]);
-            for &word in &words[element % 4..] {
-                if filled == out.len() {
-                    break;
-                }
-                out[filled] = word;
-                filled += 1;
+        let (block, skip) = ((start / 4) as u64, start % 4);
+        let head = if skip == 0 { 0 } else { (4 - skip).min(out.len()) };
+        if head > 0 {
+            let words = philox.block([block as u32, (block >> 32) as u32, row, plane]);
+            out[..head].copy_from_slice(&words[skip..skip + head]);
+        }
+        fill_blocks(philox, block + u64::from(head > 0), [row, plane], &mut out[head..]);
+    }
+}
+
+/// The words of consecutive blocks from number `first` on.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+fn fill_blocks(philox: Philox, first: u64, tail: [u32; 2], out: &mut [u32]) {
+    const AT_ONCE: usize = 16;
+    let mut block = first;
+    for out in out.chunks_mut(4 * AT_ONCE) {
+        let words = philox.blocks::<AT_ONCE>(block, tail);
+        for (i, out) in out.chunks_mut(4).enumerate() {
+            for (out, words) in out.iter_mut().zip(&words) {
+                *out = words[i];
             }
         }
+        block += AT_ONCE as u64;
     }
 }
 

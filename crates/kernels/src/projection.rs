@@ -71,22 +71,29 @@ impl Saved {
     /// Gradients of `x` and of every weight, in order.
     fn gradients<E: Multiply<E> + Multiply<f32>>(&self, gradients: &[FlexTensor]) -> Vec<Option<FlexTensor>> {
         let [n, d] = self.x.layout().shape().dims();
-        let x = View::new(host::values::<E>(&self.x), n, d);
-        let mut gx = host::uninit::<E>(n * d);
-        let mut all = vec![None];
-        // Rounded once for the whole sum would need sums aside; each further product is rounded onto it.
-        for (i, (weight, gradient)) in self.weights.iter().zip(gradients).enumerate() {
-            let [_, out] = weight.layout().shape().dims();
-            let g = View::new(host::values::<E>(gradient), n, out);
-            let w = View::new(host::values::<E>(weight), d, out);
-            let write = if i == 0 { Write::Overwrite } else { Write::Add };
-            matmul(ViewMut::new(&mut gx, n, d), g, w.t(), write, Threads::All);
+        let g = |i: usize| {
+            let [_, out] = self.weights[i].layout().shape().dims();
+            View::new(host::values::<E>(&gradients[i]), n, out)
+        };
+        let of_input = || {
+            let mut gx = host::uninit::<E>(n * d);
+            // One rounding for the whole sum would need sums aside: each product is rounded onto it.
+            for (i, weight) in self.weights.iter().enumerate() {
+                let w = View::new(host::values::<E>(weight), d, g(i).cols());
+                let write = if i == 0 { Write::Overwrite } else { Write::Add };
+                matmul(ViewMut::new(&mut gx, n, d), g(i), w.t(), write, Threads::All);
+            }
+            host::tensor(gx, [n, d])
+        };
+        let of_weight = |i: usize| {
+            let (x, out) = (View::new(host::values::<E>(&self.x), n, d), g(i).cols());
             let mut gw = host::uninit::<E>(d * out);
-            matmul(ViewMut::new(&mut gw, d, out), x.t(), g, Write::Overwrite, Threads::All);
-            all.push(Some(host::tensor(gw, [d, out])));
-        }
-        all[0] = Some(host::tensor(gx, [n, d]));
-        all
+            matmul(ViewMut::new(&mut gw, d, out), x.t(), g(i), Write::Overwrite, Threads::All);
+            host::tensor(gw, [d, out])
+        };
+        let of_weights = || (0..self.weights.len()).into_par_iter().with_max_len(1).map(of_weight).collect();
+        let (gx, gws): (_, Vec<_>) = rayon::join(of_input, of_weights);
+        [gx].into_iter().chain(gws).map(Some).collect()
     }
 }
 
@@ -100,7 +107,8 @@ macro_rules! project {
             fn forward(&self, inputs: &[FlexTensor; $inputs], _: bool) -> ([FlexTensor; $outputs], Saved) {
                 let saved = Saved::new(&inputs[0], &inputs[1..]);
                 let product = |i: usize| by_format!(saved.x, E => saved.product::<E>(&saved.weights[i], None));
-                (std::array::from_fn(product), saved)
+                let products: Vec<_> = (0..$outputs).into_par_iter().with_max_len(1).map(product).collect();
+                (products.try_into().expect("a product for every matrix"), saved)
             }
 
             fn backward(
