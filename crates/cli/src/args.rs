@@ -416,6 +416,12 @@ pub(crate) enum BenchCommand {
         after_help = "Example:\n  switchyard bench step --preset tiny --experts 8 --optimizer adamw --json"
     )]
     Step(BenchStepArguments),
+    /// The operations of a model one by one, forward and backward, and the optimizers.
+    #[command(after_help = "Example:\n  switchyard bench layer --preset tiny --precision selective")]
+    Layer(BenchLayerArguments),
+    /// Matrix products of a model's sizes, as shares of the measured peak of the multipliers.
+    #[command(after_help = "Example:\n  switchyard bench gemm --preset tiny --precision bf16")]
+    Gemm(BenchGemmArguments),
     /// Sums, all-to-alls and all-gathers of the ranks under mpirun, beside the MPI library's own.
     #[command(after_help = "Example:\n  mpirun -n 4 switchyard bench collectives --mebibytes 1,64")]
     Collectives {
@@ -514,8 +520,57 @@ pub(crate) struct BenchStepArguments {
     /// Steps that are measured, after three that are not.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     pub steps: u64,
+    /// Run blocks again in the backward pass instead of keeping their activations.
+    #[arg(long)]
+    pub recompute: bool,
     #[command(flatten)]
     pub mesh: MeshArguments,
+    /// Print a JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Sizes of operations.
+#[derive(Debug, Args)]
+pub(crate) struct BenchLayerArguments {
+    /// Model preset.
+    #[arg(long, default_value = "tiny")]
+    pub preset: String,
+    /// Experts of a sparse layer.
+    #[arg(long, default_value_t = 8, value_parser = count())]
+    pub experts: usize,
+    /// Number formats.
+    #[arg(long, default_value = "selective", value_parser = ["fp32", "bf16", "selective"])]
+    pub precision: String,
+    /// Rows of a batch.
+    #[arg(long, default_value_t = 16, value_parser = count())]
+    pub rows: usize,
+    /// Tokens of a row; the head gets a quarter of all.
+    #[arg(long, default_value_t = 128, value_parser = count())]
+    pub inputs_length: usize,
+    /// Times that each is measured.
+    #[arg(long, default_value_t = 15, value_parser = count())]
+    pub rounds: usize,
+    /// Print a JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Sizes of matrix products.
+#[derive(Debug, Args)]
+pub(crate) struct BenchGemmArguments {
+    /// Model preset.
+    #[arg(long, default_value = "tiny")]
+    pub preset: String,
+    /// Format of the factors.
+    #[arg(long, default_value = "bf16", value_parser = ["fp32", "bf16"])]
+    pub precision: String,
+    /// Tokens; an expert gets an eighth of them or its share, the head 512 at most.
+    #[arg(long, default_value_t = 2048, value_parser = count())]
+    pub tokens: usize,
+    /// Times that each is measured.
+    #[arg(long, default_value_t = 25, value_parser = count())]
+    pub rounds: usize,
     /// Print a JSON object.
     #[arg(long)]
     pub json: bool,

@@ -157,7 +157,7 @@ pub(crate) fn of_all_ranks(error: TrainError) -> anyhow::Error {
 }
 
 /// Gives this process its share of the machine's cores, unless the user has said how many.
-fn share_cores(local_ranks: usize) {
+pub(crate) fn share_cores(local_ranks: usize) {
     if std::env::var_os("RAYON_NUM_THREADS").is_some() {
         start_threads(0);
         return;

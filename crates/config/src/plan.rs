@@ -315,6 +315,8 @@ pub struct TrainerPlan {
     pub expert_dropout: f64,
     /// Weight of `log(Z)^2` of the output softmax.
     pub z_loss: f64,
+    /// Blocks run again in the backward pass instead of keeping their activations.
+    pub recompute_activations: bool,
     /// Steps between lines of `metrics.jsonl`.
     pub log_every_steps: u64,
     /// Non-finite steps in a row after which the run stops.

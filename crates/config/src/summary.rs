@@ -43,14 +43,14 @@ pub struct StackSummary {
     pub eval_expert_capacity: usize,
 }
 
-/// Bytes in float32.
+/// Bytes, each value in the format that it has in the run's precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct MemorySummary {
     /// The parameters.
     pub parameter_bytes: u64,
     /// Their gradients.
     pub gradient_bytes: u64,
-    /// Moments of the optimizer.
+    /// Moments of the optimizer, and its float32 masters of narrower parameters.
     pub optimizer_bytes: u64,
 }
 
@@ -75,11 +75,7 @@ pub fn summarize(plan: &RunPlan) -> Summary {
             .collect(),
         tokens_per_step: data.batch_rows as u64 * (data.inputs_length + data.targets_length) as u64,
         micro_batches_per_step: data.batch_rows / data.micro_batch_rows,
-        memory: MemorySummary {
-            parameter_bytes: total_parameters * FLOAT,
-            gradient_bytes: total_parameters * FLOAT,
-            optimizer_bytes: specs.iter().map(|spec| optimizer_elements(spec, plan)).sum::<u64>() * FLOAT,
-        },
+        memory: rank_memory(plan, MeshShape::SOLO, 0),
     }
 }
 
@@ -87,12 +83,16 @@ pub fn summarize(plan: &RunPlan) -> Summary {
 pub fn rank_memory(plan: &RunPlan, mesh: MeshShape, rank: usize) -> MemorySummary {
     let specs = parameters(&plan.model);
     let owners = owners(&specs, mesh);
+    let summed = mesh.ranks() > 1 || plan.data.batch_rows > plan.data.micro_batch_rows;
     let mut memory = MemorySummary { parameter_bytes: 0, gradient_bytes: 0, optimizer_bytes: 0 };
     for spec in &specs {
         let held = held_part(spec, mesh, mesh.coordinates(rank));
-        let held_bytes = held.num_elements() as u64 * FLOAT;
-        memory.parameter_bytes += held_bytes;
-        memory.gradient_bytes += held_bytes;
+        let elements = held.num_elements() as u64;
+        let narrow = !plan.precision.keeps_fp32(spec.kind);
+        memory.parameter_bytes += elements * plan.precision.bytes(spec.kind) as u64;
+        // Sums over micro-batches or ranks are float32.
+        memory.gradient_bytes +=
+            elements * if summed { FLOAT } else { plan.precision.bytes(spec.kind) as u64 };
         for owned in owners[&spec.name].iter().filter(|owned| owned.owner == rank) {
             let mut shape = spec.shape.clone();
             if spec.kind.is_expert() {
@@ -101,8 +101,8 @@ pub fn rank_memory(plan: &RunPlan, mesh: MeshShape, rank: usize) -> MemorySummar
             let unit = ParameterSpec { shape, ..spec.clone() };
             memory.optimizer_bytes += optimizer_elements(&unit, plan) * FLOAT;
             // Of a matrix that is split, its owner keeps the whole beside the part it holds.
-            if held.shape[1..] != unit.shape[1..] || held.shape[0] < unit.shape[0] {
-                memory.parameter_bytes += unit.num_elements() * FLOAT;
+            if narrow || held.shape[1..] != unit.shape[1..] || held.shape[0] < unit.shape[0] {
+                memory.optimizer_bytes += unit.num_elements() * FLOAT;
             }
         }
     }

@@ -18,6 +18,8 @@ mod host;
 mod linear_map;
 mod logits;
 mod math;
+#[cfg(test)]
+mod narrow_tests;
 mod noise;
 mod norm;
 mod operation;
@@ -26,6 +28,7 @@ mod plan;
 mod projection;
 mod route;
 mod router_logits;
+mod seed;
 mod vocabulary;
 
 pub use activation::Activation;
@@ -46,4 +49,5 @@ pub use plan::DispatchPlan;
 pub use projection::{add, project, project_onto, project_three, project_two};
 pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_top2};
 pub use router_logits::router_logits;
+pub use seed::with_gradient;
 pub use vocabulary::{VocabularyGroup, VocabularyShard};

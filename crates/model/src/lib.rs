@@ -11,6 +11,7 @@ mod init;
 mod model;
 pub mod moe;
 mod named;
+mod recompute;
 pub mod t5;
 mod tensor_parallel;
 

@@ -216,15 +216,7 @@ impl SwitchTransformer {
         let inputs = self.decoder_inputs(batch, &encoder, context);
         let (hidden_nd, decoder_routers) = self.decoder.forward(decoded_nd, &inputs, None, context);
         let cross_entropy = self.cross_entropy_under(head, hidden_nd, batch, z_loss, context);
-        let stacks = [(&encoder_routers, StackKind::Encoder), (&decoder_routers, StackKind::Decoder)];
-        let router_losses = stacks
-            .into_iter()
-            .filter_map(|(outputs, stack)| {
-                let every_layer = outputs.len() == context.model.layers(stack);
-                router_losses(outputs, context.routing, every_layer)
-            })
-            .collect();
-        LossOutput { cross_entropy, router_losses, encoder_routers, decoder_routers }
+        LossOutput::new(cross_entropy, encoder_routers, decoder_routers, context)
     }
 
     /// Cross-entropy of the batch's targets under the decoder's output `[n, d_model]`.
@@ -313,6 +305,26 @@ impl SwitchTransformer {
 /// T5 v1.0 and Switch scale what enters the tied head.
 fn output_scale(config: &ModelConfig) -> f64 {
     if config.scale_decoder_outputs { (config.d_model as f64).powf(-0.5) } else { 1.0 }
+}
+
+impl LossOutput {
+    /// Joins the cross-entropy and the router outputs of both stacks, whose losses it computes.
+    pub(crate) fn new(
+        cross_entropy: CrossEntropyOutput,
+        encoder_routers: Vec<RouterOutput>,
+        decoder_routers: Vec<RouterOutput>,
+        context: &ForwardContext<'_>,
+    ) -> Self {
+        let stacks = [(&encoder_routers, StackKind::Encoder), (&decoder_routers, StackKind::Decoder)];
+        let router_losses = stacks
+            .into_iter()
+            .filter_map(|(outputs, stack)| {
+                let every_layer = outputs.len() == context.model.layers(stack);
+                router_losses(outputs, context.routing, every_layer)
+            })
+            .collect();
+        Self { cross_entropy, router_losses, encoder_routers, decoder_routers }
+    }
 }
 
 impl Seq2SeqBatch {

@@ -194,17 +194,21 @@ impl Learner {
         let context =
             ForwardContext { loss_scale, ..training_context(plan, &self.mesh, step, micro.first_row) };
         let batch = device_batch(micro, plan.model.pad_token_id as i32, &self.device.clone().inner());
-        let output = self.model().loss(&batch, plan.trainer.z_loss, &context);
-        let loss = total_loss(plan, &output, denominators);
+        let (z_loss, mut take) =
+            (plan.trainer.z_loss, |name: &str, gradient| add_gradient(sums, name, gradient));
+        let (output, loss) = if plan.trainer.recompute_activations {
+            let total = |output: &LossOutput| total_loss(plan, output, denominators);
+            self.model().gradients_by_block(&batch, z_loss, &context, total, take)
+        } else {
+            let output = self.model().loss(&batch, z_loss, &context);
+            let loss = total_loss(plan, &output, denominators);
+            self.model().take_gradients(&mut loss.clone().backward(), &mut take);
+            (output, loss)
+        };
         let token_loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);
         let sum: f64 = token_loss.iter().zip(&batch.weights).map(|(l, w)| f64::from(l * w)).sum();
         let total = f64::from(with_values(loss.clone(), |values| values[0]));
         merge_moe(moe, &output);
-        let mut gradients = loss.backward();
-        drop(output);
-        self.model().take_gradients(&mut gradients, |name, gradient| {
-            add_gradient(sums, name, gradient);
-        });
         MicroLoss { loss: sum / denominators.targets, total_loss: total }
     }
 

@@ -4,7 +4,9 @@ mod checkpoint;
 mod collectives;
 mod data;
 mod dispatch;
+mod gemm;
 mod generate;
+mod layer;
 mod step;
 
 use burn::tensor::Device;
@@ -21,6 +23,8 @@ pub(crate) fn run(
 ) -> anyhow::Result<Outcome> {
     match command {
         BenchCommand::Step(arguments) => step::run(arguments, device, launcher),
+        BenchCommand::Layer(arguments) => layer::run(arguments, device),
+        BenchCommand::Gemm(arguments) => gemm::run(arguments),
         BenchCommand::Collectives { mebibytes, rounds, json } => {
             collectives::run(mebibytes, *rounds, *json, launcher)
         }

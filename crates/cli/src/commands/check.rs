@@ -6,9 +6,9 @@ use switchyard_data::span_corruption::SpanCorruption;
 
 use super::output::{self, bytes, grouped};
 use crate::Outcome;
-use crate::args::CheckArguments;
+use crate::args::{CheckArguments, Verbosity};
 
-pub(crate) fn run(arguments: &CheckArguments) -> anyhow::Result<Outcome> {
+pub(crate) fn run(arguments: &CheckArguments, verbosity: Verbosity) -> anyhow::Result<Outcome> {
     let Resolved { plan, provenance } = resolve(&arguments.config, &arguments.set)?;
     SpanCorruption::check(&plan.data)?;
     if plan.checkpoint.export {
@@ -50,6 +50,11 @@ pub(crate) fn run(arguments: &CheckArguments) -> anyhow::Result<Outcome> {
     )?;
     row("steps", grouped(plan.schedule.total_steps))?;
     row("memory", memory(&summary.memory))?;
+    if verbosity.verbose > 0 {
+        for (i, kept) in plan.precision.kept_in_fp32().iter().enumerate() {
+            row(if i == 0 { "in float32" } else { "" }, (*kept).to_owned())?;
+        }
+    }
     for line in mesh.iter().flat_map(|mesh| mesh.describe(&plan.model)) {
         let (name, value) = line.split_once(": ").unwrap_or(("", &line));
         row(name, value.to_owned())?;

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use switchyard_comm::{Choice, Communicator, ReduceOp};
+use switchyard_kernels::CpuPath;
 use switchyard_parallel::gather_text;
 
 use super::output;
@@ -46,6 +47,7 @@ fn examine(job: &Job) -> anyhow::Result<Value> {
         "version": env!("CARGO_PKG_VERSION"),
         "devices": ["cpu"],
         "vector_instructions": vector_instructions(),
+        "matrix_products": CpuPath::best().name(),
         "mpi": cfg!(feature = "mpi"),
         "backend": job.world().backend(),
         "library": job.world().library(),
@@ -88,6 +90,7 @@ fn show(found: &Value) -> anyhow::Result<()> {
     row("version", text(&found["version"]))?;
     row("devices", "cpu; others are not in this build".to_owned())?;
     row("vectors", text(&found["vector_instructions"]))?;
+    row("products", text(&found["matrix_products"]))?;
     let ranks = found["ranks"].as_array().map_or(&[][..], Vec::as_slice);
     let mpi = if found["mpi"] == false {
         "no: for ranks under mpirun or srun build with `cargo build --release --features switchyard-cli/mpi`"

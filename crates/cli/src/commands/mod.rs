@@ -41,7 +41,7 @@ pub(crate) fn run(
         Command::Verify(arguments) => verify::run(arguments, device),
         Command::Data(command) => data::run(command, verbosity),
         Command::Tokenizer(command) => tokenizer::run(command, verbosity),
-        Command::Check(arguments) => check::run(arguments),
+        Command::Check(arguments) => check::run(arguments, verbosity),
         Command::Inspect(command) => inspect::run(command),
         Command::Doctor { json } => doctor::run(*json, launcher),
         Command::Bench(command) => bench::run(command, device, launcher, verbosity),

@@ -48,7 +48,8 @@ fn misspelled_keys_get_a_suggestion() {
 fn keys_of_later_versions_are_unknown() {
     assert!(refusal_of_sets(&["precision.gradient_dtype=bf16"]).starts_with("unknown key"));
     assert!(
-        refusal_of_sets(&["precision.mode=bf16"]).starts_with("`precision.mode` must be `\"fp32\"`, found")
+        refusal_of_sets(&["precision.mode=fp16"])
+            .starts_with("`precision.mode` must be `\"fp32\"`, `\"bf16\"` or `\"selective\"`, found")
     );
 }
 

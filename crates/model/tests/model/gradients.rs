@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
-use switchyard_config::ModelConfig;
-use switchyard_config::plan::{RouterKind, RoutingConfig};
+use switchyard_config::plan::{PrecisionMode, RouterKind, RoutingConfig, RoutingSemantics};
+use switchyard_config::{MeshShape, ModelConfig};
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
 
 use super::{paper_routing, random_batch, random_ids, scalar, shift_right, small_model, values};
@@ -81,6 +81,68 @@ fn gradients_equal_finite_differences() {
             let difference = (slope - f64::from(norm)).abs() / f64::from(norm);
             assert!(difference < 5e-3, "{name}: slope {slope}, gradient {norm}");
         }
+    }
+}
+
+/// A model with everything that draws noise or is in doubt, in some precision.
+fn eventful(precision: PrecisionMode) -> (ModelConfig, SwitchTransformer) {
+    let config = ModelConfig { router_bias: true, tie_word_embeddings: true, ..small_model() };
+    let device = Device::flex().autodiff();
+    let at = MeshShape::SOLO.coordinates(0);
+    let model = SwitchTransformer::part(&config, 5, &device, MeshShape::SOLO, at, precision);
+    (config, model)
+}
+
+#[test]
+fn block_by_block_the_gradients_are_the_same() {
+    use PrecisionMode::{Bf16, Fp32, Selective};
+    for (precision, semantics, bound) in [
+        (Fp32, RoutingSemantics::Paper, 1e-6),
+        (Fp32, RoutingSemantics::Hf, 1e-6),
+        // Sums over the uses of one tensor are rounded at other places.
+        (Selective, RoutingSemantics::Paper, 2e-2),
+        (Bf16, RoutingSemantics::Paper, 2e-2),
+    ] {
+        let (config, model) = eventful(precision);
+        let routing = RoutingConfig { semantics, expert_capacity: 4, ..paper_routing() };
+        let mut context = ForwardContext::evaluation(&config, &routing);
+        (context.dropout_rate, context.expert_dropout, context.router_jitter_noise) = (0.1, 0.2, 0.05);
+        let batch = random_batch(2, 5, 4, 40);
+        let at_once = model.loss(&batch, 1e-2, &context);
+        let expected = gradients(&model, &total(&at_once));
+        let mut sums: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+        let (output, loss) = model.gradients_by_block(&batch, 1e-2, &context, total, |name, part| {
+            let part = part.into_f32();
+            let sum = sums.entry(name.to_owned()).or_insert_with(|| vec![0.0; part.len()]);
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+        });
+        assert_eq!(scalar(loss), scalar(total(&at_once)), "the first pass is the same computation");
+        assert_eq!(output.encoder_routers.len(), at_once.encoder_routers.len());
+        assert!(sums.keys().eq(expected.keys()));
+        for (name, expected) in &expected {
+            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+            let error = norm(&mut expected.iter().zip(&sums[name]).map(|(a, b)| a - b));
+            let size = norm(&mut expected.iter().copied());
+            assert!(error <= bound * size, "{precision:?} {name}: {error} of {size}");
+        }
+    }
+}
+
+#[test]
+fn selective_gradients_point_where_float32_ones_do() {
+    let batch = random_batch(4, 6, 5, 40);
+    let of = |precision| {
+        let (config, model) = eventful(precision);
+        let routing = paper_routing();
+        let context = ForwardContext::evaluation(&config, &routing);
+        gradients(&model, &total(&model.loss(&batch, 1e-2, &context)))
+    };
+    let (wide, narrow) = (of(PrecisionMode::Fp32), of(PrecisionMode::Selective));
+    for (name, wide) in &wide {
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        let narrow = &narrow[name];
+        let cosine = dot(wide, narrow) / (dot(wide, wide) * dot(narrow, narrow)).sqrt();
+        assert!(cosine > 0.98, "{name}: {cosine}");
     }
 }
 

@@ -68,13 +68,14 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
          [routing]\ncapacity_factor = {:?}\n\
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
          batch_rows = {rows}\nmicro_batch_rows = {micro_rows}\n\
-         [parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n",
+         [trainer]\nrecompute_activations = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n",
         arguments.preset,
         arguments.precision,
         arguments.optimizer,
         arguments.capacity_factor,
         arguments.inputs_length,
         arguments.targets_length,
+        arguments.recompute,
         arguments.mesh.expert_parallel_size,
         arguments.mesh.tensor_parallel_size,
         rows = arguments.rows,
@@ -129,7 +130,7 @@ fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Out
     if arguments.json {
         output::json(&serde_json::json!({
             "preset": arguments.preset, "experts": arguments.experts, "optimizer": arguments.optimizer,
-            "precision": arguments.precision, "parameters": parameters,
+            "precision": arguments.precision, "recompute": arguments.recompute, "parameters": parameters,
             "data_parallel_size": mesh.data, "expert_parallel_size": mesh.expert,
             "tensor_parallel_size": mesh.tensor,
             "step_ms": step_ms, "min_ms": min_ms, "max_ms": max_ms,
