@@ -5,9 +5,10 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor};
 use burn_flex::FlexTensor;
 
+use crate::element::{Element, bf16};
 use crate::host;
 use crate::operation::{Operand, Operation, apply, given};
 
@@ -25,6 +26,24 @@ pub trait LinearMap: Debug + Send + Sync + 'static {
 
     /// The transpose: the gradient of the input, row-major, from that of the output.
     fn backward(&self, gradient: &[f32]) -> Option<Vec<f32>>;
+
+    /// [`forward`](Self::forward) of bfloat16 values: by default in float32, rounded once.
+    fn forward_bf16(&self, x: &[bf16]) -> Option<Vec<bf16>> {
+        self.forward(&widened(x)).map(rounded)
+    }
+
+    /// [`backward`](Self::backward) of bfloat16 values: by default in float32, rounded once.
+    fn backward_bf16(&self, gradient: &[bf16]) -> Option<Vec<bf16>> {
+        self.backward(&widened(gradient)).map(rounded)
+    }
+}
+
+fn widened(values: &[bf16]) -> Vec<f32> {
+    values.iter().map(|value| value.widen()).collect()
+}
+
+fn rounded(values: Vec<f32>) -> Vec<bf16> {
+    values.into_iter().map(bf16::round).collect()
 }
 
 /// `map` of `x` as a tensor of `shape`, differentiable where `x` is.
@@ -57,7 +76,10 @@ impl Operation<1, 1> for Mapped {
 
     fn forward(&self, [x]: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], Shape) {
         let x = host::contiguous(x);
-        let out = shaped(self.map.forward(&host::widened(&x)), &x, self.shape.clone());
+        let out = match x.dtype() {
+            DType::BF16 => shaped(self.map.forward_bf16(host::values(&x)), &x, self.shape.clone()),
+            _ => shaped(self.map.forward(host::values(&x)), &x, self.shape.clone()),
+        };
         ([out], x.layout().shape().clone())
     }
 
@@ -68,18 +90,21 @@ impl Operation<1, 1> for Mapped {
         _: [bool; 1],
     ) -> [Option<FlexTensor>; 1] {
         let [gradient] = given(gradients);
-        [Some(shaped(self.map.backward(&host::widened(&gradient)), &gradient, shape.clone()))]
+        [Some(match gradient.dtype() {
+            DType::BF16 => shaped(self.map.backward_bf16(host::values(&gradient)), &gradient, shape.clone()),
+            _ => shaped(self.map.backward(host::values(&gradient)), &gradient, shape.clone()),
+        })]
     }
 }
 
-/// `values`, or those of `unchanged`, as a tensor of `shape` in the format of `unchanged`.
-fn shaped(values: Option<Vec<f32>>, unchanged: &FlexTensor, shape: Shape) -> FlexTensor {
+/// `values`, or those of `unchanged`, as a tensor of `shape`.
+fn shaped<E: Element>(values: Option<Vec<E>>, unchanged: &FlexTensor, shape: Shape) -> FlexTensor {
     let Some(values) = values else {
         return unchanged.reshape(shape);
     };
     assert_eq!(values.len(), shape.num_elements(), "a linear map returns the values of its shape");
     let count = values.len();
-    host::rounded(values, [count], unchanged.dtype()).reshape(shape)
+    host::tensor(values, [count]).reshape(shape)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, Element, ReduceOp};
 use switchyard_kernels::{
-    DispatchPlan, ExpertRows, LinearMap, TokenNoise, TokenPlace, WeightGradients, combine, dispatch,
+    DispatchPlan, ExpertRows, LinearMap, TokenNoise, TokenPlace, WeightGradients, bf16, combine, dispatch,
     integers, linear_map,
 };
 use switchyard_model::{Dispatched, SenderCounts, TokenDispatcher};
@@ -174,9 +174,9 @@ impl Layout {
     }
 
     /// The way back.
-    fn scatter(&self, held: &[f32]) -> Vec<f32> {
+    fn scatter<T: Element>(&self, held: &[T]) -> Vec<T> {
         let (width, of_expert) = (self.width, self.senders * self.slots * self.width);
-        let mut message = vec![0.0; held.len()];
+        let mut message = vec![T::default(); held.len()];
         for (expert, held) in held.chunks(of_expert.max(1)).enumerate() {
             for [to, from, count] in self.runs_of_expert(expert) {
                 message[to * width..][..count * width]
@@ -193,6 +193,15 @@ enum Direction {
     ToTokens,
 }
 
+impl Direction {
+    fn reverse(self) -> Self {
+        match self {
+            Self::ToExperts => Self::ToTokens,
+            Self::ToTokens => Self::ToExperts,
+        }
+    }
+}
+
 /// One way of the slots; the gradient takes the other.
 #[derive(Debug)]
 struct Travel {
@@ -203,18 +212,26 @@ struct Travel {
 }
 
 impl Travel {
-    fn exchange(&self, sent: &[f32]) -> Result<Vec<f32>, CommError> {
-        let mut received = vec![0.0; sent.len()];
+    fn exchange<T: Element>(&self, sent: &[T]) -> Result<Vec<T>, CommError>
+    where
+        for<'a> &'a [T]: Into<Buffer<'a>>,
+        for<'a> &'a mut [T]: Into<BufferMut<'a>>,
+    {
+        let mut received = vec![T::default(); sent.len()];
         self.group.all_to_all(sent.into(), received.as_mut_slice().into())?;
         Ok(received)
     }
 
-    fn go(&self, direction: Direction, values: &[f32]) -> Option<Vec<f32>> {
+    fn go<T: Element>(&self, direction: Direction, values: &[T]) -> Option<Vec<T>>
+    where
+        for<'a> &'a [T]: Into<Buffer<'a>>,
+        for<'a> &'a mut [T]: Into<BufferMut<'a>>,
+    {
         let outcome = match direction {
             Direction::ToExperts => self.exchange(values).map(|message| self.layout.gather(&message)),
             Direction::ToTokens => self.exchange(&self.layout.scatter(values)),
         };
-        Some(self.failure.keep(outcome, || vec![0.0; values.len()]))
+        Some(self.failure.keep(outcome, || vec![T::default(); values.len()]))
     }
 }
 
@@ -224,11 +241,15 @@ impl LinearMap for Travel {
     }
 
     fn backward(&self, gradient: &[f32]) -> Option<Vec<f32>> {
-        let reverse = match self.direction {
-            Direction::ToExperts => Direction::ToTokens,
-            Direction::ToTokens => Direction::ToExperts,
-        };
-        self.go(reverse, gradient)
+        self.go(self.direction.reverse(), gradient)
+    }
+
+    fn forward_bf16(&self, x: &[bf16]) -> Option<Vec<bf16>> {
+        self.go(self.direction, x)
+    }
+
+    fn backward_bf16(&self, gradient: &[bf16]) -> Option<Vec<bf16>> {
+        self.go(self.direction.reverse(), gradient)
     }
 }
 

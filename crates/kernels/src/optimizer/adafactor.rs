@@ -3,9 +3,9 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::parallel::{CHUNK, root_mean_square, round_into, sum_of_squares};
+use super::parallel::{CHUNK, round_into, sum_of_squares};
 use crate::element::{Element, bf16};
-use crate::math::{dot, sum};
+use crate::math::{LANES, sum};
 
 /// Constants of one update.
 #[derive(Debug, Clone, Copy)]
@@ -82,19 +82,26 @@ pub fn adafactor<G: Element>(
             let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
             let mut of_matrices: Vec<&mut [bf16]> = rounded.chunks_mut(rows * cols).collect();
             of_matrices.resize_with(parameter.len().div_ceil(rows * cols), Default::default);
+            // Enough matrices keep the threads busy without cutting each of them.
+            let alone = parameter.len() >= rows * cols * MATRICES_PER_THREAD * rayon::current_num_threads();
+            let least_blocks = if alone { usize::MAX } else { 1 };
             let matrices = parameter
                 .par_chunks_mut(rows * cols)
                 .zip(gradient.par_chunks(rows * cols))
                 .zip(row.par_chunks_mut(rows).zip(col.par_chunks_mut(cols)))
                 .zip(of_matrices);
             matrices.for_each(|(((p, g), (row, col)), rounded)| {
-                factored(p, g, row, col, decay, rules, rounded);
+                factored(p, g, row, col, decay, rules, rounded, least_blocks);
             });
         }
     }
 }
 
-/// One matrix: `update = g * rsqrt(row * col / mean(row))`.
+/// Matrices for each thread that make it not worth while to share one.
+const MATRICES_PER_THREAD: usize = 4;
+
+/// One matrix, in tasks of `least_blocks` blocks at least: `update = g * rsqrt(row * col / mean(row))`.
+#[allow(clippy::too_many_arguments)]
 fn factored<G: Element>(
     p: &mut [f32],
     g: &[G],
@@ -103,21 +110,25 @@ fn factored<G: Element>(
     decay: f32,
     rules: Adafactor,
     rounded: &mut [bf16],
+    least_blocks: usize,
 ) {
     let cols = col.len();
     let block_rows = (CHUNK / cols).max(1);
-    let parts: Vec<Vec<f32>> = g
+    let parts: Vec<(Vec<f32>, f32)> = p
         .par_chunks(block_rows * cols)
+        .zip(g.par_chunks(block_rows * cols))
         .zip(row.par_chunks_mut(block_rows))
-        .map(|(g, row)| {
+        .with_min_len(least_blocks)
+        .map(|((p, g), row)| {
             let mut columns = vec![0.0; cols];
-            accumulate(g, row, &mut columns, decay, rules.gradient_scale, rules.eps as f32);
-            columns
+            let squares = accumulate(p, g, row, &mut columns, decay, rules.gradient_scale, rules.eps as f32);
+            (columns, squares)
         })
         .collect();
+    let parameter_squares = parts.iter().map(|(_, squares)| f64::from(*squares)).sum();
     let share = (1.0 - decay) / row.len() as f32;
     for (i, col) in col.iter_mut().enumerate() {
-        *col = decay * *col + share * parts.iter().map(|part| part[i]).sum::<f32>();
+        *col = decay * *col + share * parts.iter().map(|(columns, _)| columns[i]).sum::<f32>();
     }
     let row_mean = row.iter().sum::<f32>() / row.len() as f32;
     let row_factor: Vec<f32> = row.iter().map(|r| rules.gradient_scale / (r / row_mean).sqrt()).collect();
@@ -125,18 +136,19 @@ fn factored<G: Element>(
     let squares: Vec<f64> = g
         .par_chunks(block_rows * cols)
         .zip(row_factor.par_chunks(block_rows))
+        .with_min_len(least_blocks)
         .map(|(g, rows)| f64::from(update_squares(g, rows, &col_factor)))
         .collect();
-    let step = Step::new(p, squares.iter().sum(), rules);
+    let step = Step::new(p.len(), parameter_squares, squares.iter().sum(), rules);
     let mut of_blocks: Vec<&mut [bf16]> = rounded.chunks_mut(block_rows * cols).collect();
     of_blocks.resize_with(row_factor.len().div_ceil(block_rows), Default::default);
     p.par_chunks_mut(block_rows * cols)
         .zip(g.par_chunks(block_rows * cols))
         .zip(row_factor.par_chunks(block_rows))
         .zip(of_blocks)
+        .with_min_len(least_blocks)
         .for_each(|(((p, g), rows), rounded)| {
-            apply_factored(p, g, rows, &col_factor, step);
-            round_into(p, rounded);
+            apply_factored(p, g, rows, &col_factor, step, rounded);
         });
 }
 
@@ -147,10 +159,11 @@ struct Step {
 }
 
 impl Step {
-    /// Rate after the parameter scale and the clip of an update whose squares sum to `squares`.
-    fn new(p: &[f32], squares: f64, rules: Adafactor) -> Self {
-        let scale = rules.parameter_scale.map_or(1.0, |floor| f64::from(root_mean_square(p)).max(floor));
-        let rms = (squares / p.len().max(1) as f64).sqrt();
+    /// Rate after the parameter scale and the clip of an update, from the sums of squares of `len` values.
+    fn new(len: usize, of_parameter: f64, of_update: f64, rules: Adafactor) -> Self {
+        let root_mean = |squares: f64| (squares / len.max(1) as f64).sqrt();
+        let scale = rules.parameter_scale.map_or(1.0, |floor| root_mean(of_parameter).max(floor));
+        let rms = root_mean(of_update);
         let clip = (rms / rules.update_clip).max(1.0);
         let rate = rules.learning_rate * scale;
         Self { keep: (1.0 - rate * rules.weight_decay) as f32, rate: (rate / clip) as f32 }
@@ -158,7 +171,7 @@ impl Step {
 }
 
 fn apply(p: &mut [f32], update: &[f32], squares: f64, rules: Adafactor) {
-    let step = Step::new(p, squares, rules);
+    let step = Step::new(p.len(), sum_of_squares(p), squares, rules);
     for (p, u) in p.iter_mut().zip(update) {
         *p = *p * step.keep - step.rate * u;
     }
@@ -172,42 +185,89 @@ fn full_update<G: Element>(update: &mut [f32], g: &[G], v: &mut [f32], decay: f3
     }
 }
 
-/// Updates the row means of a block of rows and adds up its columns.
+/// Updates the row means of a block of rows, adds up its columns and returns the sum of squares of `p`.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn accumulate<G: Element>(g: &[G], row: &mut [f32], columns: &mut [f32], decay: f32, scale: f32, eps: f32) {
+fn accumulate<G: Element>(
+    p: &[f32],
+    g: &[G],
+    row: &mut [f32],
+    columns: &mut [f32],
+    decay: f32,
+    scale: f32,
+    eps: f32,
+) -> f32 {
     let cols = columns.len();
-    let mut squares = vec![0.0; cols];
-    for (g, row) in g.chunks_exact(cols).zip(row) {
-        for (square, g) in squares.iter_mut().zip(g) {
+    let mut of_parameter = [0.0; LANES];
+    for ((p, g), row) in p.chunks_exact(cols).zip(g.chunks_exact(cols)).zip(row) {
+        let mut of_row = [0.0; LANES];
+        let (columns, columns_tail) = columns.as_chunks_mut::<LANES>();
+        let ((p, p_tail), (g, g_tail)) = (p.as_chunks::<LANES>(), g.as_chunks::<LANES>());
+        for ((columns, p), g) in columns.iter_mut().zip(p).zip(g) {
+            for i in 0..LANES {
+                let g = g[i].widen() * scale;
+                let square = g * g + eps;
+                columns[i] += square;
+                of_row[i] += square;
+                of_parameter[i] += p[i] * p[i];
+            }
+        }
+        for (i, ((column, p), g)) in columns_tail.iter_mut().zip(p_tail).zip(g_tail).enumerate() {
             let g = g.widen() * scale;
-            *square = g * g + eps;
-        }
-        *row = decay * *row + (1.0 - decay) * sum(&squares) / cols as f32;
-        for (column, square) in columns.iter_mut().zip(&squares) {
+            let square = g * g + eps;
             *column += square;
+            of_row[i] += square;
+            of_parameter[i] += p * p;
         }
+        *row = decay * *row + (1.0 - decay) * sum(&of_row) / cols as f32;
     }
+    sum(&of_parameter)
 }
 
+/// Sum of squares of the update of a block of rows.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
 fn update_squares<G: Element>(g: &[G], rows: &[f32], cols: &[f32]) -> f32 {
     let mut total = 0.0;
-    let mut scaled = vec![0.0; cols.len()];
     for (g, row) in g.chunks_exact(cols.len()).zip(rows) {
-        for ((scaled, g), col) in scaled.iter_mut().zip(g).zip(cols) {
-            *scaled = g.widen() * col;
+        let mut of_row = [0.0; LANES];
+        let ((cols, cols_tail), (g, g_tail)) = (cols.as_chunks::<LANES>(), g.as_chunks::<LANES>());
+        for (g, cols) in g.iter().zip(cols) {
+            for i in 0..LANES {
+                let scaled = g[i].widen() * cols[i];
+                of_row[i] += scaled * scaled;
+            }
         }
-        total += dot(&scaled, &scaled) * row * row;
+        for (i, (g, col)) in g_tail.iter().zip(cols_tail).enumerate() {
+            let scaled = g.widen() * col;
+            of_row[i] += scaled * scaled;
+        }
+        total += sum(&of_row) * row * row;
     }
     total
 }
 
+/// Applies the update to a block of rows; `rounded`, if not empty, gets the new values.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn apply_factored<G: Element>(p: &mut [f32], g: &[G], rows: &[f32], cols: &[f32], step: Step) {
-    for ((p, g), row) in p.chunks_exact_mut(cols.len()).zip(g.chunks_exact(cols.len())).zip(rows) {
+fn apply_factored<G: Element>(
+    p: &mut [f32],
+    g: &[G],
+    rows: &[f32],
+    cols: &[f32],
+    step: Step,
+    rounded: &mut [bf16],
+) {
+    let width = cols.len();
+    for (i, ((p, g), row)) in p.chunks_exact_mut(width).zip(g.chunks_exact(width)).zip(rows).enumerate() {
         let rate = step.rate * row;
-        for ((p, g), col) in p.iter_mut().zip(g).zip(cols) {
-            *p = *p * step.keep - rate * g.widen() * col;
+        let values = p.iter_mut().zip(g).zip(cols);
+        if rounded.is_empty() {
+            for ((p, g), col) in values {
+                *p = *p * step.keep - rate * g.widen() * col;
+            }
+        } else {
+            for (((p, g), col), rounded) in values.zip(&mut rounded[i * width..][..width]) {
+                *p = *p * step.keep - rate * g.widen() * col;
+                *rounded = bf16::round(*p);
+            }
         }
     }
 }
