@@ -200,9 +200,7 @@ fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         (rows * cols * words / TASK_WORK).clamp(1, if threads == 1 { 1 } else { threads * TASKS_PER_THREAD });
     let panels = cols.div_ceil(kernel.cols);
     let direct = lines.inner_stride == 1 && lines.inner.is_multiple_of(In::PER_WORD);
-    // Rows that must be packed are packed once if no two tasks share them.
-    let across = if !direct && rows >= cols { 1 } else { tasks.min(panels) };
-    let down = (tasks / across).min(rows.div_ceil(kernel.rows)).max(1);
+    let Grid { across, down } = Grid::new(tasks, rows, panels, words, &kernel, direct);
     let left = if direct {
         let data = Address(lines.data.as_ptr().cast_mut().cast());
         Left::InPlace { data, row_bytes: lines.line_stride * size_of::<In>() }
@@ -230,6 +228,51 @@ fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
     } else {
         (0..across * down).into_par_iter().with_max_len(1).for_each(task);
     }
+}
+
+/// How a product is cut into tasks.
+struct Grid {
+    /// Parts of the columns.
+    across: usize,
+    /// Parts of the rows.
+    down: usize,
+}
+
+impl Grid {
+    /// The cut that moves the least memory: a part of the columns reads the whole left factor, once for
+    /// each group of panels that the cache holds, and a part of the rows the whole right one.
+    fn new(
+        tasks: usize,
+        rows: usize,
+        panels: usize,
+        words: usize,
+        kernel: &MicroKernel,
+        in_place: bool,
+    ) -> Self {
+        let tiles = rows.div_ceil(kernel.rows);
+        let groups = panels.div_ceil(group_panels(words, kernel.cols));
+        let cost = |grid: &Self| {
+            let (left, right) = (rows, panels * kernel.cols);
+            // What several tasks read is packed for all of them first: written and read once more.
+            let left_packed = if in_place || grid.across == 1 { 0 } else { 2 * left };
+            let right_packed = if grid.down == 1 { 0 } else { 2 * right };
+            left * grid.across.max(groups) + left_packed + right * grid.down + right_packed
+        };
+        let powers = std::iter::successors(Some(1), |across| Some(2 * across));
+        let grids = powers
+            .take_while(|&across| across <= tasks.min(panels))
+            .map(|across| Self { across, down: (tasks / across).clamp(1, tiles) });
+        // Fewer tasks than there could be only where no cut gives more.
+        grids
+            .min_by_key(|grid| (tasks.saturating_sub(grid.across * grid.down).min(tasks / 2), cost(grid)))
+            .unwrap_or(Self { across: 1, down: 1 })
+    }
+}
+
+/// Panels over one block of the inner dimension that the cache holds.
+fn group_panels(words: usize, cols: usize) -> usize {
+    let block_words = words.div_ceil(words.div_ceil(BLOCK_WORDS).max(1));
+    (CACHED_WORDS / (block_words * cols).max(1)).max(1)
 }
 
 /// Packs all tiles of a left factor, one after the other.
@@ -274,7 +317,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
     fn task(&self, tiles: Range<usize>, panels: Range<usize>) {
         let blocks = self.words.div_ceil(BLOCK_WORDS).max(1);
         let block_words = self.words.div_ceil(blocks);
-        let group = (CACHED_WORDS / (block_words * self.kernel.cols).max(1)).clamp(1, panels.len().max(1));
+        let group = group_panels(self.words, self.kernel.cols).min(panels.len().max(1));
         let room = match self.right {
             Right::Packed(_) => 0,
             Right::Plain(_) => group * block_words * self.kernel.cols,
