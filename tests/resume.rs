@@ -55,6 +55,16 @@ fn ten_kills_change_nothing() {
 }
 
 #[test]
+fn a_bfloat16_run_goes_on_from_its_float32_masters() {
+    let place = Place::with_experiment();
+    let long = format!("{LONG} --set precision.mode=selective");
+    place.run(&format!("{long} --run-dir whole"));
+    place.run(&format!("{long} --run-dir halved --max-steps 203"));
+    place.run(&format!("{long} --run-dir halved --resume auto"));
+    assert_same_end(&place, "whole", "halved");
+}
+
+#[test]
 fn ctrl_c_and_sigterm_save_and_exit_75() {
     let place = Place::with_experiment();
     place.run(&format!("{LONG} --run-dir whole"));

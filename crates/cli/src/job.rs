@@ -57,8 +57,8 @@ impl Job {
             report: Box::new(report::line),
         };
         let job = Self { world: start(&launch, options).context("cannot join the job")? };
+        share_cores(job.world.local_size());
         if job.ranks() > 1 {
-            share_cores(job.world.local_size());
             abort_on_panic(job.rank());
         }
         Ok(job)
@@ -156,33 +156,27 @@ pub(crate) fn of_all_ranks(error: TrainError) -> anyhow::Error {
     }
 }
 
-/// Gives this process its share of the machine's cores, unless the user has said how many.
+/// Starts as many threads as this process's share of the machine's cores, or as the user has said; the
+/// calling thread is among them.
+///
+/// So it works on its own operations instead of going to sleep at each one. Alone it could not: what
+/// another thread hands to the threads would wait until it waits too.
 pub(crate) fn share_cores(local_ranks: usize) {
-    if std::env::var_os("RAYON_NUM_THREADS").is_some() {
-        start_threads(0);
-        return;
-    }
+    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
+    let threads = asked.filter(|&threads| threads > 0).unwrap_or_else(|| share_of_cores(local_ranks));
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    let builder = if threads > 1 { builder.use_current_thread() } else { builder };
+    // Fails only when the threads are there already, which then serve as well.
+    let _ = builder.build_global();
+}
+
+fn share_of_cores(local_ranks: usize) -> usize {
     let within_reach = std::thread::available_parallelism().map_or(1, usize::from);
     let bound = bound_cores().unwrap_or(within_reach);
     // Fewer than it is bound to are a quota, which all ranks of the machine share; otherwise they share
     // all of the machine's.
     let shared = if within_reach < bound { within_reach } else { online_cores().unwrap_or(within_reach) };
-    let threads = (shared / local_ranks).clamp(1, bound);
-    start_threads(threads);
-}
-
-/// Starts `threads` threads, or as many as the user has said if 0; the calling one is among them.
-///
-/// So it works on its own operations instead of going to sleep at each one. Alone it could not: the
-/// threads that read data would wait for it while it waits for them.
-fn start_threads(threads: usize) {
-    let builder = || rayon::ThreadPoolBuilder::new().num_threads(threads);
-    let alone = match threads {
-        0 => std::env::var("RAYON_NUM_THREADS").is_ok_and(|threads| threads.trim() == "1"),
-        threads => threads == 1,
-    };
-    // Fails only when the pool is there already, which then serves as well.
-    let _ = if alone { builder().build_global() } else { builder().use_current_thread().build_global() };
+    (shared / local_ranks).clamp(1, bound)
 }
 
 /// Cores that the launcher has bound this process to.

@@ -5,6 +5,7 @@
 
 mod decide;
 mod error;
+mod flops;
 mod keys;
 mod layers;
 pub mod mesh;
@@ -23,6 +24,7 @@ mod summary;
 mod validate;
 
 pub use error::{ConfigError, ErrorKind};
+pub use flops::step_flops;
 pub use mesh::{Coordinates, MeshShape};
 pub use model::{Activation, Initialization, ModelConfig, StackKind};
 pub use plan::RunPlan;

@@ -315,7 +315,9 @@ pub struct TrainerPlan {
     pub expert_dropout: f64,
     /// Weight of `log(Z)^2` of the output softmax.
     pub z_loss: f64,
-    /// Blocks run again in the backward pass instead of keeping their activations.
+    /// Blocks run again in the backward pass instead of keeping their activations; plans of earlier
+    /// versions do not say.
+    #[serde(default)]
     pub recompute_activations: bool,
     /// Steps between lines of `metrics.jsonl`.
     pub log_every_steps: u64,

@@ -117,6 +117,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "data.on_corrupt",
     "data.cache_dir",
     "data.prefetch_batches",
+    "trainer.recompute_activations",
     "trainer.log_every_steps",
     "trainer.max_skipped_steps",
     "parallel.data_parallel_size",
@@ -147,7 +148,7 @@ pub fn resume_conflicts(before: &RunPlan, after: &RunPlan) -> Vec<Difference> {
 /// Whether a new run that starts from another run's checkpoint must keep `key`: the tensors of the
 /// model and the optimizer's state are taken over as they are.
 fn is_fixed_by_a_checkpoint(key: &str) -> bool {
-    key.starts_with("model.") || matches!(key, "optimizer.kind" | "precision.mode")
+    key.starts_with("model.") || key == "optimizer.kind"
 }
 
 /// The differences that forbid a new run of `after` to start from a checkpoint of a run of `before`.

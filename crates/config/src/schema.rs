@@ -142,7 +142,8 @@ table! {
 table! {
     /// Number formats.
     pub struct PrecisionTable in "precision" {
-        /// Format of weights, activations and gradients.
+        /// Formats of weights, activations and gradients: float32; bfloat16 but for the router
+        /// (`selective`); or bfloat16 with the router, which may diverge. Masters are float32 in all.
         mode: PrecisionMode = Value("\"fp32\""),
     }
 }

@@ -16,30 +16,32 @@ pub fn embedding(table: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
     out.into_tensor()
 }
 
-/// The [`embedding`] of two lists of ids, and the table itself for a head that shares it.
+/// The [`embedding`] of two lists of ids, and the table itself for a head that shares it; of a `shard`,
+/// which begins at that row of a table split over devices, the [`embedding_shard`].
 ///
 /// The gradients of all three meet in one table. The loss must depend on all.
-pub fn embedding_and_table(table: Tensor<2>, ids: [Tensor<1, Int>; 2], first_row: usize) -> [Tensor<2>; 3] {
-    let ids = ids.map(|ids| rows_here(&table, &ids, first_row));
+pub fn embedding_and_table(table: Tensor<2>, ids: [Tensor<1, Int>; 2], shard: Option<usize>) -> [Tensor<2>; 3] {
+    let ids = ids.map(|ids| rows_here(&table, &ids, shard));
     apply(Embeddings { ids }, [Operand::from(table)]).map(Operand::into_tensor)
 }
 
 /// The [`embedding`] of two lists of ids, whose gradients meet in one table. The loss must depend on both.
-pub fn embedding_two(table: Tensor<2>, ids: [Tensor<1, Int>; 2], first_row: usize) -> [Tensor<2>; 2] {
-    let ids = ids.map(|ids| rows_here(&table, &ids, first_row));
+pub fn embedding_two(table: Tensor<2>, ids: [Tensor<1, Int>; 2], shard: Option<usize>) -> [Tensor<2>; 2] {
+    let ids = ids.map(|ids| rows_here(&table, &ids, shard));
     apply(Embeddings { ids }, [Operand::from(table)]).map(Operand::into_tensor)
 }
 
 /// [`embedding`] where `table` holds the rows from `first_row` on of a table split over devices: the
 /// ids that live on another device give 0, so that the sum over devices is the whole embedding.
 pub fn embedding_shard(table: Tensor<2>, ids: Tensor<1, Int>, first_row: usize) -> Tensor<2> {
-    let ids = rows_here(&table, &ids, first_row);
+    let ids = rows_here(&table, &ids, Some(first_row));
     let [out] = apply(Embedding { ids }, [Operand::from(table)]);
     out.into_tensor()
 }
 
-/// Rows of `table` that hold `ids`, where it begins at `first_row` of the whole.
-fn rows_here(table: &Tensor<2>, ids: &Tensor<1, Int>, first_row: usize) -> Vec<i32> {
+/// Rows of `table` that hold `ids`; a `shard` begins at that row of the whole.
+fn rows_here(table: &Tensor<2>, ids: &Tensor<1, Int>, shard: Option<usize>) -> Vec<i32> {
+    let Some(first_row) = shard else { return host::integers(ids) };
     let [rows, _] = table.dims();
     let here = |id: i32| {
         let row = id - first_row as i32;
@@ -219,7 +221,7 @@ mod tests {
         let loss = |a: Tensor<2>, b: Tensor<2>, head: Tensor<2>| {
             a.square().sum() + b.sum() * 3.0 + head.powi_scalar(3).sum()
         };
-        let [a, b, head] = embedding_and_table(table.clone(), [first.clone(), second.clone()], 0);
+        let [a, b, head] = embedding_and_table(table.clone(), [first.clone(), second.clone()], None);
         let together = loss(a, b, head).backward();
         let plain = loss(embedding(table.clone(), first), embedding(table.clone(), second), table.clone());
         let apart = plain.backward();

@@ -237,7 +237,7 @@ fn a_narrow_router_rounds_its_probabilities() {
 fn embeddings_and_a_tied_head() {
     check("embedding", 1.0, |l| vec![embedding(l.leaf([6, 10], 1), ids(vec![3, 3, 0, 5]))]);
     check("table", 1.0, |l| {
-        embedding_and_table(l.leaf([6, 10], 1), [ids(vec![3, 3, 0]), ids(vec![5, 3])], 0).into()
+        embedding_and_table(l.leaf([6, 10], 1), [ids(vec![3, 3, 0]), ids(vec![5, 3])], None).into()
     });
     for (layout, head) in
         [(HeadLayout::VocabularyByModel, [70, 24]), (HeadLayout::ModelByVocabulary, [24, 70])]

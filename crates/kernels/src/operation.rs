@@ -20,8 +20,9 @@ pub(crate) trait Operation<const N: usize, const M: usize>: Debug + Send + Sync 
     /// What the backward pass needs of the forward pass.
     type Saved: Debug + Send + Sync + 'static;
 
-    /// Whether the gradients of all outputs are needed at once. The loss must then depend on every
-    /// output; if not, the backward pass runs for each one that it depends on.
+    /// Whether the backward pass runs once, with the gradients of all outputs. The loss must then depend
+    /// on every output: one that gets no gradient holds back those of all inputs. Otherwise it runs for
+    /// each output that the loss depends on.
     const TOGETHER: bool = false;
 
     /// Computes the outputs; `tracked` says whether a backward pass may follow.

@@ -119,7 +119,7 @@ enum GateRule {
 /// Probabilities of a layer and what follows from them alone.
 struct Scores {
     experts: usize,
-    /// Of the logits, and so of probabilities and gates.
+    /// Of the logits, to which probabilities and gates are rounded; they lie in float32.
     format: DType,
     options: RouteOptions,
     mask: Vec<bool>,
@@ -383,7 +383,8 @@ impl Operation<1, 3> for Gate {
         let (scores, experts) = (&self.scores, self.scores.experts);
         let mut gates = vec![0.0; self.token_of_slot.len()];
         for (slot, token, expert) in self.assigned() {
-            gates[slot] = scores.row(token)[expert] / self.divisor(token);
+            let gate = scores.row(token)[expert] / self.divisor(token);
+            gates[slot] = if scores.format == DType::BF16 { bf16::round(gate).widen() } else { gate };
         }
         let (groups, slots) = (scores.options.groups, gates.len());
         let (mean, z) = self.group_means();

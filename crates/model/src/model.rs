@@ -200,12 +200,13 @@ impl SwitchTransformer {
     pub fn loss(&self, batch: &Seq2SeqBatch, z_loss: f64, context: &ForwardContext<'_>) -> LossOutput {
         // All uses of the table at once: its gradient, as large as the table, is then built once.
         let ids = [batch.input_ids.clone(), batch.decoder_input_ids.clone()];
-        let first_row = context.tensor_parallel.vocabulary(context.model.vocab_size).start;
+        let here = context.tensor_parallel.vocabulary(context.model.vocab_size);
+        let shard = context.tensor_parallel.splits().then_some(here.start);
         let table = self.shared.embedding.val();
         let ([encoded_nd, decoded_nd], head) = match &self.lm_head {
-            Some(head) => (embedding_two(table, ids, first_row), head.val()),
+            Some(head) => (embedding_two(table, ids, shard), head.val()),
             None => {
-                let [encoded_nd, decoded_nd, table] = embedding_and_table(table, ids, first_row);
+                let [encoded_nd, decoded_nd, table] = embedding_and_table(table, ids, shard);
                 ([encoded_nd, decoded_nd], table)
             }
         };

@@ -142,15 +142,17 @@ impl SwitchTransformer {
         Module::visit(self, &mut Named::new(Take(gradients, take)));
     }
 
-    /// Calls `read` with the name and values of every parameter, widened to float32.
-    pub fn visit_parameters(&self, read: impl FnMut(&str, &[f32])) {
-        struct Read<F>(F);
-        impl<F: FnMut(&str, &[f32])> OnParameter for Read<F> {
+    /// Calls `read` with the name and values of every `wanted` parameter, widened to float32.
+    pub fn visit_parameters(&self, wanted: impl Fn(&str) -> bool, read: impl FnMut(&str, &[f32])) {
+        struct Read<W, F>(W, F);
+        impl<W: Fn(&str) -> bool, F: FnMut(&str, &[f32])> OnParameter for Read<W, F> {
             fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
-                with_values(param.val(), |values| (self.0)(name, values));
+                if (self.0)(name) {
+                    with_values(param.val(), |values| (self.1)(name, values));
+                }
             }
         }
-        Module::visit(self, &mut Named::new(Read(read)));
+        Module::visit(self, &mut Named::new(Read(wanted, read)));
     }
 
     /// Lets `update` write into the values of every parameter, in place where nothing shares them.

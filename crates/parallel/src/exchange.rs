@@ -503,12 +503,16 @@ impl Bucket {
         for (name, values) in masters {
             write(name, values);
         }
-        model.visit_parameters(|name, held| {
-            let Some(Unit { part, in_held: Some(start), .. }) = units.get(name) else { return };
-            if !masters.contains_key(name) {
-                write(name, &held[*start..start + part.num_elements()]);
-            }
-        });
+        let here: BTreeSet<&str> =
+            self.owned.iter().flatten().filter(|leg| !leg.stays).map(|leg| leg.name.as_str()).collect();
+        model.visit_parameters(
+            |name| here.contains(name) && !masters.contains_key(name),
+            |name, held| {
+                if let Some(Unit { part, in_held: Some(start), .. }) = units.get(name) {
+                    write(name, &held[*start..start + part.num_elements()]);
+                }
+            },
+        );
     }
 }
 

@@ -98,13 +98,15 @@ impl Snapshot {
         let (units, masters) = (learner.optimizer().units(), learner.optimizer().masters());
         let beside = masters.iter().map(|(name, values)| part_of(name, &units[name], copy_of(values)));
         let mut parameters: Vec<TensorPart> = beside.collect();
-        learner.model().visit_parameters(|name, held| {
-            let Some(unit @ Unit { in_held: Some(start), part, .. }) = units.get(name) else { return };
-            if !masters.contains_key(name) {
-                let owned = &held[*start..start + part.num_elements()];
-                parameters.push(part_of(name, unit, copy_of(owned)));
-            }
-        });
+        learner.model().visit_parameters(
+            |name| !masters.contains_key(name),
+            |name, held| {
+                if let Some(unit @ Unit { in_held: Some(start), part, .. }) = units.get(name) {
+                    let owned = &held[*start..start + part.num_elements()];
+                    parameters.push(part_of(name, unit, copy_of(owned)));
+                }
+            },
+        );
         let moments = learner.optimizer_mut().moments().map(|moment| TensorPart {
             name: moment.name,
             shape: moment.whole,

@@ -94,6 +94,8 @@ impl Learner {
     }
 
     /// The model, for changing single parameters.
+    ///
+    /// Weights in bfloat16 come back from their masters at the next update.
     pub fn model_mut(&mut self) -> &mut SwitchTransformer {
         self.model.as_mut().expect("every method that takes the model puts it back")
     }

@@ -74,7 +74,8 @@ macro_rules! kernel {
                 let read = |other: Other, i: usize, j: usize| {
                     // SAFETY: masked-off columns are not touched; the others are the tile's.
                     unsafe {
-                        let ($from, $read_mask) = (other.data.add(i * other.row_bytes + j * 16 * $bytes), masks[j]);
+                        let from = other.data.wrapping_add(i * other.row_bytes + j * 16 * $bytes);
+                        let ($from, $read_mask) = (from, masks[j]);
                         $read
                     }
                 };
@@ -95,7 +96,8 @@ macro_rules! kernel {
                         };
                         // SAFETY: as for reading.
                         unsafe {
-                            let ($to, $write_mask) = (tile.out.add(i * tile.out_row + j * 16 * $bytes), masks[j]);
+                            let to = tile.out.wrapping_add(i * tile.out_row + j * 16 * $bytes);
+                            let ($to, $write_mask) = (to, masks[j]);
                             $write;
                         }
                     }

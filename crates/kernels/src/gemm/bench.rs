@@ -2,6 +2,7 @@
 
 use std::hint::black_box;
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{CpuPath, Multiply, Threads, View, ViewMut, Write, matmul};
@@ -86,15 +87,21 @@ fn one_thread(rounds: usize, _: bool) -> f64 {
     plainly(rounds)
 }
 
-/// What the compiler makes of multiply-adds on an array.
+/// What the compiler makes of multiply-adds on an array that fills the registers.
+#[multiversion(targets("x86_64+avx2+fma"))]
 fn plainly(rounds: usize) -> f64 {
-    let mut sums = [1.0_f32; 64];
-    let factors: [f32; 64] = black_box([0.999; 64]);
+    const SUMS: usize = 96;
+    let mut sums = [1.0_f32; SUMS];
+    let factor: f32 = black_box(0.999);
     for _ in 0..rounds {
-        for (sum, factor) in sums.iter_mut().zip(factors) {
-            *sum = *sum * factor + factor;
+        for sum in &mut sums {
+            *sum = if cfg!(target_arch = "x86_64") {
+                sum.mul_add(factor, factor)
+            } else {
+                *sum * factor + factor
+            };
         }
     }
     black_box(sums);
-    (rounds * 64 * 2) as f64
+    (rounds * SUMS * 2) as f64
 }

@@ -2,8 +2,8 @@
 //!
 //! One blocked algorithm serves all formats and CPUs: the inner dimension is walked in 32-bit words,
 //! which are one float32 or a pair of bfloat16. Micro-kernels differ by CPU and are chosen at run time.
-//! An element's sum runs over the inner dimension in an order that depends on its length alone, so
-//! results do not depend on the number of threads.
+//! An element's sum runs over the inner dimension in an order that its length, the formats and the way
+//! to write fix, so results do not depend on the number of threads.
 //!
 //! A product of INT8 would be one more [`Element`] with four elements a word, and its micro-kernels.
 

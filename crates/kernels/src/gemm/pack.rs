@@ -55,7 +55,7 @@ impl<'a, E: Element> Lines<'a, E> {
             // SAFETY: the CPU has the instructions; every element of these lines lies in the slice, as was
             // just asserted, and the output has a row of `width` words for every word.
             unsafe {
-                let from = self.data.as_ptr().add(lines.start).cast::<u16>();
+                let from = self.data.as_ptr().wrapping_add(lines.start).cast::<u16>();
                 join_rows(from, self.inner, self.inner_stride, lines.len(), width, out);
             }
             return;

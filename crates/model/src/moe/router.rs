@@ -6,7 +6,7 @@ use switchyard_kernels::{RouteOptions, Routing, route_expert_choice, route_top1,
 
 /// Turns router logits into a plan, gates and the quantities of the router losses.
 pub trait Router: Send + Sync {
-    /// Routes `[groups * tokens, num_experts]` float32 logits.
+    /// Routes logits, `[groups * tokens, num_experts]`; probabilities and gates have their format.
     fn route(&self, logits_ne: Tensor<2>, options: RouteOptions) -> Routing;
 }
 

@@ -163,3 +163,48 @@ fn losses_average_over_targets_and_groups_of_the_whole_step() {
     let expected = outcome.loss + plan.routing.load_balancing_loss_coef * balance / 4.0;
     close(outcome.total_loss, expected, "total loss");
 }
+
+#[test]
+fn updates_below_the_spacing_of_bfloat16_add_up_in_the_masters() {
+    let plan = small_plan(&[
+        "precision.mode=\"selective\"",
+        "optimizer.kind=\"adamw\"",
+        "optimizer.learning_rate=1e-5",
+        "optimizer.weight_decay=0.0",
+    ]);
+    let mut learner = solo(&plan);
+    let weights = |learner: &Learner| learner.model().parameter("encoder.block.0.feed_forward.wi").unwrap();
+    let start = weights(&learner);
+    assert!(start.iter().all(|v| v.to_bits() & 0xFFFF == 0), "weights are bfloat16");
+    let moved = |learner: &Learner| weights(learner).iter().zip(&start).filter(|(a, b)| a != b).count();
+    let batch = batch(&plan, 0);
+    step(&mut learner, &plan, &batch, 0);
+    let at_first = moved(&learner);
+    for number in 1..60 {
+        step(&mut learner, &plan, &batch, number);
+    }
+    let at_last = moved(&learner);
+    assert!(at_first * 10 < start.len(), "one step is less than half a unit: {at_first}");
+    assert!(at_last > 5 * at_first.max(start.len() / 20), "sixty are not: {at_last} of {}", start.len());
+}
+
+#[test]
+fn narrow_losses_follow_float32_ones() {
+    let losses = |precision: &str| -> Vec<f64> {
+        let plan = small_plan(&[
+            &format!("precision.mode=\"{precision}\""),
+            "optimizer.kind=\"adafactor\"",
+            "optimizer.learning_rate=0.02",
+        ]);
+        let mut learner = solo(&plan);
+        let batch = batch(&plan, 0);
+        (0..40).map(|number| step(&mut learner, &plan, &batch, number).loss).collect()
+    };
+    let wide = losses("fp32");
+    assert!(wide[39] < 0.8 * wide[0], "it learns: {} to {}", wide[0], wide[39]);
+    for precision in ["selective", "bf16"] {
+        for (step, (narrow, wide)) in losses(precision).iter().zip(&wide).enumerate() {
+            assert!((narrow / wide - 1.0).abs() < 0.03, "{precision} step {step}: {narrow}, float32 {wide}");
+        }
+    }
+}

@@ -5,11 +5,13 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use switchyard_comm::Choice;
-use switchyard_config::{MeshShape, Resolved, preset, resolve_str};
+use switchyard_config::plan::PrecisionMode;
+use switchyard_config::{MeshShape, Resolved, preset, resolve_str, step_flops};
 use switchyard_data::{HostBatch, Share};
 use switchyard_parallel::Mesh;
 use switchyard_train::Learner;
 
+use super::gemm::peak_flops;
 use super::{spread, synthetic_ids};
 use crate::args::BenchStepArguments;
 use crate::commands::output;
@@ -19,6 +21,9 @@ use crate::{Outcome, memory};
 
 /// Steps before the clock starts: buffers and threads exist after them.
 const WARM_UP: u64 = 3;
+
+/// Measurements of the peak.
+const PEAK_ROUNDS: usize = 9;
 
 pub(crate) fn run(
     arguments: &BenchStepArguments,
@@ -45,6 +50,10 @@ struct Figures {
     mesh: MeshShape,
     /// Median, smallest and largest.
     step_ms: [f64; 3],
+    /// Floating-point operations of a step's matrix products, and the most that this process could do of
+    /// them in a second; not known of other ranks.
+    flops: f64,
+    peak: Option<f64>,
     loss: f64,
     fraction_tokens_dropped: f64,
 }
@@ -116,14 +125,25 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         parameters: plan.model.num_parameters(),
         mesh: shape,
         step_ms: spread(times),
+        flops: step_flops(
+            &plan.model,
+            plan.routing.router,
+            arguments.rows,
+            arguments.inputs_length,
+            arguments.targets_length,
+        ),
+        peak: (job.ranks() == 1).then(|| peak_flops(plan.precision != PrecisionMode::Fp32, PEAK_ROUNDS)),
         loss,
         fraction_tokens_dropped: dropped as f64 / routed.max(1) as f64,
     })
 }
 
 fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Outcome> {
-    let Figures { parameters, mesh, step_ms: [step_ms, min_ms, max_ms], loss, fraction_tokens_dropped } =
+    let Figures { parameters, mesh, step_ms, flops, peak: peak_flops, loss, fraction_tokens_dropped } =
         figures;
+    let [step_ms, min_ms, max_ms] = step_ms;
+    let gflops = flops / step_ms / 1e6;
+    let share = peak_flops.map(|peak| gflops * 1e9 / peak);
     let tokens = arguments.rows * (arguments.inputs_length + arguments.targets_length);
     let tokens_per_second = tokens as f64 / step_ms * 1e3;
     let peak = memory::peak_bytes();
@@ -134,13 +154,16 @@ fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Out
             "data_parallel_size": mesh.data, "expert_parallel_size": mesh.expert,
             "tensor_parallel_size": mesh.tensor,
             "step_ms": step_ms, "min_ms": min_ms, "max_ms": max_ms,
-            "tokens_per_second": tokens_per_second, "peak_memory_bytes": peak, "loss": loss,
+            "tokens_per_second": tokens_per_second, "gflops": gflops, "share_of_peak": share,
+            "peak_memory_bytes": peak, "loss": loss,
             "fraction_tokens_dropped": fraction_tokens_dropped,
         }))?;
     } else {
         output::line(format!(
-            "{step_ms:.1} ms a step ({min_ms:.1} to {max_ms:.1}), {} tokens/s, peak memory {}, {:.1} % dropped",
+            "{step_ms:.1} ms a step ({min_ms:.1} to {max_ms:.1}), {} tokens/s, {gflops:.0} GFLOP/s{}, \
+             peak memory {}, {:.1} % dropped",
             output::grouped(tokens_per_second as u64),
+            share.map_or(String::new(), |share| format!(" ({:.0} % of the peak)", share * 100.0)),
             peak.map_or("unknown".to_owned(), output::bytes),
             fraction_tokens_dropped * 100.0,
         ))?;
