@@ -20,7 +20,11 @@ pub fn embedding(table: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
 /// which begins at that row of a table split over devices, the [`embedding_shard`].
 ///
 /// The gradients of all three meet in one table. The loss must depend on all.
-pub fn embedding_and_table(table: Tensor<2>, ids: [Tensor<1, Int>; 2], shard: Option<usize>) -> [Tensor<2>; 3] {
+pub fn embedding_and_table(
+    table: Tensor<2>,
+    ids: [Tensor<1, Int>; 2],
+    shard: Option<usize>,
+) -> [Tensor<2>; 3] {
     let ids = ids.map(|ids| rows_here(&table, &ids, shard));
     apply(Embeddings { ids }, [Operand::from(table)]).map(Operand::into_tensor)
 }

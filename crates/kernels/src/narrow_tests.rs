@@ -18,10 +18,13 @@ fn numbers(count: usize, salt: u32) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
+/// Finds the gradient of one leaf, as float32.
+type GradientOf = Box<dyn Fn(&burn::tensor::Gradients) -> Vec<f32>>;
+
 /// Makes the leaves of one run, in one format.
 struct Leaves {
     format: DType,
-    made: Vec<Box<dyn Fn(&burn::tensor::Gradients) -> Vec<f32>>>,
+    made: Vec<GradientOf>,
 }
 
 impl Leaves {

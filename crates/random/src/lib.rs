@@ -5,6 +5,8 @@
 //! crate owns the generator and its conversions; what a key or counter word *means* belongs to
 //! the caller.
 
+use std::array::from_fn;
+
 /// Philox4x32-10, keyed by 64 bits, one block of four words for every 128-bit counter.
 ///
 /// # Source
@@ -52,23 +54,19 @@ impl Philox {
     /// compiled for wide registers compute many blocks at once.
     #[inline(always)]
     pub fn blocks<const N: usize>(self, first: u64, tail: [u32; 2]) -> [[u32; N]; 4] {
-        let mut c = [[0; N], [0; N], [tail[0]; N], [tail[1]; N]];
-        for i in 0..N {
-            let counter = first.wrapping_add(i as u64);
-            (c[0][i], c[1][i]) = (counter as u32, (counter >> 32) as u32);
-        }
+        let counters: [u64; N] = from_fn(|i| first.wrapping_add(i as u64));
+        let mut c =
+            [counters.map(|c| c as u32), counters.map(|c| (c >> 32) as u32), [tail[0]; N], [tail[1]; N]];
         let mut k = self.key;
         for _ in 0..10 {
-            let mut next = [[0; N]; 4];
-            for i in 0..N {
-                let p0 = u64::from(MULTIPLIERS[0]) * u64::from(c[0][i]);
-                let p1 = u64::from(MULTIPLIERS[1]) * u64::from(c[2][i]);
-                next[0][i] = (p1 >> 32) as u32 ^ c[1][i] ^ k[0];
-                next[1][i] = p1 as u32;
-                next[2][i] = (p0 >> 32) as u32 ^ c[3][i] ^ k[1];
-                next[3][i] = p0 as u32;
-            }
-            c = next;
+            let p0: [u64; N] = from_fn(|i| u64::from(MULTIPLIERS[0]) * u64::from(c[0][i]));
+            let p1: [u64; N] = from_fn(|i| u64::from(MULTIPLIERS[1]) * u64::from(c[2][i]));
+            c = [
+                from_fn(|i| (p1[i] >> 32) as u32 ^ c[1][i] ^ k[0]),
+                p1.map(|p| p as u32),
+                from_fn(|i| (p0[i] >> 32) as u32 ^ c[3][i] ^ k[1]),
+                p0.map(|p| p as u32),
+            ];
             k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
         }
         c
