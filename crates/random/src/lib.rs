@@ -145,10 +145,11 @@ mod tests {
         let philox = Philox::new(7);
         for first in [0, 5, u64::from(u32::MAX) - 3, u64::MAX - 2] {
             let many = philox.blocks::<8>(first, [11, 12]);
-            for i in 0..8 {
-                let counter = first.wrapping_add(i as u64);
-                let one = philox.block([counter as u32, (counter >> 32) as u32, 11, 12]);
-                assert_eq!([0, 1, 2, 3].map(|word: usize| many[word][i]), one);
+            for (word, of_blocks) in many.iter().enumerate() {
+                for (i, &value) in of_blocks.iter().enumerate() {
+                    let counter = first.wrapping_add(i as u64);
+                    assert_eq!(value, philox.block([counter as u32, (counter >> 32) as u32, 11, 12])[word]);
+                }
             }
         }
     }
