@@ -201,11 +201,13 @@ fn narrow_losses_follow_float32_ones() {
         (0..40).map(|number| step(&mut learner, &plan, &batch, number).loss).collect()
     };
     let wide = losses("fp32");
-    assert!(wide[39] < 0.8 * wide[0], "it learns: {} to {}", wide[0], wide[39]);
+    let (first, last) = (wide[0], wide[39]);
+    assert!(last < 0.8 * first, "it learns: {first} to {last}");
     for precision in ["selective", "bf16"] {
         for (step, (narrow, wide)) in losses(precision).iter().zip(&wide).enumerate() {
-            // One token that goes to another expert moves the loss of so small a batch by percents.
-            assert!((narrow / wide - 1.0).abs() < 0.1, "{precision} step {step}: {narrow}, float32 {wide}");
+            // A token that goes to another expert moves the loss of so small a batch.
+            let apart = (narrow - wide).abs() / first;
+            assert!(apart < 0.06, "{precision} step {step}: {narrow}, float32 {wide}");
         }
     }
 }
