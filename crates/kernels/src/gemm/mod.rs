@@ -14,6 +14,7 @@ mod avx512;
 pub mod bench;
 mod pack;
 mod portable;
+mod row;
 mod tile;
 mod view;
 
@@ -186,6 +187,10 @@ fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         assert!(other.is_row_major(), "what is added or masks lies as the output does");
     }
     if rows == 0 || cols == 0 {
+        return;
+    }
+    if let (1, Right::Plain(columns)) = (rows, right) {
+        row::multiply(out, a.lines(), columns, write, threads == Threads::All);
         return;
     }
     let kernel = <In as Multiply<Out>>::micro_kernel(path).0;

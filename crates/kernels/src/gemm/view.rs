@@ -105,6 +105,10 @@ impl<'a, E> ViewMut<'a, E> {
         self.row_stride
     }
 
+    pub(super) fn row_mut(&mut self, row: usize) -> &mut [E] {
+        &mut self.data[row * self.row_stride..][..self.cols]
+    }
+
     pub(super) fn as_mut_ptr(&mut self) -> *mut E {
         self.data.as_mut_ptr()
     }
