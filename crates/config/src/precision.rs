@@ -43,27 +43,20 @@ impl PrecisionMode {
 
     /// What is float32, in words for people.
     pub fn kept_in_fp32(self) -> &'static [&'static str] {
-        const ALWAYS: [&str; 5] = [
+        const SELECTIVE: &[&str] = &[
             "master weights and moments of the optimizer",
             "sums of gradients over micro-batches and ranks",
             "sums inside matrix products, norms, softmax and losses",
             "attention scores and their softmax",
             "logits of the head and the cross-entropy",
-        ];
-        const SELECTIVE: [&str; 8] = [
-            ALWAYS[0],
-            ALWAYS[1],
-            ALWAYS[2],
-            ALWAYS[3],
-            ALWAYS[4],
             "the router: its input, weights, logits, probabilities and gates",
             "weights of norms",
             "relative attention bias",
         ];
         match self {
             Self::Fp32 => &["everything"],
-            Self::Bf16 => &ALWAYS,
-            Self::Selective => &SELECTIVE,
+            Self::Bf16 => &SELECTIVE[..5],
+            Self::Selective => SELECTIVE,
         }
     }
 }

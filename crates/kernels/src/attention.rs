@@ -11,7 +11,7 @@ use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::element::Element;
+use crate::element::{Element, round_all};
 use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
 use crate::host::{self, by_format};
 use crate::math::{dot, exp, max, sum};
@@ -258,7 +258,7 @@ impl Core {
                     if rules.dropout > 0.0 {
                         self.drop(scores, &self.noise_words(b, head));
                     }
-                    round(scores, factor);
+                    round_all(scores, factor);
                     let v = row.head(row.v, head, d_kv);
                     let out = ViewMut::strided(&mut out[head * d_kv..], s, d_kv, width);
                     matmul(out, View::new(factor, s, t), v, Write::Overwrite, Threads::One);
@@ -345,15 +345,15 @@ impl Core {
             self.drop(gp, &words);
             let mut dropped = p.clone();
             self.drop(&mut dropped, &words);
-            round(&dropped, factor);
+            round_all(&dropped, factor);
         } else {
-            round(p, factor);
+            round_all(p, factor);
         }
         let into = |out, rows| ViewMut::strided(out, rows, d_kv, width);
         let probabilities = View::new(factor, s, t);
         matmul(into(&mut out.v[head * d_kv..], t), probabilities.t(), g, Write::Overwrite, Threads::One);
         softmax_backward(p, gp, t);
-        round(gp, factor);
+        round_all(gp, factor);
         let (gs, k, q) = (View::new(factor, s, t), row.head(row.k, head, d_kv), row.head(row.q, head, d_kv));
         matmul(into(&mut out.q[head * d_kv..], s), gs, k, Write::Overwrite, Threads::One);
         matmul(into(&mut out.k[head * d_kv..], t), gs.t(), q, Write::Overwrite, Threads::One);
@@ -396,14 +396,6 @@ impl Operation<3, 1> for Core {
         let [gradient] = given(gradients);
         let [gq, gk, gv, _] = by_format!(gradient, E => self.gradients::<E>(saved, &gradient));
         [Some(gq), Some(gk), Some(gv)]
-    }
-}
-
-/// `values` in the format that the next product reads.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn round<E: Element>(values: &[f32], out: &mut [E]) {
-    for (out, value) in out.iter_mut().zip(values) {
-        *out = E::round(*value);
     }
 }
 

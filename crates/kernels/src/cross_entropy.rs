@@ -11,7 +11,7 @@ use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::element::Element;
+use crate::element::{Element, round_all};
 use crate::gemm::{Multiply, Packed, Threads, View, ViewMut, Write, matmul, matmul_packed};
 use crate::host::{self, by_format};
 use crate::math::{exp, max, sum};
@@ -361,7 +361,7 @@ impl<E: Multiply<E> + Multiply<f32>> HeadGradient<E> {
             Self::Summed { sums, .. } => {
                 let mut values = host::uninit::<E>(sums.len());
                 let tasks = values.par_chunks_mut(TASK_VALUES).zip(sums.par_chunks(TASK_VALUES));
-                tasks.for_each(|(values, sums)| multiply(sums, 1.0, values));
+                tasks.for_each(|(values, sums)| round_all(sums, values));
                 host::tensor(values, shape)
             }
         }

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 
 use burn::tensor::DType;
 pub use burn::tensor::bf16;
+use multiversion::multiversion;
 
 /// A format that operations read and write; every sum inside them is float32.
 pub trait Element: burn::tensor::Element + bytemuck::Pod + Default + Debug + PartialEq {
@@ -51,6 +52,14 @@ impl Element for bf16 {
         // Rounding could carry a NaN into an infinity; a quiet one of the same sign cannot.
         let bits = if value.is_nan() { bits >> 16 | 0x40 } else { rounded };
         Self::from_bits(bits as u16)
+    }
+}
+
+/// Rounds as many values as there is room for.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
+pub(crate) fn round_all<E: Element>(values: &[f32], rounded: &mut [E]) {
+    for (rounded, value) in rounded.iter_mut().zip(values) {
+        *rounded = E::round(*value);
     }
 }
 

@@ -7,10 +7,9 @@ use std::ops::Range;
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
-use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::element::{Element, bf16};
+use crate::element::{Element, bf16, round_all};
 
 /// Runs `$body` with `$E` the format of the tensor's values.
 macro_rules! by_format {
@@ -160,16 +159,9 @@ impl ValuesMut<'_> {
             Self::Bf16(old) => {
                 assert_eq!(old.len(), values.len(), "as many values as there were");
                 let parts = old.par_chunks_mut(COPIED_AT_ONCE).zip(values.par_chunks(COPIED_AT_ONCE));
-                parts.for_each(|(old, values)| round_values(values, old));
+                parts.for_each(|(old, values)| round_all(values, old));
             }
         }
-    }
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn round_values(values: &[f32], out: &mut [bf16]) {
-    for (out, value) in out.iter_mut().zip(values) {
-        *out = bf16::round(*value);
     }
 }
 

@@ -36,11 +36,6 @@ impl<E: Element> Product<E> {
         let sizes = [rows, inner, cols];
         Self { sizes, form, a: numbers(rows * inner), b: numbers(inner * cols), out: numbers(rows * cols) }
     }
-
-    /// Floating-point operations of one run.
-    pub fn operations(&self) -> f64 {
-        2.0 * self.sizes.iter().product::<usize>() as f64
-    }
 }
 
 impl<E: Multiply<E> + Multiply<f32>> Product<E> {

@@ -22,8 +22,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-pub use tile::CpuPath;
-pub use tile::{Kernel, Multiply};
+pub use tile::{CpuPath, Kernel, Multiply};
 pub(crate) use view::{View, ViewMut};
 
 use crate::element::Element;
@@ -334,7 +333,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
         let direct = blocks == 1 || plain;
         let most = if direct { tiles.len() } else { (ASIDE_ROWS / self.kernel.rows).min(tiles.len()) }.max(1);
         let width = group * self.kernel.cols;
-        let mut sums = vec![0.0; if direct { 0 } else { most * self.kernel.rows * width }];
+        let mut sums: Vec<f32> = host::uninit(if direct { 0 } else { most * self.kernel.rows * width });
         for first in panels.clone().step_by(group) {
             let panels = first..panels.end.min(first + group);
             for tile in tiles.clone().step_by(most) {

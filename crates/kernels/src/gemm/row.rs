@@ -32,10 +32,12 @@ pub(super) fn multiply<In: Element, Out: Element>(
         let first = block * COLS;
         let mut sums = [0.0; COLS];
         let sums = &mut sums[..COLS.min(cols - first)];
+        // Without an inner dimension there is no data, and the sums stay 0.
+        let data = b.data.get(first * b.line_stride..).unwrap_or_default();
         if b.line_stride == 1 {
-            add_rows(&a, &b.data[first..], b.inner_stride, sums);
+            add_rows(&a, data, b.inner_stride, sums);
         } else {
-            add_columns(&a, &b.data[first * b.line_stride..], b.line_stride, sums);
+            add_columns(&a, data, b.line_stride, sums);
         }
         let other = |view: View<'_, Out>, j: usize| view.row(0)[first + j].widen();
         for (j, (out, &mut sum)) in out.iter_mut().zip(sums).enumerate() {

@@ -116,8 +116,16 @@ fn check_formats(sizes: [usize; 3], layout: [bool; 2], gap: usize) {
 
 #[test]
 fn every_form_of_sizes_around_the_tiles() {
-    let sizes =
-        [[1, 1, 1], [14, 2, 32], [15, 33, 33], [28, 16, 64], [29, 37, 31], [5, 18, 100], [43, 65, 17]];
+    let sizes = [
+        [1, 1, 1],
+        [1, 70, 130],
+        [14, 2, 32],
+        [15, 33, 33],
+        [28, 16, 64],
+        [29, 37, 31],
+        [5, 18, 100],
+        [43, 65, 17],
+    ];
     for sizes in sizes {
         for layout in [[false, false], [false, true], [true, false], [true, true]] {
             for gap in [0, 3] {
@@ -132,6 +140,8 @@ fn sums_over_several_blocks_and_no_summands() {
     check_formats([9, 2 * BLOCK_WORDS * 2 + 6, 35], [false, true], 0);
     check_formats([20, BLOCK_WORDS * 2 + 3, 40], [true, false], 0);
     check_formats([3, 0, 5], [false, false], 0);
+    check_formats([1, 0, 100], [false, false], 0);
+    check_formats([1, 0, 100], [false, true], 0);
 }
 
 #[test]

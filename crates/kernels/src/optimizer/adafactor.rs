@@ -3,8 +3,8 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::parallel::{CHUNK, round_into, sum_of_squares};
-use crate::element::{Element, bf16};
+use super::parallel::{CHUNK, sum_of_squares};
+use crate::element::{Element, bf16, round_all};
 use crate::math::{LANES, sum};
 
 /// Constants of one update.
@@ -76,7 +76,7 @@ pub fn adafactor<G: Element>(
             full_update(&mut update, gradient, v, decay, rules.gradient_scale, rules.eps as f32);
             let moved = sum_of_squares(&update);
             apply(parameter, &update, moved, rules);
-            round_into(parameter, rounded);
+            round_all(parameter, rounded);
         }
         AdafactorState::Factored { row, col } => {
             let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);

@@ -3,8 +3,8 @@
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::parallel::{CHUNK, optional_chunks, root_mean_square, round_into};
-use crate::element::{Element, bf16};
+use super::parallel::{CHUNK, optional_chunks, root_mean_square};
+use crate::element::{Element, bf16, round_all};
 
 /// Constants of one update.
 #[derive(Debug, Clone, Copy)]
@@ -83,7 +83,7 @@ pub fn adamw<G: Element>(
             .zip(optional_chunks(rounded, p_chunks))
             .for_each(|(((p, g), (m, v)), rounded)| {
                 update(p, g, m, v, step);
-                round_into(p, rounded);
+                round_all(p, rounded);
             });
     }
 }

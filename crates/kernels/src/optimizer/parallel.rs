@@ -22,14 +22,6 @@ pub(super) fn optional_chunks(values: &mut [bf16], chunks: usize) -> Vec<&mut [b
     parts
 }
 
-/// Rounds as many values as there is room for.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-pub(super) fn round_into(values: &[f32], rounded: &mut [bf16]) {
-    for (rounded, value) in rounded.iter_mut().zip(values) {
-        *rounded = bf16::round(*value);
-    }
-}
-
 /// `sqrt(mean(x^2))`.
 pub fn root_mean_square(x: &[f32]) -> f32 {
     (sum_of_squares(x) / x.len().max(1) as f64).sqrt() as f32
