@@ -1,5 +1,10 @@
 //! How the allocator treats the large buffers of tensors.
 
+use switchyard_kernels::CacheLines;
+
+#[global_allocator]
+static ALLOCATOR: CacheLines = CacheLines;
+
 /// Keeps freed buffers mapped instead of handing them back after every operation.
 ///
 /// A training step frees and allocates the same large buffers over and over; returning them to the

@@ -143,6 +143,9 @@ struct Sizes {
     f: usize,
 }
 
+/// Experts for each thread that make it not worth while to share their products.
+const EXPERTS_PER_THREAD: usize = 8;
+
 /// Values that one pointwise task handles.
 const TASK_VALUES: usize = 1 << 14;
 
@@ -160,6 +163,12 @@ impl Sizes {
 
     fn task_values(self) -> usize {
         (self.task_rows() * self.f).max(1)
+    }
+
+    /// Who shares a product: many experts keep the threads busy without.
+    fn threads(self) -> Threads {
+        let enough = self.e >= EXPERTS_PER_THREAD * rayon::current_num_threads();
+        if enough { Threads::One } else { Threads::All }
     }
 }
 
@@ -272,7 +281,7 @@ impl FeedForward {
             for (wi, rows) in inputs.wi.iter().zip(rows) {
                 let wi = View::new(&host::values::<E>(wi)[expert * d * f..], d, f);
                 let write = if self.keeps_activated() { Write::Relu } else { Write::Overwrite };
-                matmul(ViewMut::new(rows, n, f), x, wi, write, Threads::All);
+                matmul(ViewMut::new(rows, n, f), x, wi, write, sizes.threads());
                 projected.push(rows);
             }
             let hidden;
@@ -287,7 +296,7 @@ impl FeedForward {
                 Some(residual) => Write::Onto(View::new(run.of(host::values::<E>(residual), c, d), n, d)),
                 None => Write::Overwrite,
             };
-            matmul(out, View::new(hidden, n, f), wo, write, Threads::All);
+            matmul(out, View::new(hidden, n, f), wo, write, sizes.threads());
         }
         out[written * d..].fill(E::default());
     }
@@ -355,13 +364,13 @@ impl FeedForward {
                 gh = host::uninit(n * f);
                 let through = ViewMut::new(&mut gh, n, f);
                 rayon::join(
-                    || matmul(through, g, wo.t(), Write::Mask(activated), Threads::All),
-                    || matmul(gwo, activated.t(), g, write, Threads::All),
+                    || matmul(through, g, wo.t(), Write::Mask(activated), sizes.threads()),
+                    || matmul(gwo, activated.t(), g, write, sizes.threads()),
                 );
             } else {
                 gh = self.hidden(&projected, sizes, &run);
-                matmul(gwo, View::new(&gh, n, f).t(), g, write, Threads::All);
-                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, Threads::All);
+                matmul(gwo, View::new(&gh, n, f).t(), g, write, sizes.threads());
+                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, sizes.threads());
                 gates = self.through_hidden(&projected, sizes, &run, &mut gh);
             }
             for (i, (gp, gwi)) in [gh, gates].iter().zip(&mut gwi).enumerate() {
@@ -371,8 +380,8 @@ impl FeedForward {
                 let gx = ViewMut::new(&mut gx[slots.start * d..slots.end * d], n, d);
                 let onto = if i == 0 { Write::Overwrite } else { Write::Add };
                 rayon::join(
-                    || matmul(gx, gp, wi.t(), onto, Threads::All),
-                    || matmul(gwi, x.t(), gp, write, Threads::All),
+                    || matmul(gx, gp, wi.t(), onto, sizes.threads()),
+                    || matmul(gwi, x.t(), gp, write, sizes.threads()),
                 );
             }
         }

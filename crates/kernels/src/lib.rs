@@ -18,6 +18,7 @@ mod host;
 mod linear_map;
 mod logits;
 mod math;
+mod memory;
 #[cfg(test)]
 mod narrow_tests;
 mod noise;
@@ -44,6 +45,7 @@ pub use host::{Values, ValuesMut, copy_into, int_tensor, integers, update_in_pla
 pub use linear_map::{LinearMap, linear_map};
 pub use logits::logits;
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};
+pub use memory::CacheLines;
 pub use norm::{rms_norm, rms_norm_beside};
 pub use plan::DispatchPlan;
 pub use projection::{add, project, project_onto, project_three, project_two};

@@ -10,9 +10,9 @@ use crate::element::{Element, bf16};
 
 const COLS: usize = 16;
 
-pub(super) const F32: MicroKernel = MicroKernel { rows: 6, cols: COLS, run: f32_tile };
-pub(super) const BF16_TO_F32: MicroKernel = MicroKernel { rows: 4, cols: COLS, run: bf16_tile::<f32> };
-pub(super) const BF16_TO_BF16: MicroKernel = MicroKernel { rows: 4, cols: COLS, run: bf16_tile::<bf16> };
+pub(super) const F32: MicroKernel = MicroKernel { rows: 6, cols: COLS, reads_rows: false, run: f32_tile };
+pub(super) const BF16_TO_F32: MicroKernel = MicroKernel { rows: 4, cols: COLS, reads_rows: false, run: bf16_tile::<f32> };
+pub(super) const BF16_TO_BF16: MicroKernel = MicroKernel { rows: 4, cols: COLS, reads_rows: false, run: bf16_tile::<bf16> };
 
 macro_rules! tile {
     ($name:ident<$($out:ident)?>, $to:ty, $most:literal, [$($rows:literal)*], |$sums:ident, $a:ident, $b:ident| $step:expr) => {
@@ -29,7 +29,7 @@ macro_rules! tile {
                 for p in 0..tile.words {
                     // SAFETY: a packed panel has `COLS` words for each word of the inner dimension.
                     let $b = unsafe {
-                        let b = tile.b.add(p * COLS);
+                        let b = tile.b.cast::<u32>().add(p * COLS);
                         [_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(8).cast())]
                     };
                     for (i, $sums) in all.iter_mut().enumerate() {

@@ -2,8 +2,8 @@
 //!
 //! One blocked algorithm serves all formats and CPUs: the inner dimension is walked in 32-bit words,
 //! which are one float32 or a pair of bfloat16. Micro-kernels differ by CPU and are chosen at run time.
-//! An element's sum runs over the inner dimension in an order that its length, the formats and the way
-//! to write fix, so results do not depend on the number of threads.
+//! An element's sum runs over the inner dimension from one end to the other, however a product is cut, so
+//! results depend neither on the number of threads nor on that of rows (a single row is summed otherwise).
 //!
 //! A product of INT8 would be one more [`Element`] with four elements a word, and its micro-kernels.
 
@@ -12,6 +12,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod bench;
+mod few;
 mod pack;
 mod portable;
 mod row;
@@ -27,6 +28,7 @@ pub(crate) use view::{View, ViewMut};
 
 use crate::element::Element;
 use crate::host;
+use crate::memory::CACHE_LINE;
 use pack::Lines;
 use tile::{Finish, MicroKernel, Other, Tile};
 
@@ -43,6 +45,29 @@ pub(crate) enum Write<'a, E> {
     Relu,
     /// `out = product` where `other > 0`, else 0.
     Mask(View<'a, E>),
+}
+
+impl<'a, E: Element> Write<'a, E> {
+    /// Writes `sums`, which belong to row `row` from column `first` on, into `out`.
+    fn row(self, row: usize, first: usize, sums: &[f32], out: &mut [E]) {
+        let values = out.iter_mut().zip(sums);
+        let others = |view: View<'a, E>| view.row(row)[first..].iter();
+        match self {
+            Self::Overwrite => values.for_each(|(out, sum)| *out = E::round(*sum)),
+            Self::Add => values.for_each(|(out, sum)| *out = E::round(out.widen() + sum)),
+            Self::Onto(view) => {
+                let values = values.zip(others(view));
+                values.for_each(|((out, sum), other)| *out = E::round(other.widen() + sum));
+            }
+            Self::Relu => values.for_each(|(out, &sum)| *out = E::round(if sum < 0.0 { 0.0 } else { sum })),
+            Self::Mask(view) => {
+                let values = values.zip(others(view));
+                values.for_each(|((out, &sum), other)| {
+                    *out = E::round(if other.widen() > 0.0 { sum } else { 0.0 });
+                });
+            }
+        }
+    }
 }
 
 /// Who shares the work.
@@ -63,8 +88,20 @@ const TASKS_PER_THREAD: usize = 4;
 /// Words of the inner dimension that are summed at once; longer sums are taken in blocks.
 const BLOCK_WORDS: usize = 512;
 
+/// Bytes of a right factor in place that are read while the next ones are on their way.
+const BLOCK_BYTES: usize = 1 << 15;
+
 /// Words of packed columns that stay in the second-level cache while they are used.
 const CACHED_WORDS: usize = 1 << 17;
+
+/// Rows that do not pay for packing the right factor.
+const FEW_ROWS: usize = 32;
+
+/// Words of the inner dimension below which writing the output is most of the work.
+const SHORT_WORDS: usize = 32;
+
+/// Bytes of an output that leave no room in the second-level cache for anything else.
+const PAST_CACHES_BYTES: usize = 1 << 18;
 
 /// Rows whose sums are kept aside while blocks of the inner dimension are added up.
 const ASIDE_ROWS: usize = 448;
@@ -104,7 +141,7 @@ pub(crate) fn matmul<In: Multiply<Out> + Multiply<f32>, Out: Element>(
     threads: Threads,
 ) {
     assert!(a.cols() == b.rows() && out.cols() == b.cols(), "matrix shapes do not fit");
-    multiply(CpuPath::best(), out, a, Right::Plain(b.columns()), write, threads);
+    multiply(CpuPath::best(), out, a, Right::Plain(b), write, threads);
 }
 
 /// [`matmul`] with a packed right factor.
@@ -121,8 +158,21 @@ pub(crate) fn matmul_packed<In: Multiply<Out> + Multiply<f32>, Out: Element>(
 
 #[derive(Clone, Copy)]
 enum Right<'a, In> {
-    Plain(Lines<'a, In>),
+    /// As it came, to be packed or read where it is.
+    Plain(View<'a, In>),
+    /// Packed, panel by panel.
     Packed(&'a [u32]),
+}
+
+/// Where the words of the right factor are.
+#[derive(Clone, Copy)]
+enum Columns<'a, In> {
+    /// In the matrix itself, row by row in whole panels.
+    InPlace(Lines<'a, In>),
+    /// Packed, panel by panel.
+    Packed(&'a [u32]),
+    /// To be packed by each task that reads them.
+    Later(Lines<'a, In>),
 }
 
 /// Where the words of the left factor are.
@@ -163,17 +213,21 @@ struct Product<'a, In, Out> {
     rows: usize,
     cols: usize,
     words: usize,
+    /// Most words of the inner dimension that are summed at once.
+    block_words: usize,
     left: Left<'a, In>,
-    right: Right<'a, In>,
+    right: Columns<'a, In>,
     out: Address,
     out_row: usize,
     write: Write<'a, Out>,
+    /// Whether the output goes to memory past the caches.
+    past_caches: bool,
 }
 
 /// Computes [`matmul`] on `path`, which the CPU must have.
 fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
     path: CpuPath,
-    mut out: ViewMut<'_, Out>,
+    out: ViewMut<'_, Out>,
     a: View<'_, In>,
     right: Right<'_, In>,
     write: Write<'_, Out>,
@@ -188,10 +242,25 @@ fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
     if rows == 0 || cols == 0 {
         return;
     }
-    if let (1, Right::Plain(columns)) = (rows, right) {
-        row::multiply(out, a.lines(), columns, write, threads == Threads::All);
-        return;
+    match right {
+        Right::Plain(b) if rows == 1 => {
+            row::multiply(out, a.lines(), b.columns(), write, threads == Threads::All);
+        }
+        Right::Plain(b) if few_transposed(rows, b) => few::multiply(path, out, a, b, write, threads),
+        _ => multiply_blocks(path, out, a, right, write, threads),
     }
+}
+
+/// [`multiply`] by tiles of packed factors, or of those that can be read where they are.
+fn multiply_blocks<In: Multiply<Out> + Multiply<f32>, Out: Element>(
+    path: CpuPath,
+    mut out: ViewMut<'_, Out>,
+    a: View<'_, In>,
+    right: Right<'_, In>,
+    write: Write<'_, Out>,
+    threads: Threads,
+) {
+    let (rows, cols) = (out.rows(), out.cols());
     let kernel = <In as Multiply<Out>>::micro_kernel(path).0;
     let aside = <In as Multiply<f32>>::micro_kernel(path).0;
     let lines = a.lines();
@@ -214,16 +283,32 @@ fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         Left::Packed(pack_left(lines, rows, kernel.rows, tasks > 1))
     };
     let packed;
+    let mut block_words = BLOCK_WORDS;
     let right = match right {
-        Right::Plain(lines) if down > 1 => {
-            packed = pack_right(lines, cols, kernel.cols);
-            Right::Packed(&packed)
+        Right::Packed(words) => Columns::Packed(words),
+        Right::Plain(b) => {
+            let columns = b.columns();
+            let whole = cols.is_multiple_of(kernel.cols) && columns.line_stride == 1;
+            if kernel.reads_rows && direct && whole && rows <= FEW_ROWS {
+                let row_bytes = columns.inner_stride * size_of::<In>();
+                block_words = (BLOCK_BYTES / (row_bytes * In::PER_WORD)).clamp(1, BLOCK_WORDS);
+                Columns::InPlace(columns)
+            } else if down > 1 {
+                packed = pack_right(columns, cols, kernel.cols);
+                Columns::Packed(&packed)
+            } else {
+                Columns::Later(columns)
+            }
         }
-        right => right,
     };
     let out_row = out.row_stride() * size_of::<Out>();
     let out = Address(out.as_mut_ptr().cast());
-    let product = Product { kernel, aside, rows, cols, words, left, right, out, out_row, write };
+    // A large output of short sums takes longer to write than to compute, and the caches would first read
+    // the lines that it overwrites.
+    let large = words <= SHORT_WORDS && rows * out_row >= PAST_CACHES_BYTES;
+    let past_caches = large && out.0.addr().is_multiple_of(CACHE_LINE) && out_row.is_multiple_of(CACHE_LINE);
+    let product =
+        Product { kernel, aside, rows, cols, words, block_words, left, right, out, out_row, write, past_caches };
     let tiles = rows.div_ceil(kernel.rows);
     let part = |count: usize, of: usize, i: usize| count * i / of..count * (i + 1) / of;
     let task = |i: usize| product.task(part(tiles, down, i / across), part(panels, across, i % across));
@@ -279,6 +364,12 @@ fn group_panels(words: usize, cols: usize) -> usize {
     (CACHED_WORDS / (block_words * cols).max(1)).max(1)
 }
 
+/// Whether a product of so many rows with a transposed matrix should be [`few::multiply`]'s.
+fn few_transposed<In: Element>(rows: usize, b: View<'_, In>) -> bool {
+    let transposed = !b.is_row_major() && b.rows().is_multiple_of(In::PER_WORD);
+    transposed && rows <= FEW_ROWS && b.cols() > FEW_ROWS
+}
+
 /// Packs all tiles of a left factor, one after the other.
 fn pack_left<In: Element>(lines: Lines<'_, In>, rows: usize, most: usize, parallel: bool) -> Vec<u32> {
     let (words, tiles) = (lines.words(), rows.div_ceil(most));
@@ -305,35 +396,63 @@ fn tile_rows(rows: usize, tiles: usize, tile: usize) -> Range<usize> {
     rows * tile / tiles..rows * (tile + 1) / tiles
 }
 
-/// Some panels over some words of the inner dimension, packed.
+/// Some panels over a block of the inner dimension.
 #[derive(Clone, Copy)]
 struct Group<'a> {
-    /// The first panel.
+    /// The panel with which `data` begins.
     first: usize,
-    /// Packed words, beginning with the block.
-    packed: &'a [u32],
-    /// Words from one panel to the next.
-    panel_words: usize,
+    /// Bytes, beginning with the block.
+    data: &'a [u8],
+    /// Bytes from one panel to the next.
+    panel_bytes: usize,
+    /// Bytes from row to row of a factor in place, 0 of a packed one.
+    row_bytes: usize,
+}
+
+/// Some tiles of some panels over a block of the inner dimension.
+struct Block<'a> {
+    tiles: Range<usize>,
+    panels: Range<usize>,
+    words: Range<usize>,
+    group: Group<'a>,
+}
+
+/// Sums of the earlier blocks of some tiles, panel after panel: rows as far apart as those of the output
+/// may be share their place in the cache.
+struct Aside<'a> {
+    sums: &'a mut [f32],
+    /// Row of the product that comes first.
+    first_row: usize,
+    /// Rows of a panel.
+    rows: usize,
 }
 
 impl<In: Element, Out: Element> Product<'_, In, Out> {
     /// Computes some tiles of some panels; no two tasks share a tile of the output.
     fn task(&self, tiles: Range<usize>, panels: Range<usize>) {
-        let blocks = self.words.div_ceil(BLOCK_WORDS).max(1);
+        let blocks = self.words.div_ceil(self.block_words).max(1);
         let block_words = self.words.div_ceil(blocks);
-        let group = group_panels(self.words, self.kernel.cols).min(panels.len().max(1));
-        let room = match self.right {
-            Right::Packed(_) => 0,
-            Right::Plain(_) => group * block_words * self.kernel.cols,
+        let (group, room) = match self.right {
+            // Rows are read as they lie, from one end to the other.
+            Columns::InPlace(_) => (panels.len(), 0),
+            Columns::Packed(_) => (group_panels(self.words, self.kernel.cols), 0),
+            Columns::Later(_) => {
+                let group = group_panels(self.words, self.kernel.cols).min(panels.len());
+                (group, group * block_words * self.kernel.cols)
+            }
         };
+        let group = group.clamp(1, panels.len().max(1));
         let mut scratch: Vec<u32> = host::uninit(room);
-        // Sums go straight to the output where later blocks can be added to it without a rounding.
-        let plain =
-            Out::PER_WORD == 1 && matches!(self.write, Write::Overwrite | Write::Add | Write::Onto(_));
-        let direct = blocks == 1 || plain;
-        let most = if direct { tiles.len() } else { (ASIDE_ROWS / self.kernel.rows).min(tiles.len()) }.max(1);
-        let width = group * self.kernel.cols;
-        let mut sums: Vec<f32> = host::uninit(if direct { 0 } else { most * self.kernel.rows * width });
+        let direct = blocks == 1;
+        let most = match self.right {
+            Columns::InPlace(_) => 1,
+            _ if direct => tiles.len(),
+            _ => (ASIDE_ROWS / self.kernel.rows).min(tiles.len()),
+        };
+        let most = most.max(1);
+        let all_tiles = self.rows.div_ceil(self.kernel.rows);
+        let room = if direct { 0 } else { most * self.kernel.rows * group * self.kernel.cols };
+        let mut sums: Vec<f32> = host::uninit(room);
         for first in panels.clone().step_by(group) {
             let panels = first..panels.end.min(first + group);
             for tile in tiles.clone().step_by(most) {
@@ -341,14 +460,19 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
                 for block in 0..blocks {
                     let words = self.words * block / blocks..self.words * (block + 1) / blocks;
                     let group = self.right_group(panels.clone(), words.clone(), &mut scratch);
-                    let aside = (!direct).then_some(sums.as_mut_slice());
-                    self.add_block(tiles.clone(), panels.clone(), words, group, aside, width);
+                    let block = Block { tiles: tiles.clone(), panels: panels.clone(), words, group };
+                    let first_row = tile_rows(self.rows, all_tiles, tiles.start).start;
+                    let aside = Aside { sums: &mut sums, first_row, rows: most * self.kernel.rows };
+                    self.add_block(&block, (!direct).then_some(aside));
                 }
             }
         }
+        if self.past_caches {
+            tile::publish();
+        }
     }
 
-    /// Panels over a block of words, packed into `scratch` unless they are already.
+    /// Panels over a block of words, packed into `scratch` where they are to be packed.
     fn right_group<'a>(
         &'a self,
         panels: Range<usize>,
@@ -357,80 +481,110 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
     ) -> Group<'a> {
         let cols = self.kernel.cols;
         match self.right {
-            Right::Packed(packed) => {
-                let panel_words = self.words * cols;
-                let packed = &packed[panels.start * panel_words + words.start * cols..];
-                Group { first: panels.start, packed, panel_words }
+            Columns::InPlace(lines) => {
+                let data = bytemuck::cast_slice(lines.block(words).data);
+                let row_bytes = lines.inner_stride * size_of::<In>();
+                Group { first: 0, data, panel_bytes: cols * size_of::<In>(), row_bytes }
             }
-            Right::Plain(lines) => {
+            Columns::Packed(packed) => {
+                let panel_words = self.words * cols;
+                let data = bytemuck::cast_slice(&packed[panels.start * panel_words + words.start * cols..]);
+                Group { first: panels.start, data, panel_bytes: 4 * panel_words, row_bytes: 0 }
+            }
+            Columns::Later(lines) => {
                 let (block, panel_words) = (lines.block(words.clone()), words.len() * cols);
                 for (i, out) in panels.clone().zip(scratch.chunks_exact_mut(panel_words.max(1))) {
                     block.pack(i * cols..self.cols.min((i + 1) * cols), cols, out);
                 }
-                Group { first: panels.start, packed: scratch, panel_words }
+                let data = bytemuck::cast_slice(scratch);
+                Group { first: panels.start, data, panel_bytes: 4 * panel_words, row_bytes: 0 }
             }
         }
     }
 
-    /// Adds a block of the inner dimension to some tiles, in the output or in sums kept `aside`.
-    fn add_block(
-        &self,
-        tiles: Range<usize>,
-        panels: Range<usize>,
-        words: Range<usize>,
-        group: Group<'_>,
-        mut aside: Option<&mut [f32]>,
-        width: usize,
-    ) {
-        let all_tiles = self.rows.div_ceil(self.kernel.rows);
-        let first_row = tile_rows(self.rows, all_tiles, tiles.start).start;
+    /// Adds a block of the inner dimension to some tiles, in the output or in sums kept aside.
+    fn add_block(&self, block: &Block<'_>, mut aside: Option<Aside<'_>>) {
+        let tile_rows = |tile| tile_rows(self.rows, self.rows.div_ceil(self.kernel.rows), tile);
+        if let Columns::InPlace(_) = self.right {
+            // The rows of a panel stay in the first-level cache until all tiles have read them.
+            for panel in block.panels.clone() {
+                for tile in block.tiles.clone() {
+                    let mut addresses = self.tile(&tile_rows(tile), panel, block);
+                    addresses.ahead = self.ahead(panel, block);
+                    self.run(addresses, &tile_rows(tile), panel, block, &mut aside);
+                }
+            }
+            return;
+        }
         let mut strip: Vec<u32> = match self.left {
-            Left::Later(_) => host::uninit(self.kernel.rows * words.len()),
+            Left::Later(_) => host::uninit(self.kernel.rows * block.words.len()),
             _ => Vec::new(),
         };
-        for tile in tiles {
-            let rows = tile_rows(self.rows, all_tiles, tile);
+        for tile in block.tiles.clone() {
+            let rows = tile_rows(tile);
             if let Left::Later(lines) = self.left {
-                let strip = &mut strip[..rows.len() * words.len()];
-                lines.block(words.clone()).pack(rows.clone(), rows.len(), strip);
+                let strip = &mut strip[..rows.len() * block.words.len()];
+                lines.block(block.words.clone()).pack(rows.clone(), rows.len(), strip);
             }
-            for panel in panels.clone() {
-                let b = &group.packed[(panel - group.first) * group.panel_words..];
-                let first = words.start == 0;
-                let mut tile = self.tile(&rows, panel, words.clone(), b);
+            for panel in block.panels.clone() {
+                let mut tile = self.tile(&rows, panel, block);
                 if let Left::Later(_) = self.left {
                     (tile.a, tile.a_row, tile.a_word) = (strip.as_ptr().cast(), 4, 4 * rows.len());
                 }
-                let Some(sums) = &mut aside else {
-                    tile.finish = if first { self.finish(&rows, panel) } else { Finish::Add };
-                    // SAFETY: see `tile`; this task alone writes here.
-                    unsafe { (self.kernel.run)(&tile) };
-                    continue;
-                };
-                let at = (rows.start - first_row) * width + (panel - group.first) * self.kernel.cols;
-                let sums = sums[at..][..(rows.len() - 1) * width + self.kernel.cols].as_mut_ptr();
-                if !first {
-                    (tile.start, tile.start_row) = (sums, width);
-                }
-                if words.end == self.words {
-                    tile.finish = self.finish(&rows, panel);
-                    // SAFETY: see `tile`; the earlier sums are there, as the slice above shows.
-                    unsafe { (self.kernel.run)(&tile) };
-                } else {
-                    (tile.out, tile.out_row) = (sums.cast(), width * size_of::<f32>());
-                    tile.cols = self.kernel.cols;
-                    // SAFETY: see `tile`; the sums have room for a whole panel, as the slice above shows.
-                    unsafe { (self.aside.run)(&tile) };
-                }
+                self.run(tile, &rows, panel, block, &mut aside);
             }
         }
+    }
+
+    /// Runs a tile whose addresses are those of its place in the output.
+    fn run(
+        &self,
+        mut tile: Tile,
+        rows: &Range<usize>,
+        panel: usize,
+        block: &Block<'_>,
+        aside: &mut Option<Aside<'_>>,
+    ) {
+        let first = block.words.start == 0;
+        let cols = self.kernel.cols;
+        let Some(Aside { sums, first_row, rows: of_panel }) = aside else {
+            tile.finish = self.finish(rows, panel);
+            // SAFETY: see `tile`; this task alone writes here.
+            unsafe { (self.kernel.run)(&tile) };
+            return;
+        };
+        let row = (panel - block.panels.start) * *of_panel + rows.start - *first_row;
+        let sums = sums[row * cols..][..rows.len() * cols].as_mut_ptr();
+        if !first {
+            tile.start = sums;
+        }
+        if block.words.end == self.words {
+            tile.finish = self.finish(rows, panel);
+            // SAFETY: see `tile`; the earlier sums are there, as the slice above shows.
+            unsafe { (self.kernel.run)(&tile) };
+        } else {
+            (tile.out, tile.out_row) = (sums.cast(), cols * size_of::<f32>());
+            tile.cols = cols;
+            // SAFETY: see `tile`; the sums have room for a whole panel, as the slice above shows.
+            unsafe { (self.aside.run)(&tile) };
+        }
+    }
+
+    /// What a panel in place should have read while it is multiplied: its share of the rows after the block.
+    fn ahead(&self, panel: usize, block: &Block<'_>) -> *const u8 {
+        let (group, rows) = (block.group, block.words.len() * In::PER_WORD);
+        let share = (panel - block.panels.start) * rows * group.panel_bytes;
+        let width = block.panels.len() * group.panel_bytes;
+        let row = rows + share / width;
+        group.data.as_ptr().wrapping_add(block.panels.start * group.panel_bytes + row * group.row_bytes + share % width)
     }
 
     /// Addresses of a tile over some words of the inner dimension.
     ///
     /// They are valid: views were checked against their slices when made, and shapes against each other.
     /// A left factor that is packed later has no address yet.
-    fn tile(&self, rows: &Range<usize>, panel: usize, words: Range<usize>, b: &[u32]) -> Tile {
+    fn tile(&self, rows: &Range<usize>, panel: usize, block: &Block<'_>) -> Tile {
+        let (words, group) = (&block.words, block.group);
         let start = panel * self.kernel.cols;
         let cols = (self.cols - start).min(self.kernel.cols);
         // SAFETY: row and word lie within the left factor, row and column within the output.
@@ -449,19 +603,23 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             Left::InPlace { row_bytes, .. } => (row_bytes, 4),
             Left::Packed(_) | Left::Later(_) => (4, 4 * rows.len()),
         };
+        // With one panel the left factor is read once, tile after tile.
+        let once = self.cols <= self.kernel.cols && a_word == 4;
+        let ahead = if once { a.wrapping_add(rows.len() * a_row).cast_const() } else { std::ptr::null() };
         Tile {
             words: words.len(),
             a,
             a_row,
             a_word,
-            b: b.as_ptr(),
+            b: group.data[(panel - group.first) * group.panel_bytes..].as_ptr(),
+            b_row: group.row_bytes,
+            ahead,
             rows: rows.len(),
             cols,
             out,
             out_row: self.out_row,
             finish: Finish::Store,
             start: std::ptr::null(),
-            start_row: 0,
         }
     }
 
@@ -471,6 +629,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             row_bytes: view.row_stride() * size_of::<Out>(),
         };
         match self.write {
+            Write::Overwrite if self.past_caches => Finish::StorePastCaches,
             Write::Overwrite => Finish::Store,
             Write::Add => Finish::Add,
             Write::Onto(view) => Finish::Onto(other(view)),

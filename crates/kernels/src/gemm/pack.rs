@@ -148,17 +148,8 @@ unsafe fn join_rows(
 ) {
     use std::arch::x86_64::{
         __m512i, __mmask16, __mmask32, _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi16,
-        _mm512_permutex2var_epi16, _mm512_set_epi16, _mm512_setzero_si512,
+        _mm512_setzero_si512,
     };
-    // Words 0 to 15: element l of the first, then of the second row.
-    let low = _mm512_set_epi16(
-        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
-        2, 33, 1, 32, 0,
-    );
-    let high = _mm512_set_epi16(
-        63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21, 52, 20, 51,
-        19, 50, 18, 49, 17, 48, 16,
-    );
     let load = ((1_u64 << count) - 1) as __mmask32;
     let [store_low, store_high] = [load as __mmask16, (load >> 16) as __mmask16];
     let row = |element: usize| -> __m512i {
@@ -174,11 +165,10 @@ unsafe fn join_rows(
         // SAFETY: stores beyond `count` words are masked off.
         unsafe {
             let out = out.as_mut_ptr();
-            let words = _mm512_permutex2var_epi16(first, low, second);
-            _mm512_mask_storeu_epi32(out.cast(), store_low, words);
+            let [low, high] = super::avx512::join(first, second);
+            _mm512_mask_storeu_epi32(out.cast(), store_low, low);
             if store_high != 0 {
-                let words = _mm512_permutex2var_epi16(first, high, second);
-                _mm512_mask_storeu_epi32(out.add(16).cast(), store_high, words);
+                _mm512_mask_storeu_epi32(out.add(16).cast(), store_high, high);
             }
         }
     }

@@ -6,9 +6,9 @@ use crate::element::{Element, bf16};
 const ROWS: usize = 4;
 const COLS: usize = 16;
 
-pub(super) const F32: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, run: tile::<f32, f32> };
-pub(super) const BF16_TO_F32: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, run: tile::<bf16, f32> };
-pub(super) const BF16_TO_BF16: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, run: tile::<bf16, bf16> };
+pub(super) const F32: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<f32, f32> };
+pub(super) const BF16_TO_F32: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<bf16, f32> };
+pub(super) const BF16_TO_BF16: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<bf16, bf16> };
 
 /// # Safety
 /// As [`MicroKernel::run`].
@@ -17,7 +17,7 @@ unsafe fn tile<In: Element, Out: Element>(tile: &Tile) {
     let mut sums = unsafe { tile.earlier::<COLS>() };
     for p in 0..tile.words {
         // SAFETY: a packed panel has `COLS` words for each word of the inner dimension.
-        let b = unsafe { &*tile.b.add(p * COLS).cast::<[u32; COLS]>() };
+        let b = unsafe { &*tile.b.cast::<[u32; COLS]>().add(p) };
         for (i, sums) in sums.iter_mut().enumerate().take(tile.rows) {
             // SAFETY: the left factor has this word.
             let a = unsafe { tile.a.add(i * tile.a_row + p * tile.a_word).cast::<u32>().read_unaligned() };

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::Write;
 use super::pack::Lines;
-use super::view::{View, ViewMut};
+use super::view::ViewMut;
 use crate::element::Element;
 use crate::math::dot;
 
@@ -19,14 +19,14 @@ const SHARED: usize = 1 << 18;
 
 /// `a * b` into the single row of `out`.
 pub(super) fn multiply<In: Element, Out: Element>(
-    mut out: ViewMut<'_, Out>,
+    out: ViewMut<'_, Out>,
     a: Lines<'_, In>,
     b: Lines<'_, In>,
     write: Write<'_, Out>,
     parallel: bool,
 ) {
     let a: Vec<f32> = (0..a.inner).map(|i| a.data[i * a.inner_stride].widen()).collect();
-    let out = out.row_mut(0);
+    let Some(out) = out.into_rows().next() else { return };
     let cols = out.len();
     let block = |(block, out): (usize, &mut [Out])| {
         let first = block * COLS;
@@ -39,19 +39,7 @@ pub(super) fn multiply<In: Element, Out: Element>(
         } else {
             add_columns(&a, data, b.line_stride, sums);
         }
-        let other = |view: View<'_, Out>, j: usize| view.row(0)[first + j].widen();
-        for (j, (out, &mut sum)) in out.iter_mut().zip(sums).enumerate() {
-            let value = match write {
-                Write::Overwrite => sum,
-                Write::Add => out.widen() + sum,
-                Write::Onto(view) => other(view, j) + sum,
-                Write::Relu if sum < 0.0 => 0.0,
-                Write::Relu => sum,
-                Write::Mask(view) if other(view, j) > 0.0 => sum,
-                Write::Mask(_) => 0.0,
-            };
-            *out = Out::round(value);
-        }
+        write.row(0, first, sums, out);
     };
     if parallel && cols * a.len() >= SHARED {
         out.par_chunks_mut(COLS).enumerate().with_min_len(2).for_each(block);

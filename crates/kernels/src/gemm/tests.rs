@@ -78,7 +78,7 @@ fn check<In: Multiply<Out> + Multiply<f32>, Out: Element>(sizes: [usize; 3], lay
                 }
                 let view = ViewMut::strided(&mut out, m, n, width);
                 if right == "plain" {
-                    multiply(path, view, a.view(), Right::Plain(b.view().columns()), write, Threads::All);
+                    multiply(path, view, a.view(), Right::Plain(b.view()), write, Threads::All);
                 } else if path == CpuPath::best() {
                     matmul_packed(view, a.view(), &Packed::new(b.view()), write, Threads::One);
                 } else {
@@ -150,6 +150,80 @@ fn products_large_enough_for_many_tasks() {
     check_formats([70, 600, 900], [true, false], 0);
 }
 
+#[test]
+fn few_rows_read_a_factor_where_it_is() {
+    // Rows of 1024 columns are taken in several blocks, also by several tasks.
+    check_formats([5, 70, 1024], [false, false], 0);
+    check_formats([20, 66, 1024], [false, false], 8);
+    check_formats([24, 520, 2048], [false, false], 0);
+    check_formats([3, BLOCK_WORDS * 4 + 2, 64], [false, false], 0);
+    for rows in [2, 13, 16, 17, 31] {
+        check_formats([rows, 66, 300], [false, true], 0);
+        check_formats([rows, 66, 300], [true, true], 2);
+    }
+    check_formats([7, BLOCK_WORDS * 4 + 2, 240], [false, true], 0);
+    check_formats([30, 600, 1000], [false, true], 0);
+}
+
+/// A product whose rows are the first of `a`, on ones.
+fn first_rows<In: Multiply<Out> + Multiply<f32>, Out: Element>(
+    a: &Stored<In>,
+    b: &Stored<In>,
+    rows: usize,
+    add: bool,
+) -> Vec<Out> {
+    let mut out = vec![Out::round(1.0); rows * b.cols];
+    let write = if add { Write::Add } else { Write::Overwrite };
+    let a = View::new(&a.data[..rows * a.cols], rows, a.cols);
+    matmul(ViewMut::new(&mut out, rows, b.cols), a, b.view(), write, Threads::All);
+    out
+}
+
+#[test]
+fn a_row_has_the_same_bits_among_few_rows_and_among_many() {
+    fn check<In: Multiply<Out> + Multiply<f32>, Out: Element>(inner: usize, cols: usize, transposed: bool) {
+        let a = Stored::<In>::new(&numbers(90 * inner, 1), 90, inner, false, 0);
+        let b = Stored::<In>::new(&numbers(inner * cols, 2), inner, cols, transposed, 0);
+        for add in [false, true] {
+            let many: Vec<Out> = first_rows(&a, &b, 90, add);
+            for rows in [2, 5, 14, 16, 20, 32, 33] {
+                let few: Vec<Out> = first_rows(&a, &b, rows, add);
+                assert!(few == many[..rows * cols], "{rows} rows, {inner} x {cols}, {transposed}, {add}");
+            }
+        }
+    }
+    for transposed in [false, true] {
+        for (inner, cols) in [(64, 256), (320, 1024), (2 * BLOCK_WORDS + 64, 128), (4 * BLOCK_WORDS, 96)] {
+            check::<f32, f32>(inner, cols, transposed);
+            check::<bf16, f32>(inner, cols, transposed);
+            check::<bf16, bf16>(inner, cols, transposed);
+        }
+    }
+}
+
+#[test]
+fn outputs_past_the_caches_are_those_of_ordinary_stores() {
+    fn check<In: Multiply<Out> + Multiply<f32>, Out: Element>() {
+        let (rows, inner, cols) = (520, 10, 512);
+        let a = Stored::<In>::new(&numbers(rows * inner, 1), rows, inner, true, 0);
+        let b = Stored::<In>::new(&numbers(inner * cols, 2), inner, cols, false, 0);
+        // From its first cache line on the buffer is written past the caches, an element later it is not.
+        let mut buffer = vec![Out::default(); rows * cols + CACHE_LINE];
+        let line = buffer.as_ptr().align_offset(CACHE_LINE);
+        let mut product = |start: usize| {
+            let out = &mut buffer[start..][..rows * cols];
+            let view = ViewMut::new(out, rows, cols);
+            matmul(view, a.view(), b.view(), Write::Overwrite, Threads::All);
+            out.to_vec()
+        };
+        assert!(product(line) == product(line + 1));
+    }
+    assert!(520 * 512 * size_of::<bf16>() >= PAST_CACHES_BYTES, "large enough to go past the caches");
+    check::<f32, f32>();
+    check::<bf16, f32>();
+    check::<bf16, bf16>();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -180,7 +254,7 @@ fn a_nan_passes_a_relu_and_no_other_does_not() {
     let (a, b) = ([bf16::round(f32::NAN), bf16::round(1.0)], [bf16::round(-2.0)]);
     for path in CpuPath::available() {
         let mut out = [bf16::round(0.0); 2];
-        let right = Right::Plain(View::new(&b, 1, 1).columns());
+        let right = Right::Plain(View::new(&b, 1, 1));
         multiply(path, ViewMut::new(&mut out, 2, 1), View::new(&a, 2, 1), right, Write::Relu, Threads::One);
         assert!(out[0].widen().is_nan() && out[1].widen() == 0.0, "{path:?}");
     }

@@ -65,6 +65,8 @@ impl CpuPath {
 pub(super) enum Finish {
     /// `out = sum`
     Store,
+    /// As `Store`, without a copy in the caches; every row of the output begins with a cache line.
+    StorePastCaches,
     /// `out += sum`
     Add,
     /// `out = other + sum`
@@ -84,23 +86,27 @@ pub(super) struct Other {
 
 /// `rows x cols` sums over `words` words of the inner dimension, on top of those at `start`.
 ///
-/// Word `p` of row `i` of the left factor is at `a + i * a_row + p * a_word` bytes. The right factor is
-/// packed: word `p` of column `j` is number `p * COLS + j` from `b`.
+/// Word `p` of row `i` of the left factor is at `a + i * a_row + p * a_word` bytes. Of a packed right
+/// factor, word `p` of column `j` is number `p * COLS + j` from `b`; of one in place, row `k` begins at
+/// `b + k * b_row` bytes, and the panel is whole.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tile {
     pub(super) words: usize,
     pub(super) a: *const u8,
     pub(super) a_row: usize,
     pub(super) a_word: usize,
-    pub(super) b: *const u32,
+    pub(super) b: *const u8,
+    /// Bytes from one row of a right factor in place to the next; 0 if it is packed.
+    pub(super) b_row: usize,
+    /// What will be read soon of a factor in place; null if all is likely to be in the cache.
+    pub(super) ahead: *const u8,
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) out: *mut u8,
     pub(super) out_row: usize,
     pub(super) finish: Finish,
-    /// Sums of earlier words, `start_row` values from row to row and as wide as a panel; none if null.
+    /// Sums of earlier words, row after row as wide as a panel; none if null.
     pub(super) start: *const f32,
-    pub(super) start_row: usize,
 }
 
 impl Tile {
@@ -113,10 +119,19 @@ impl Tile {
         if !self.start.is_null() {
             for (i, sums) in sums.iter_mut().enumerate().take(self.rows) {
                 // SAFETY: every row of earlier sums is as wide as a panel.
-                *sums = unsafe { self.start.add(i * self.start_row).cast::<[f32; COLS]>().read() };
+                *sums = unsafe { self.start.cast::<[f32; COLS]>().add(i).read() };
             }
         }
         sums
+    }
+}
+
+/// Makes what was stored past the caches visible before whatever this thread does next.
+pub(super) fn publish() {
+    // SAFETY: every x86-64 CPU has the fence.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
     }
 }
 
@@ -127,6 +142,8 @@ pub(super) struct MicroKernel {
     pub(super) rows: usize,
     /// Columns of a tile and of a packed panel.
     pub(super) cols: usize,
+    /// Whether it can read whole panels of the right factor in place, if the left one is in place too.
+    pub(super) reads_rows: bool,
     /// Computes one tile.
     ///
     /// # Safety
@@ -189,7 +206,7 @@ pub(super) unsafe fn finish_plainly<Out: Element, const COLS: usize>(
         for (j, &sum) in sums.iter().enumerate().take(tile.cols) {
             let here = Other { data: tile.out, row_bytes: tile.out_row };
             let value = match tile.finish {
-                Finish::Store => sum,
+                Finish::Store | Finish::StorePastCaches => sum,
                 Finish::Add => at(here, i, j) + sum,
                 Finish::Onto(other) => at(other, i, j) + sum,
                 Finish::Relu if sum < 0.0 => 0.0,

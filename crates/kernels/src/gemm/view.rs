@@ -1,5 +1,7 @@
 //! Matrices inside slices.
 
+use std::ops::Range;
+
 use super::pack::Lines;
 
 /// A matrix inside a slice.
@@ -45,6 +47,11 @@ impl<'a, E> View<'a, E> {
 
     pub(super) fn row_stride(&self) -> usize {
         self.row_stride
+    }
+
+    /// Some rows of a row-major view.
+    pub(super) fn part(self, rows: Range<usize>) -> Self {
+        Self::strided(self.row(rows.start), rows.len(), self.cols, self.row_stride)
     }
 
     pub(super) fn is_row_major(&self) -> bool {
@@ -105,8 +112,9 @@ impl<'a, E> ViewMut<'a, E> {
         self.row_stride
     }
 
-    pub(super) fn row_mut(&mut self, row: usize) -> &mut [E] {
-        &mut self.data[row * self.row_stride..][..self.cols]
+    /// All rows, the first one first.
+    pub(super) fn into_rows(self) -> impl Iterator<Item = &'a mut [E]> {
+        self.data.chunks_mut(self.row_stride.max(1)).take(self.rows).map(move |row| &mut row[..self.cols])
     }
 
     pub(super) fn as_mut_ptr(&mut self) -> *mut E {
