@@ -11,8 +11,10 @@ use crate::element::{Element, bf16};
 const COLS: usize = 16;
 
 pub(super) const F32: MicroKernel = MicroKernel { rows: 6, cols: COLS, reads_rows: false, run: f32_tile };
-pub(super) const BF16_TO_F32: MicroKernel = MicroKernel { rows: 4, cols: COLS, reads_rows: false, run: bf16_tile::<f32> };
-pub(super) const BF16_TO_BF16: MicroKernel = MicroKernel { rows: 4, cols: COLS, reads_rows: false, run: bf16_tile::<bf16> };
+pub(super) const BF16_TO_F32: MicroKernel =
+    MicroKernel { rows: 4, cols: COLS, reads_rows: false, run: bf16_tile::<f32> };
+pub(super) const BF16_TO_BF16: MicroKernel =
+    MicroKernel { rows: 4, cols: COLS, reads_rows: false, run: bf16_tile::<bf16> };
 
 macro_rules! tile {
     ($name:ident<$($out:ident)?>, $to:ty, $most:literal, [$($rows:literal)*], |$sums:ident, $a:ident, $b:ident| $step:expr) => {
@@ -51,7 +53,7 @@ macro_rules! tile {
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let mut out = tile.earlier::<COLS>();
+                let mut out = tile.beginning::<COLS>();
                 match tile.rows {
                     $($rows => sums::<$rows>(tile, &mut out),)*
                     _ => sums::<$most>(tile, &mut out),

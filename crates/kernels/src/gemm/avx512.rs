@@ -1,13 +1,14 @@
 //! Micro-kernels on 512-bit registers: 28 sums of 16 values, and two words of the right factor.
 
 use std::arch::x86_64::{
-    _MM_HINT_T0, _mm_prefetch, __m256bh, __m256i, __m512, __m512bh, __m512i, __mmask16, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q,
-    _mm256_mask_storeu_epi16, _mm256_maskz_loadu_epi16, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
-    _mm512_castps_si512, _mm512_castsi256_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_epi16,
-    _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh, _mm512_cvtne2ps_pbh, _mm512_inserti64x4, _mm512_stream_si512, _mm512_storeu_si512, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    __m256bh, __m256i, __m512, __m512bh, __m512i, __mmask16, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q,
+    _MM_HINT_T0, _mm_prefetch, _mm256_mask_storeu_epi16, _mm256_maskz_loadu_epi16, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi256_si512, _mm512_castsi512_ps,
+    _mm512_cmp_ps_mask, _mm512_cvtepi32_epi16, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh,
+    _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps,
     _mm512_loadu_si512, _mm512_mask_mov_epi32, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
-    _mm512_maskz_mov_ps, _mm512_or_si512, _mm512_permutex2var_epi16, _mm512_set1_epi32, _mm512_set_epi16, _mm512_setzero_ps, _mm512_slli_epi32,
-    _mm512_srli_epi32,
+    _mm512_maskz_mov_ps, _mm512_or_si512, _mm512_permutex2var_epi16, _mm512_set_epi16, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_stream_si512,
 };
 use std::mem::transmute;
 
@@ -64,7 +65,7 @@ macro_rules! kernel {
                 if !tile.start.is_null() {
                     for (i, sums) in all.iter_mut().enumerate() {
                         for (j, sum) in sums.iter_mut().enumerate() {
-                            // SAFETY: every row of earlier sums is as wide as a panel.
+                            // SAFETY: every row of sums is as wide as a panel.
                             *sum = unsafe { _mm512_loadu_ps(tile.start.add(i * COLS + 16 * j)) };
                         }
                     }
@@ -104,6 +105,15 @@ macro_rules! kernel {
                         }
                         a = a.add(word);
                         b = b.wrapping_add(if PLACES == IN_PLACE { $elements * tile.b_row } else { 4 * COLS });
+                    }
+                }
+                if !tile.earlier.is_null() {
+                    for (i, sums) in all.iter_mut().enumerate() {
+                        for (j, sum) in sums.iter_mut().enumerate() {
+                            // SAFETY: as above.
+                            let earlier = unsafe { _mm512_loadu_ps(tile.earlier.add(i * COLS + 16 * j)) };
+                            *sum = _mm512_add_ps(earlier, *sum);
+                        }
                     }
                 }
                 let past_caches = matches!(tile.finish, Finish::StorePastCaches);

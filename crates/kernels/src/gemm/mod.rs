@@ -2,8 +2,9 @@
 //!
 //! One blocked algorithm serves all formats and CPUs: the inner dimension is walked in 32-bit words,
 //! which are one float32 or a pair of bfloat16. Micro-kernels differ by CPU and are chosen at run time.
-//! An element's sum runs over the inner dimension from one end to the other, however a product is cut, so
-//! results depend neither on the number of threads nor on that of rows (a single row is summed otherwise).
+//! An element is the sum over blocks of the inner dimension, which its length and format fix, each summed
+//! from one end to the other. So results depend neither on the number of threads nor on that of rows; only
+//! a single row is summed otherwise.
 //!
 //! A product of INT8 would be one more [`Element`] with four elements a word, and its micro-kernels.
 
@@ -85,11 +86,12 @@ const TASK_WORK: usize = 1 << 20;
 /// Tasks for each thread, so that one that is held up does not hold up the others.
 const TASKS_PER_THREAD: usize = 4;
 
-/// Words of the inner dimension that are summed at once; longer sums are taken in blocks.
+/// Words of the inner dimension whose sum is one chain of additions; longer ones are sums of such sums, as
+/// rounding errors grow with the chain.
 const BLOCK_WORDS: usize = 512;
 
 /// Bytes of a right factor in place that are read while the next ones are on their way.
-const BLOCK_BYTES: usize = 1 << 15;
+const PART_BYTES: usize = 1 << 15;
 
 /// Words of packed columns that stay in the second-level cache while they are used.
 const CACHED_WORDS: usize = 1 << 17;
@@ -213,8 +215,8 @@ struct Product<'a, In, Out> {
     rows: usize,
     cols: usize,
     words: usize,
-    /// Most words of the inner dimension that are summed at once.
-    block_words: usize,
+    /// Most words of the inner dimension that a tile takes at once.
+    part_words: usize,
     left: Left<'a, In>,
     right: Columns<'a, In>,
     out: Address,
@@ -283,7 +285,7 @@ fn multiply_blocks<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         Left::Packed(pack_left(lines, rows, kernel.rows, tasks > 1))
     };
     let packed;
-    let mut block_words = BLOCK_WORDS;
+    let mut part_words = BLOCK_WORDS;
     let right = match right {
         Right::Packed(words) => Columns::Packed(words),
         Right::Plain(b) => {
@@ -291,7 +293,7 @@ fn multiply_blocks<In: Multiply<Out> + Multiply<f32>, Out: Element>(
             let whole = cols.is_multiple_of(kernel.cols) && columns.line_stride == 1;
             if kernel.reads_rows && direct && whole && rows <= FEW_ROWS {
                 let row_bytes = columns.inner_stride * size_of::<In>();
-                block_words = (BLOCK_BYTES / (row_bytes * In::PER_WORD)).clamp(1, BLOCK_WORDS);
+                part_words = (PART_BYTES / (row_bytes * In::PER_WORD)).clamp(1, BLOCK_WORDS);
                 Columns::InPlace(columns)
             } else if down > 1 {
                 packed = pack_right(columns, cols, kernel.cols);
@@ -307,11 +309,23 @@ fn multiply_blocks<In: Multiply<Out> + Multiply<f32>, Out: Element>(
     // the lines that it overwrites.
     let large = words <= SHORT_WORDS && rows * out_row >= PAST_CACHES_BYTES;
     let past_caches = large && out.0.addr().is_multiple_of(CACHE_LINE) && out_row.is_multiple_of(CACHE_LINE);
-    let product =
-        Product { kernel, aside, rows, cols, words, block_words, left, right, out, out_row, write, past_caches };
+    let product = Product {
+        kernel,
+        aside,
+        rows,
+        cols,
+        words,
+        part_words,
+        left,
+        right,
+        out,
+        out_row,
+        write,
+        past_caches,
+    };
     let tiles = rows.div_ceil(kernel.rows);
-    let part = |count: usize, of: usize, i: usize| count * i / of..count * (i + 1) / of;
-    let task = |i: usize| product.task(part(tiles, down, i / across), part(panels, across, i % across));
+    let task =
+        |i: usize| product.task(share(0..tiles, i / across, down), share(0..panels, i % across, across));
     if across * down == 1 {
         task(0);
     } else {
@@ -377,7 +391,7 @@ fn pack_left<In: Element>(lines: Lines<'_, In>, rows: usize, most: usize, parall
     let mut rest = packed.as_mut_slice();
     let mut strips = Vec::with_capacity(tiles);
     for tile in 0..tiles {
-        let range = tile_rows(rows, tiles, tile);
+        let range = share(0..rows, tile, tiles);
         let (strip, after) = rest.split_at_mut(range.len() * words);
         strips.push((range, strip));
         rest = after;
@@ -391,9 +405,9 @@ fn pack_left<In: Element>(lines: Lines<'_, In>, rows: usize, most: usize, parall
     packed
 }
 
-/// The rows of tile number `tile` of `tiles`, which are as equal as can be.
-fn tile_rows(rows: usize, tiles: usize, tile: usize) -> Range<usize> {
-    rows * tile / tiles..rows * (tile + 1) / tiles
+/// Number `i` of `parts` parts of a range, which are as equal as can be.
+fn share(range: Range<usize>, i: usize, parts: usize) -> Range<usize> {
+    range.start + range.len() * i / parts..range.start + range.len() * (i + 1) / parts
 }
 
 /// Some panels over a block of the inner dimension.
@@ -414,24 +428,32 @@ struct Block<'a> {
     tiles: Range<usize>,
     panels: Range<usize>,
     words: Range<usize>,
+    /// Whether sums begin here, or go on where those of the words before ended.
+    begins: bool,
+    /// Whether sums end here.
+    ends: bool,
+    /// Whether sums of earlier words have ended.
+    later: bool,
     group: Group<'a>,
 }
 
-/// Sums of the earlier blocks of some tiles, panel after panel: rows as far apart as those of the output
-/// may be share their place in the cache.
-struct Aside<'a> {
-    sums: &'a mut [f32],
-    /// Row of the product that comes first.
-    first_row: usize,
+/// Sums of some tiles, panel after panel: rows as far apart as those of the output may be share their place
+/// in the cache.
+struct Aside {
     /// Rows of a panel.
     rows: usize,
+    /// Sums that have not ended.
+    parts: Vec<f32>,
+    /// Those that have, added up.
+    blocks: Vec<f32>,
 }
 
 impl<In: Element, Out: Element> Product<'_, In, Out> {
     /// Computes some tiles of some panels; no two tasks share a tile of the output.
     fn task(&self, tiles: Range<usize>, panels: Range<usize>) {
-        let blocks = self.words.div_ceil(self.block_words).max(1);
+        let blocks = self.words.div_ceil(BLOCK_WORDS).max(1);
         let block_words = self.words.div_ceil(blocks);
+        let parts = block_words.div_ceil(self.part_words).max(1);
         let (group, room) = match self.right {
             // Rows are read as they lie, from one end to the other.
             Columns::InPlace(_) => (panels.len(), 0),
@@ -443,27 +465,30 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
         };
         let group = group.clamp(1, panels.len().max(1));
         let mut scratch: Vec<u32> = host::uninit(room);
-        let direct = blocks == 1;
         let most = match self.right {
             Columns::InPlace(_) => 1,
-            _ if direct => tiles.len(),
+            _ if blocks == 1 => tiles.len(),
             _ => (ASIDE_ROWS / self.kernel.rows).min(tiles.len()),
         };
-        let most = most.max(1);
-        let all_tiles = self.rows.div_ceil(self.kernel.rows);
-        let room = if direct { 0 } else { most * self.kernel.rows * group * self.kernel.cols };
-        let mut sums: Vec<f32> = host::uninit(room);
+        let rows = most.max(1) * self.kernel.rows;
+        let room = rows * group * self.kernel.cols;
+        let mut aside = Aside {
+            rows,
+            parts: host::uninit(if parts == 1 { 0 } else { room }),
+            blocks: host::uninit(if blocks == 1 { 0 } else { room }),
+        };
         for first in panels.clone().step_by(group) {
             let panels = first..panels.end.min(first + group);
-            for tile in tiles.clone().step_by(most) {
-                let tiles = tile..tiles.end.min(tile + most);
-                for block in 0..blocks {
-                    let words = self.words * block / blocks..self.words * (block + 1) / blocks;
+            for tile in tiles.clone().step_by(most.max(1)) {
+                let tiles = tile..tiles.end.min(tile + most.max(1));
+                for i in 0..blocks * parts {
+                    let block = share(0..self.words, i / parts, blocks);
+                    let words = share(block.clone(), i % parts, parts);
                     let group = self.right_group(panels.clone(), words.clone(), &mut scratch);
-                    let block = Block { tiles: tiles.clone(), panels: panels.clone(), words, group };
-                    let first_row = tile_rows(self.rows, all_tiles, tiles.start).start;
-                    let aside = Aside { sums: &mut sums, first_row, rows: most * self.kernel.rows };
-                    self.add_block(&block, (!direct).then_some(aside));
+                    let (begins, ends) = (words.start == block.start, words.end == block.end);
+                    let (tiles, panels) = (tiles.clone(), panels.clone());
+                    let block = Block { tiles, panels, words, begins, ends, later: i >= parts, group };
+                    self.add_block(&block, &mut aside);
                 }
             }
         }
@@ -503,15 +528,14 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
     }
 
     /// Adds a block of the inner dimension to some tiles, in the output or in sums kept aside.
-    fn add_block(&self, block: &Block<'_>, mut aside: Option<Aside<'_>>) {
-        let tile_rows = |tile| tile_rows(self.rows, self.rows.div_ceil(self.kernel.rows), tile);
+    fn add_block(&self, block: &Block<'_>, aside: &mut Aside) {
         if let Columns::InPlace(_) = self.right {
             // The rows of a panel stay in the first-level cache until all tiles have read them.
             for panel in block.panels.clone() {
                 for tile in block.tiles.clone() {
-                    let mut addresses = self.tile(&tile_rows(tile), panel, block);
+                    let mut addresses = self.tile(&self.tile_rows(tile), panel, block);
                     addresses.ahead = self.ahead(panel, block);
-                    self.run(addresses, &tile_rows(tile), panel, block, &mut aside);
+                    self.run(addresses, &self.tile_rows(tile), panel, block, aside);
                 }
             }
             return;
@@ -521,7 +545,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             _ => Vec::new(),
         };
         for tile in block.tiles.clone() {
-            let rows = tile_rows(tile);
+            let rows = self.tile_rows(tile);
             if let Left::Later(lines) = self.left {
                 let strip = &mut strip[..rows.len() * block.words.len()];
                 lines.block(block.words.clone()).pack(rows.clone(), rows.len(), strip);
@@ -531,43 +555,39 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
                 if let Left::Later(_) = self.left {
                     (tile.a, tile.a_row, tile.a_word) = (strip.as_ptr().cast(), 4, 4 * rows.len());
                 }
-                self.run(tile, &rows, panel, block, &mut aside);
+                self.run(tile, &rows, panel, block, aside);
             }
         }
     }
 
     /// Runs a tile whose addresses are those of its place in the output.
-    fn run(
-        &self,
-        mut tile: Tile,
-        rows: &Range<usize>,
-        panel: usize,
-        block: &Block<'_>,
-        aside: &mut Option<Aside<'_>>,
-    ) {
-        let first = block.words.start == 0;
+    fn run(&self, mut tile: Tile, rows: &Range<usize>, panel: usize, block: &Block<'_>, aside: &mut Aside) {
         let cols = self.kernel.cols;
-        let Some(Aside { sums, first_row, rows: of_panel }) = aside else {
-            tile.finish = self.finish(rows, panel);
-            // SAFETY: see `tile`; this task alone writes here.
-            unsafe { (self.kernel.run)(&tile) };
-            return;
-        };
-        let row = (panel - block.panels.start) * *of_panel + rows.start - *first_row;
-        let sums = sums[row * cols..][..rows.len() * cols].as_mut_ptr();
-        if !first {
-            tile.start = sums;
+        let first_row = self.tile_rows(block.tiles.start).start;
+        let row = (panel - block.panels.start) * aside.rows + rows.start - first_row;
+        let here = row * cols..(row + rows.len()) * cols;
+        if !block.begins {
+            tile.start = aside.parts[here.clone()].as_ptr();
+        }
+        if block.ends && block.later {
+            tile.earlier = aside.blocks[here.clone()].as_ptr();
         }
         if block.words.end == self.words {
             tile.finish = self.finish(rows, panel);
-            // SAFETY: see `tile`; the earlier sums are there, as the slice above shows.
+            // SAFETY: see `tile`; sums are there, as the slices above show, and this task alone writes here.
             unsafe { (self.kernel.run)(&tile) };
-        } else {
-            (tile.out, tile.out_row) = (sums.cast(), cols * size_of::<f32>());
-            tile.cols = cols;
-            // SAFETY: see `tile`; the sums have room for a whole panel, as the slice above shows.
-            unsafe { (self.aside.run)(&tile) };
+            return;
         }
+        let sums = if block.ends { &mut aside.blocks } else { &mut aside.parts };
+        (tile.out, tile.out_row) = (sums[here].as_mut_ptr().cast(), cols * size_of::<f32>());
+        tile.cols = cols;
+        // SAFETY: see `tile`; the sums have room for a whole panel, as the slice above shows.
+        unsafe { (self.aside.run)(&tile) };
+    }
+
+    /// The rows of a tile.
+    fn tile_rows(&self, tile: usize) -> Range<usize> {
+        share(0..self.rows, tile, self.rows.div_ceil(self.kernel.rows))
     }
 
     /// What a panel in place should have read while it is multiplied: its share of the rows after the block.
@@ -576,7 +596,10 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
         let share = (panel - block.panels.start) * rows * group.panel_bytes;
         let width = block.panels.len() * group.panel_bytes;
         let row = rows + share / width;
-        group.data.as_ptr().wrapping_add(block.panels.start * group.panel_bytes + row * group.row_bytes + share % width)
+        group
+            .data
+            .as_ptr()
+            .wrapping_add(block.panels.start * group.panel_bytes + row * group.row_bytes + share % width)
     }
 
     /// Addresses of a tile over some words of the inner dimension.
@@ -620,6 +643,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             out_row: self.out_row,
             finish: Finish::Store,
             start: std::ptr::null(),
+            earlier: std::ptr::null(),
         }
     }
 

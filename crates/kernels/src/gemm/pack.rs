@@ -147,8 +147,8 @@ unsafe fn join_rows(
     out: &mut [u32],
 ) {
     use std::arch::x86_64::{
-        __m512i, __mmask16, __mmask32, _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi16,
-        _mm512_setzero_si512,
+        __m512i, __mmask16, __mmask32, _MM_HINT_T0, _mm_prefetch, _mm512_mask_storeu_epi32,
+        _mm512_maskz_loadu_epi16, _mm512_setzero_si512,
     };
     let load = ((1_u64 << count) - 1) as __mmask32;
     let [store_low, store_high] = [load as __mmask16, (load >> 16) as __mmask16];
@@ -162,6 +162,9 @@ unsafe fn join_rows(
     };
     for (word, out) in out.chunks_exact_mut(width).enumerate() {
         let (first, second) = (row(2 * word), row(2 * word + 1));
+        for element in [2 * word + AHEAD_ROWS, 2 * word + AHEAD_ROWS + 1] {
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(element * stride).cast());
+        }
         // SAFETY: stores beyond `count` words are masked off.
         unsafe {
             let out = out.as_mut_ptr();
@@ -173,6 +176,14 @@ unsafe fn join_rows(
         }
     }
 }
+
+/// Rows from one that is packed to one that is fetched: a stride as long as a page hides them from the CPU.
+#[cfg(target_arch = "x86_64")]
+const AHEAD_ROWS: usize = 64;
+
+/// Bytes of a line from what is transposed to what is fetched.
+#[cfg(target_arch = "x86_64")]
+const AHEAD_BYTES: usize = 512;
 
 /// Lines and words that are transposed at once.
 #[cfg(target_arch = "x86_64")]
@@ -186,14 +197,18 @@ const SQUARE: usize = 16;
 #[target_feature(enable = "avx512f")]
 unsafe fn transpose(from: *const u8, line_bytes: usize, count: usize, to: *mut u32, width: usize) {
     use std::arch::x86_64::{
-        __m512i, __mmask16, _mm512_loadu_si512, _mm512_mask_storeu_epi32, _mm512_setzero_si512,
-        _mm512_shuffle_i32x4, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
-        _mm512_unpacklo_epi64,
+        __m512i, __mmask16, _MM_HINT_T0, _mm_prefetch, _mm512_loadu_si512, _mm512_mask_storeu_epi32,
+        _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+        _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
     let mut r: [__m512i; 16] = [_mm512_setzero_si512(); 16];
     for (l, r) in r.iter_mut().enumerate().take(count) {
-        // SAFETY: the caller's promise.
-        *r = unsafe { _mm512_loadu_si512(from.add(l * line_bytes).cast()) };
+        // SAFETY: the caller's promise; what is only fetched need not be there.
+        unsafe {
+            let line = from.add(l * line_bytes);
+            *r = _mm512_loadu_si512(line.cast());
+            _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(AHEAD_BYTES).cast());
+        }
     }
     let mut t = r;
     for i in 0..8 {

@@ -6,15 +6,18 @@ use crate::element::{Element, bf16};
 const ROWS: usize = 4;
 const COLS: usize = 16;
 
-pub(super) const F32: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<f32, f32> };
-pub(super) const BF16_TO_F32: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<bf16, f32> };
-pub(super) const BF16_TO_BF16: MicroKernel = MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<bf16, bf16> };
+pub(super) const F32: MicroKernel =
+    MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<f32, f32> };
+pub(super) const BF16_TO_F32: MicroKernel =
+    MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<bf16, f32> };
+pub(super) const BF16_TO_BF16: MicroKernel =
+    MicroKernel { rows: ROWS, cols: COLS, reads_rows: false, run: tile::<bf16, bf16> };
 
 /// # Safety
 /// As [`MicroKernel::run`].
 unsafe fn tile<In: Element, Out: Element>(tile: &Tile) {
     // SAFETY: the caller's promise.
-    let mut sums = unsafe { tile.earlier::<COLS>() };
+    let mut sums = unsafe { tile.beginning::<COLS>() };
     for p in 0..tile.words {
         // SAFETY: a packed panel has `COLS` words for each word of the inner dimension.
         let b = unsafe { &*tile.b.cast::<[u32; COLS]>().add(p) };

@@ -84,7 +84,8 @@ pub(super) struct Other {
     pub(super) row_bytes: usize,
 }
 
-/// `rows x cols` sums over `words` words of the inner dimension, on top of those at `start`.
+/// `rows x cols` sums over `words` words of the inner dimension, which go on from those at `start` and are
+/// then added to those that came `earlier`.
 ///
 /// Word `p` of row `i` of the left factor is at `a + i * a_row + p * a_word` bytes. Of a packed right
 /// factor, word `p` of column `j` is number `p * COLS + j` from `b`; of one in place, row `k` begins at
@@ -105,20 +106,22 @@ pub(super) struct Tile {
     pub(super) out: *mut u8,
     pub(super) out_row: usize,
     pub(super) finish: Finish,
-    /// Sums of earlier words, row after row as wide as a panel; none if null.
+    /// Sums to go on from, row after row as wide as a panel; none if null.
     pub(super) start: *const f32,
+    /// Sums to be added, laid out likewise; none if null.
+    pub(super) earlier: *const f32,
 }
 
 impl Tile {
-    /// Sums of earlier words, for micro-kernels that keep theirs in memory.
+    /// The sums to go on from, for micro-kernels that keep theirs in memory.
     ///
     /// # Safety
     /// As [`MicroKernel::run`].
-    pub(super) unsafe fn earlier<const COLS: usize>(&self) -> [[f32; COLS]; MOST_ROWS] {
+    pub(super) unsafe fn beginning<const COLS: usize>(&self) -> [[f32; COLS]; MOST_ROWS] {
         let mut sums = [[0.0; COLS]; MOST_ROWS];
         if !self.start.is_null() {
             for (i, sums) in sums.iter_mut().enumerate().take(self.rows) {
-                // SAFETY: every row of earlier sums is as wide as a panel.
+                // SAFETY: every row of sums is as wide as a panel.
                 *sums = unsafe { self.start.cast::<[f32; COLS]>().add(i).read() };
             }
         }
@@ -204,6 +207,9 @@ pub(super) unsafe fn finish_plainly<Out: Element, const COLS: usize>(
         // SAFETY: rows and columns lie within the output tile.
         let out = unsafe { tile.out.add(i * tile.out_row).cast::<Out>() };
         for (j, &sum) in sums.iter().enumerate().take(tile.cols) {
+            // SAFETY: every row of sums is as wide as a panel.
+            let earlier = (!tile.earlier.is_null()).then(|| unsafe { *tile.earlier.add(i * COLS + j) });
+            let sum = earlier.map_or(sum, |earlier| earlier + sum);
             let here = Other { data: tile.out, row_bytes: tile.out_row };
             let value = match tile.finish {
                 Finish::Store | Finish::StorePastCaches => sum,
