@@ -93,6 +93,7 @@ impl RunConfig {
                 "force_balanced_routing",
             )?)?,
             precision: need(self.precision.mode, "precision", "mode")?,
+            accumulation: need(self.precision.accumulation_dtype, "precision", "accumulation_dtype")?,
             optimizer: self.optimizer.decided()?,
             schedule: self.schedule.decided()?,
             data: decided_data(self.data)?,
@@ -112,7 +113,10 @@ impl RunConfig {
             seed: Some(plan.seed),
             model: ModelTable::of(&plan.model),
             routing: RoutingTable::of(&plan.routing),
-            precision: PrecisionTable { mode: Some(plan.precision) },
+            precision: PrecisionTable {
+                mode: Some(plan.precision),
+                accumulation_dtype: Some(plan.accumulation),
+            },
             optimizer: OptimizerTable::of(&plan.optimizer),
             schedule: ScheduleTable::of(&plan.schedule),
             data: DataTable {

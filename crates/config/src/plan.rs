@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::precision::PrecisionMode;
+pub use crate::precision::{AccumulationDtype, PrecisionMode};
 
 use crate::model::ModelConfig;
 
@@ -340,6 +340,8 @@ pub struct RunPlan {
     pub routing: RoutingConfig,
     /// Number formats.
     pub precision: PrecisionMode,
+    /// Format of sums of gradients.
+    pub accumulation: AccumulationDtype,
     /// Optimizer.
     pub optimizer: OptimizerPlan,
     /// Learning rate and length.

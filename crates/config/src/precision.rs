@@ -20,6 +20,17 @@ pub enum PrecisionMode {
     Selective,
 }
 
+/// Format of sums of gradients over micro-batches and ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AccumulationDtype {
+    /// float32.
+    Fp32,
+    /// Each sum in the format of its gradients: half the memory and traffic of bfloat16 ones, whose
+    /// small summands get lost in the rounding of large sums.
+    Bf16,
+}
+
 impl PrecisionMode {
     /// Whether weights of this kind, and so the products with them, are float32.
     pub fn keeps_fp32(self, kind: ParameterKind) -> bool {
@@ -41,11 +52,20 @@ impl PrecisionMode {
         if self.keeps_fp32(kind) { 4 } else { 2 }
     }
 
+    /// Bytes of a value of a sum of gradients of this kind.
+    pub fn sum_bytes(self, kind: ParameterKind, accumulation: AccumulationDtype) -> usize {
+        match accumulation {
+            AccumulationDtype::Fp32 => 4,
+            AccumulationDtype::Bf16 => self.bytes(kind),
+        }
+    }
+
     /// What is float32, in words for people.
-    pub fn kept_in_fp32(self) -> &'static [&'static str] {
+    pub fn kept_in_fp32(self, accumulation: AccumulationDtype) -> Vec<&'static str> {
+        const SUMS: &str = "sums of gradients over micro-batches and ranks";
         const SELECTIVE: &[&str] = &[
             "master weights and moments of the optimizer",
-            "sums of gradients over micro-batches and ranks",
+            SUMS,
             "sums inside matrix products, norms, softmax and losses",
             "attention scores and their softmax",
             "logits of the head and the cross-entropy",
@@ -53,11 +73,13 @@ impl PrecisionMode {
             "weights of norms",
             "relative attention bias",
         ];
-        match self {
+        let kept = match self {
             Self::Fp32 => &["everything"],
             Self::Bf16 => &SELECTIVE[..5],
             Self::Selective => SELECTIVE,
-        }
+        };
+        let sums = accumulation == AccumulationDtype::Fp32;
+        kept.iter().copied().filter(|&what| sums || what != SUMS).collect()
     }
 }
 
@@ -72,7 +94,14 @@ mod tests {
         assert_eq!(kept(ParameterKind::Router), [true, true, false]);
         assert_eq!(kept(ParameterKind::ExpertIn), [true, false, false]);
         assert_eq!(Selective.bytes(ParameterKind::Embedding), 2);
-        assert!(Selective.kept_in_fp32().iter().any(|kept| kept.contains("router")));
-        assert!(!Bf16.kept_in_fp32().iter().any(|kept| kept.contains("router")));
+        let says = |mode: PrecisionMode, accumulation, what: &str| {
+            mode.kept_in_fp32(accumulation).iter().any(|kept| kept.contains(what))
+        };
+        use AccumulationDtype as Sums;
+        assert!(says(Selective, Sums::Fp32, "router") && !says(Bf16, Sums::Fp32, "router"));
+        assert!(says(Bf16, Sums::Fp32, "micro-batches") && !says(Bf16, Sums::Bf16, "micro-batches"));
+        let bytes = |accumulation| Selective.sum_bytes(ParameterKind::Embedding, accumulation);
+        assert_eq!([bytes(Sums::Fp32), bytes(Sums::Bf16)], [4, 2]);
+        assert_eq!(Selective.sum_bytes(ParameterKind::Norm, Sums::Bf16), 4);
     }
 }

@@ -10,11 +10,12 @@ use crate::keys::DefaultValue::{Derived, Required, Value};
 use crate::keys::{KeyType, Table, choice_keys, list, table};
 use crate::model::{Activation, Initialization};
 use crate::plan::{
-    CapacityRounding, Objective, OnCheckpointError, OnCorrupt, OptimizerKind, PrecisionMode, RouterKind,
-    RoutingSemantics, ScheduleKind, TextDocument,
+    AccumulationDtype, CapacityRounding, Objective, OnCheckpointError, OnCorrupt, OptimizerKind,
+    PrecisionMode, RouterKind, RoutingSemantics, ScheduleKind, TextDocument,
 };
 
 choice_keys!(
+    AccumulationDtype,
     Activation,
     CapacityRounding,
     Initialization,
@@ -145,6 +146,9 @@ table! {
         /// Formats of weights, activations and gradients: float32; bfloat16 but for the router
         /// (`selective`); or bfloat16 with the router, which may diverge. Masters are float32 in all.
         mode: PrecisionMode = Value("\"fp32\""),
+        /// Format of sums of gradients over micro-batches and ranks. `bf16` halves the memory and the
+        /// traffic of sums of bfloat16 gradients, which then lose summands below their spacing.
+        accumulation_dtype: AccumulationDtype = Value("\"fp32\""),
     }
 }
 

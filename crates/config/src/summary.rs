@@ -90,9 +90,12 @@ pub fn rank_memory(plan: &RunPlan, mesh: MeshShape, rank: usize) -> MemorySummar
         let elements = held.num_elements() as u64;
         let narrow = !plan.precision.keeps_fp32(spec.kind);
         memory.parameter_bytes += elements * plan.precision.bytes(spec.kind) as u64;
-        // Sums over micro-batches or ranks are float32.
-        memory.gradient_bytes +=
-            elements * if summed { FLOAT } else { plan.precision.bytes(spec.kind) as u64 };
+        let bytes = if summed {
+            plan.precision.sum_bytes(spec.kind, plan.accumulation)
+        } else {
+            plan.precision.bytes(spec.kind)
+        };
+        memory.gradient_bytes += elements * bytes as u64;
         for owned in owners[&spec.name].iter().filter(|owned| owned.owner == rank) {
             let mut shape = spec.shape.clone();
             if spec.kind.is_expert() {

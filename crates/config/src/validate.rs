@@ -10,7 +10,9 @@ use std::collections::BTreeMap;
 use crate::error::{ConfigError, ErrorKind};
 use crate::mesh;
 use crate::model::StackKind;
-use crate::plan::{RouterKind, RoutingSemantics, RunPlan, ScheduleKind, SourcePlan};
+use crate::plan::{
+    AccumulationDtype, PrecisionMode, RouterKind, RoutingSemantics, RunPlan, ScheduleKind, SourcePlan,
+};
 use crate::provenance::{Origin, Provenance};
 use crate::schema::RunConfig;
 
@@ -38,6 +40,7 @@ const RULES: &[Rule] = &[
     groups_divide_the_micro_batch,
     mesh::axes_divide_the_model,
     mesh::timeout_is_positive,
+    sums_are_not_narrower_than_their_gradients,
     hf_semantics_are_consistent,
     fixed_capacity_needs_hf_semantics,
     warmup_fits_the_run,
@@ -243,6 +246,18 @@ fn nearest_divisor(whole: usize, part: usize) -> usize {
     let below = (1..=part).rev().find(|n| whole.is_multiple_of(*n)).unwrap_or(1);
     let above = (part..=whole).take(part - below).find(|n| whole.is_multiple_of(*n));
     above.unwrap_or(below)
+}
+
+fn sums_are_not_narrower_than_their_gradients(plan: &RunPlan) -> Result<(), Conflict> {
+    if plan.accumulation == AccumulationDtype::Fp32 || plan.precision != PrecisionMode::Fp32 {
+        return Ok(());
+    }
+    Err(Conflict {
+        message: "precision.accumulation_dtype = \"bf16\" would round the sums of float32 gradients"
+            .to_owned(),
+        keys: vec!["precision.accumulation_dtype", "precision.mode"],
+        help: "leave it out, or set precision.mode = \"selective\", whose gradients are bfloat16".to_owned(),
+    })
 }
 
 fn hf_semantics_are_consistent(plan: &RunPlan) -> Result<(), Conflict> {

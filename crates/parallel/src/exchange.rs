@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use switchyard_comm::{CommError, Communicator};
-use switchyard_config::ModelConfig;
+use switchyard_comm::{Buffer, BufferMut, CommError, Communicator};
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::{OwnedMatrices, Part, held_part, owners};
-use switchyard_kernels::Values;
+use switchyard_config::{ModelConfig, RunPlan};
 use switchyard_kernels::optimizer::{add_assign, sum_of_squares};
+use switchyard_kernels::{Element, Values, bf16};
 use switchyard_model::SwitchTransformer;
 
 use crate::mesh::Mesh;
@@ -34,8 +34,76 @@ pub struct OwnerExchange {
     dense: Lane,
     expert: Lane,
     world: Arc<dyn Communicator>,
+    sums: SumFormats,
     /// For each rank, where its matrices stand in the order of all.
     matrix_order: Vec<Vec<usize>>,
+}
+
+/// Formats of the sums of gradients.
+#[derive(Debug, Clone, Default)]
+pub struct SumFormats {
+    /// Parameters whose sums are bfloat16, as their gradients are.
+    narrow: BTreeSet<String>,
+}
+
+impl SumFormats {
+    /// Those of a run.
+    pub fn of(plan: &RunPlan) -> Self {
+        let narrow = |spec: &ParameterSpec| plan.precision.sum_bytes(spec.kind, plan.accumulation) == 2;
+        let names = parameters(&plan.model).into_iter().filter(narrow).map(|spec| spec.name);
+        Self { narrow: names.collect() }
+    }
+
+    /// Adds a gradient to the sum of its parameter; the first one stays in its own format.
+    pub fn add(&self, sums: &mut Gradients, name: &str, gradient: Values) {
+        let Some(sum) = sums.get_mut(name) else {
+            sums.insert(name.to_owned(), gradient);
+            return;
+        };
+        match gradient {
+            Values::Bf16(gradient) if self.narrow.contains(name) => add_assign(bf16::of(sum), &gradient),
+            Values::Bf16(gradient) => add_assign(f32::of(sum), &gradient),
+            Values::F32(gradient) => add_assign(f32::of(sum), &gradient),
+        }
+    }
+}
+
+/// A format of sums.
+trait Summand: Element + switchyard_comm::Element {
+    /// The values in this format.
+    fn of(values: &mut Values) -> &mut Vec<Self>;
+
+    /// Some zeros.
+    fn zeros(len: usize) -> Values;
+}
+
+impl Summand for f32 {
+    fn of(values: &mut Values) -> &mut Vec<Self> {
+        if let Values::Bf16(narrow) = values {
+            *values = Values::F32(Values::Bf16(std::mem::take(narrow)).into_f32());
+        }
+        match values {
+            Values::F32(values) => values,
+            Values::Bf16(_) => unreachable!("just widened"),
+        }
+    }
+
+    fn zeros(len: usize) -> Values {
+        Values::F32(vec![0.0; len])
+    }
+}
+
+impl Summand for bf16 {
+    fn of(values: &mut Values) -> &mut Vec<Self> {
+        match values {
+            Values::Bf16(values) => values,
+            Values::F32(_) => unreachable!("gradients of bfloat16 weights are bfloat16"),
+        }
+    }
+
+    fn zeros(len: usize) -> Values {
+        Values::Bf16(vec![Self::default(); len])
+    }
 }
 
 /// The matrices of one parameter that this rank owns.
@@ -99,8 +167,8 @@ struct Leg {
 }
 
 impl OwnerExchange {
-    /// The ways between the ranks of `mesh` for a model.
-    pub fn new(model: &ModelConfig, mesh: &Mesh) -> Self {
+    /// The ways between the ranks of `mesh` for a model, whose gradients are summed in `sums`.
+    pub fn new(model: &ModelConfig, mesh: &Mesh, sums: SumFormats) -> Self {
         let specs = parameters(model);
         let owners = owners(&specs, mesh.shape());
         let rank = mesh.world().rank();
@@ -127,6 +195,7 @@ impl OwnerExchange {
             dense: lane(mesh.world(), (0..mesh.shape().ranks()).collect(), false),
             expert: lane(mesh.expert_holders(), mesh.shape().expert_holders(mesh.at().expert), true),
             world: Arc::clone(mesh.world()),
+            sums,
             matrix_order: matrix_order(&owners, mesh.shape().ranks()),
         }
     }
@@ -136,7 +205,12 @@ impl OwnerExchange {
         &self.units
     }
 
-    /// Adds the gradients of all holders to those that this rank owns, in float32 wherever there are two.
+    /// The formats of sums.
+    pub fn sums(&self) -> &SumFormats {
+        &self.sums
+    }
+
+    /// Adds the gradients of all holders to those that this rank owns.
     ///
     /// Gradients of experts hold `segments` summands each, in the order of their senders.
     ///
@@ -150,14 +224,17 @@ impl OwnerExchange {
     ) -> Result<(), CommError> {
         for (lane, segments) in [(&self.dense, 1), (&self.expert, segments)] {
             if lane.group.size() > 1 || segments > 1 {
-                lane.reduce(&mut local, segments, into, &self.units)?;
+                lane.reduce::<f32>(&mut local, segments, into, self)?;
+                if !self.sums.narrow.is_empty() {
+                    lane.reduce::<bf16>(&mut local, segments, into, self)?;
+                }
                 continue;
             }
             let here = lane.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
             for name in here.map(|leg| &leg.name) {
                 // Parameters without a gradient stay without one; large ones come in several legs.
                 let Some(gradient) = local.remove(name) else { continue };
-                add_gradient(into, name, gradient);
+                self.sums.add(into, name, gradient);
             }
         }
         Ok(())
@@ -211,30 +288,6 @@ impl OwnerExchange {
             }
         }
         (model, Ok(()))
-    }
-}
-
-/// Adds a gradient to the sum of its parameter; the first one stays in its own format.
-pub fn add_gradient(sums: &mut Gradients, name: &str, gradient: Values) {
-    let Some(sum) = sums.get_mut(name) else {
-        sums.insert(name.to_owned(), gradient);
-        return;
-    };
-    let sum = in_f32(sum);
-    match gradient {
-        Values::F32(gradient) => add_assign(sum, &gradient),
-        Values::Bf16(gradient) => add_assign(sum, &gradient),
-    }
-}
-
-/// The values, turned into float32 if they are not.
-fn in_f32(values: &mut Values) -> &mut Vec<f32> {
-    if let Values::Bf16(narrow) = values {
-        *values = Values::F32(Values::Bf16(std::mem::take(narrow)).into_f32());
-    }
-    match values {
-        Values::F32(values) => values,
-        Values::Bf16(_) => unreachable!("just widened"),
     }
 }
 
@@ -353,31 +406,35 @@ impl<'a> LaneBuilder<'a> {
 }
 
 impl Lane {
-    fn reduce(
+    /// Reduces the gradients whose sums have format `E`.
+    fn reduce<E: Summand>(
         &self,
         local: &mut Gradients,
         segments: usize,
         into: &mut Gradients,
-        units: &BTreeMap<String, Unit>,
-    ) -> Result<(), CommError> {
-        let held = self.buckets.iter().flat_map(|bucket| bucket.held.iter().flatten());
-        for leg in held.filter(|leg| leg.adds) {
-            local.get_mut(&leg.name).map(in_f32);
+        exchange: &OwnerExchange,
+    ) -> Result<(), CommError>
+    where
+        for<'a> &'a [E]: Into<Buffer<'a>>,
+        for<'a> &'a mut [E]: Into<BufferMut<'a>>,
+    {
+        let travels =
+            |leg: &&Leg| leg.adds && exchange.sums.narrow.contains(&leg.name) == (E::FORMAT == bf16::FORMAT);
+        let owned = || self.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
+        let mut fresh = BTreeSet::new();
+        for leg in owned().filter(travels).filter(|leg| !into.contains_key(&leg.name)) {
+            fresh.insert(leg.name.as_str());
         }
-        let owned = self.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
-        let fresh: BTreeSet<&str> =
-            owned.map(|leg| leg.name.as_str()).filter(|name| !into.contains_key(*name)).collect();
         for &name in &fresh {
-            let zeros = || Values::F32(vec![0.0; units[name].part.num_elements()]);
-            into.entry(name.to_owned()).or_insert_with(zeros);
+            into.insert(name.to_owned(), E::zeros(exchange.units[name].part.num_elements()));
         }
         for bucket in &self.buckets {
-            let received = bucket.send_gradients(&*self.group, local, segments)?;
+            let received = bucket.send_gradients::<E>(&*self.group, local, segments, travels)?;
             let mut rest = received.as_slice();
-            for leg in bucket.owned.iter().flatten().filter(|leg| leg.adds) {
+            for leg in bucket.owned.iter().flatten().filter(travels) {
                 let (piece, after) = rest.split_at(leg.held.len() * segments);
                 rest = after;
-                let sum = in_f32(into.get_mut(&leg.name).expect("entered above"));
+                let sum = E::of(into.get_mut(&leg.name).expect("entered above"));
                 leg.add(sum, piece, segments, leg.first && fresh.contains(leg.name.as_str()));
             }
         }
@@ -387,7 +444,7 @@ impl Lane {
 
 impl Leg {
     /// Adds a piece to the owner's sum, or begins the sum with it.
-    fn add(&self, sum: &mut [f32], piece: &[f32], segments: usize, begins: bool) {
+    fn add<E: Summand>(&self, sum: &mut [E], piece: &[E], segments: usize, begins: bool) {
         let rows = self.landing.shape[0];
         // Segments lie inside each expert, so experts go one by one where there are several.
         let groups = if segments == 1 { 1 } else { rows };
@@ -415,30 +472,39 @@ impl Leg {
 }
 
 impl Bucket {
-    fn send_gradients(
+    /// Sends what `travels` to the owners and returns what this rank receives as one.
+    fn send_gradients<E: Summand>(
         &self,
         group: &dyn Communicator,
-        local: &Gradients,
+        local: &mut Gradients,
         segments: usize,
-    ) -> Result<Vec<f32>, CommError> {
-        let count =
-            |legs: &Vec<Leg>| legs.iter().filter(|leg| leg.adds).map(|leg| leg.held.len() * segments).sum();
+        travels: impl Fn(&&Leg) -> bool,
+    ) -> Result<Vec<E>, CommError>
+    where
+        for<'a> &'a [E]: Into<Buffer<'a>>,
+        for<'a> &'a mut [E]: Into<BufferMut<'a>>,
+    {
+        let count = |legs: &Vec<Leg>| {
+            legs.iter().filter(&travels).map(|leg| leg.held.len() * segments).sum::<usize>()
+        };
         let sends: Vec<usize> = self.held.iter().map(count).collect();
         let receives: Vec<usize> = self.owned.iter().map(count).collect();
+        let zero: E = Default::default();
         let mut sent = Vec::with_capacity(sends.iter().sum());
-        for leg in self.held.iter().flatten().filter(|leg| leg.adds) {
-            match local.get(&leg.name) {
-                Some(Values::F32(values)) => {
-                    sent.extend_from_slice(&values[leg.held.start * segments..leg.held.end * segments]);
+        for leg in self.held.iter().flatten().filter(&travels) {
+            match local.get_mut(&leg.name) {
+                Some(values) => {
+                    sent.extend_from_slice(
+                        &E::of(values)[leg.held.start * segments..leg.held.end * segments],
+                    );
                 }
-                Some(Values::Bf16(_)) => unreachable!("`reduce` widens what is sent"),
-                None => sent.resize(sent.len() + leg.held.len() * segments, 0.0),
+                None => sent.resize(sent.len() + leg.held.len() * segments, zero),
             }
         }
         if group.size() == 1 {
             return Ok(sent);
         }
-        let mut received = vec![0.0; receives.iter().sum()];
+        let mut received = vec![zero; receives.iter().sum()];
         group.all_to_all_v(sent.as_slice().into(), &sends, received.as_mut_slice().into(), &receives)?;
         Ok(received)
     }
@@ -518,18 +584,30 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
-    use switchyard_kernels::{Element, bf16};
-
     use super::*;
+
+    fn narrow(values: &[f32]) -> Values {
+        Values::Bf16(values.iter().map(|&v| bf16::round(v)).collect())
+    }
 
     #[test]
     fn one_gradient_keeps_its_format_and_a_sum_is_float32() {
-        let narrow = |values: &[f32]| Values::Bf16(values.iter().map(|&v| bf16::round(v)).collect());
-        let mut sums = Gradients::new();
-        add_gradient(&mut sums, "a", narrow(&[1.0, 2.0]));
-        add_gradient(&mut sums, "b", Values::F32(vec![2.0]));
+        let (formats, mut sums) = (SumFormats::default(), Gradients::new());
+        formats.add(&mut sums, "a", narrow(&[1.0, 2.0]));
+        formats.add(&mut sums, "b", Values::F32(vec![2.0]));
         assert_eq!(sums["a"], narrow(&[1.0, 2.0]));
-        add_gradient(&mut sums, "a", narrow(&[0.0, 1.0 / 512.0]));
+        formats.add(&mut sums, "a", narrow(&[0.0, 1.0 / 512.0]));
         assert_eq!(sums["a"], Values::F32(vec![1.0, 2.0 + 1.0 / 512.0]));
+    }
+
+    #[test]
+    fn narrow_sums_stay_narrow() {
+        let (formats, mut sums) = (SumFormats { narrow: ["a".to_owned()].into() }, Gradients::new());
+        formats.add(&mut sums, "a", narrow(&[1.0, 2.0]));
+        formats.add(&mut sums, "a", narrow(&[1.0, 1.0 / 512.0]));
+        assert_eq!(sums["a"], narrow(&[2.0, 2.0]));
+        formats.add(&mut sums, "norm", Values::F32(vec![1.0]));
+        formats.add(&mut sums, "norm", Values::F32(vec![1.0 / 512.0]));
+        assert_eq!(sums["norm"], Values::F32(vec![1.0 + 1.0 / 512.0]));
     }
 }

@@ -11,7 +11,7 @@ mod mesh;
 mod split_tensors;
 
 pub use dispatcher::AllToAllDispatcher;
-pub use exchange::{Gradients, Owned, OwnerExchange, Unit, add_gradient};
+pub use exchange::{Gradients, Owned, OwnerExchange, SumFormats, Unit};
 pub use failure::Failure;
 pub use mesh::{Agreement, Mesh, agree, gather_text};
 pub use split_tensors::SplitTensors;

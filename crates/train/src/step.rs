@@ -9,7 +9,7 @@ use switchyard_data::HostBatch;
 use switchyard_kernels::with_values;
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
-use switchyard_parallel::{Gradients, Mesh, OwnerExchange, add_gradient};
+use switchyard_parallel::{Gradients, Mesh, OwnerExchange, SumFormats};
 
 use crate::diagnose::first_non_finite;
 use crate::error::TrainError;
@@ -77,7 +77,7 @@ pub struct Learner {
 impl Learner {
     /// A fresh model on `device`, which must differentiate, and fresh optimizer state.
     pub fn new(plan: &RunPlan, device: &Device, mesh: Arc<Mesh>) -> Self {
-        let exchange = OwnerExchange::new(&plan.model, &mesh);
+        let exchange = OwnerExchange::new(&plan.model, &mesh, SumFormats::of(plan));
         let (shape, at) = (mesh.shape(), mesh.at());
         Self {
             model: Some(SwitchTransformer::part(&plan.model, plan.seed, device, shape, at, plan.precision)),
@@ -197,7 +197,7 @@ impl Learner {
             ForwardContext { loss_scale, ..training_context(plan, &self.mesh, step, micro.first_row) };
         let batch = device_batch(micro, plan.model.pad_token_id as i32, &self.device.clone().inner());
         let (z_loss, mut take) =
-            (plan.trainer.z_loss, |name: &str, gradient| add_gradient(sums, name, gradient));
+            (plan.trainer.z_loss, |name: &str, gradient| self.exchange.sums().add(sums, name, gradient));
         let (output, loss) = if plan.trainer.recompute_activations {
             let total = |output: &LossOutput| total_loss(plan, output, denominators);
             self.model().gradients_by_block(&batch, z_loss, &context, total, take)

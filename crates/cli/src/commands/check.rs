@@ -51,7 +51,7 @@ pub(crate) fn run(arguments: &CheckArguments, verbosity: Verbosity) -> anyhow::R
     row("steps", grouped(plan.schedule.total_steps))?;
     row("memory", memory(&summary.memory))?;
     if verbosity.verbose > 0 {
-        for (i, kept) in plan.precision.kept_in_fp32().iter().enumerate() {
+        for (i, kept) in plan.precision.kept_in_fp32(plan.accumulation).iter().enumerate() {
             row(if i == 0 { "in float32" } else { "" }, (*kept).to_owned())?;
         }
     }

@@ -46,11 +46,18 @@ fn misspelled_keys_get_a_suggestion() {
 
 #[test]
 fn keys_of_later_versions_are_unknown() {
-    assert!(refusal_of_sets(&["precision.gradient_dtype=bf16"]).starts_with("unknown key"));
+    assert!(refusal_of_sets(&["precision.kv_cache_dtype=bf16"]).starts_with("unknown key"));
     assert!(
         refusal_of_sets(&["precision.mode=fp16"])
             .starts_with("`precision.mode` must be `\"fp32\"`, `\"bf16\"` or `\"selective\"`, found")
     );
+}
+
+#[test]
+fn sums_of_float32_gradients_are_not_rounded() {
+    let refused = refusal_of_sets(&["precision.accumulation_dtype=bf16"]);
+    assert!(refused.contains("would round the sums of float32 gradients"), "{refused}");
+    assert!(refused.contains("precision.mode = \"selective\""), "{refused}");
 }
 
 #[test]

@@ -27,8 +27,8 @@ pub fn root_mean_square(x: &[f32]) -> f32 {
     (sum_of_squares(x) / x.len().max(1) as f64).sqrt() as f32
 }
 
-/// `out += x`.
-pub fn add_assign<E: Element>(out: &mut [f32], x: &[E]) {
+/// `out += x`, rounded to the format of `out`.
+pub fn add_assign<Out: Element, E: Element>(out: &mut [Out], x: &[E]) {
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| add_chunk(out, x));
 }
 
@@ -38,8 +38,8 @@ fn chunk_squares<E: Element>(x: &[E]) -> f32 {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
-fn add_chunk<E: Element>(out: &mut [f32], x: &[E]) {
+fn add_chunk<Out: Element, E: Element>(out: &mut [Out], x: &[E]) {
     for (out, x) in out.iter_mut().zip(x) {
-        *out += x.widen();
+        *out = Out::round(out.widen() + x.widen());
     }
 }

@@ -227,10 +227,16 @@ fn every_mesh_computes_the_same() {
 
 #[test]
 fn deterministic_sums_are_bitwise_equal_on_any_data_and_expert_axes() {
-    for (optimizer, precision) in [("adamw", "fp32"), ("adafactor", "fp32"), ("adafactor", "selective")] {
+    for (optimizer, precision, sums) in [
+        ("adamw", "fp32", "fp32"),
+        ("adafactor", "fp32", "fp32"),
+        ("adafactor", "selective", "fp32"),
+        ("adafactor", "selective", "bf16"),
+    ] {
         let optimizer = format!("optimizer.kind=\"{optimizer}\"");
         let precision = format!("precision.mode=\"{precision}\"");
-        let sets = [&*optimizer, &precision, "comm.deterministic=true"];
+        let sums = format!("precision.accumulation_dtype=\"{sums}\"");
+        let sets = [&*optimizer, &precision, &sums, "comm.deterministic=true"];
         let expected = train(MeshShape::SOLO, &sets, 10);
         for shape in [mesh(2, 1, 1), mesh(4, 1, 1), mesh(2, 2, 1), mesh(4, 2, 1), mesh(4, 4, 1)] {
             let found = train(shape, &sets, 10);
@@ -240,7 +246,7 @@ fn deterministic_sums_are_bitwise_equal_on_any_data_and_expert_axes() {
             assert_eq!(losses(&found), losses(&expected), "{shape} {optimizer}");
             assert_eq!(found.parameters, expected.parameters, "{shape} {optimizer}");
             assert_eq!(found.evaluation.loss.to_bits(), expected.evaluation.loss.to_bits(), "{shape}");
-            tell(&format!("{shape}: 10 steps the same bit for bit, {optimizer}, {precision}"));
+            tell(&format!("{shape}: 10 steps the same bit for bit, {optimizer}, {precision}, {sums}"));
         }
     }
 }
@@ -289,9 +295,16 @@ fn fifty_steps_stay_together_on_any_mesh() {
 
 #[test]
 fn bfloat16_steps_stay_close_on_any_mesh() {
-    for precision in ["precision.mode=\"selective\"", "precision.mode=\"bf16\""] {
-        let sets = ["optimizer.kind=\"adafactor\"", precision];
-        let expected = train(MeshShape::SOLO, &sets, 20);
+    const NARROW_SUMS: &str = "precision.accumulation_dtype=\"bf16\"";
+    for precision in [
+        &["precision.mode=\"selective\""][..],
+        &["precision.mode=\"bf16\""],
+        &["precision.mode=\"selective\"", NARROW_SUMS],
+    ] {
+        let sets = [&["optimizer.kind=\"adafactor\""], precision].concat();
+        // Narrow sums are held against wide ones.
+        let wide: Vec<&str> = sets.iter().copied().filter(|&set| set != NARROW_SUMS).collect();
+        let expected = train(MeshShape::SOLO, &wide, 20);
         for shape in [mesh(4, 2, 1), mesh(1, 1, 2), mesh(2, 2, 2)] {
             let found = train(shape, &sets, 20);
             let relative = |(found, expected): (&StepOutcome, &StepOutcome)| {
@@ -299,8 +312,8 @@ fn bfloat16_steps_stay_close_on_any_mesh() {
             };
             let worst = found.steps.iter().zip(&expected.steps).map(relative).fold(0.0, f64::max);
             // Rounding to eight bits may send a token to another expert.
-            assert!(worst <= 2e-2, "{shape} {precision}: {worst:.1e}");
-            tell(&format!("{shape}: losses of 20 steps within {worst:.1e}, {precision}"));
+            assert!(worst <= 2e-2, "{shape} {precision:?}: {worst:.1e}");
+            tell(&format!("{shape}: losses of 20 steps within {worst:.1e}, {precision:?}"));
         }
     }
 }
