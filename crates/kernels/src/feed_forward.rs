@@ -164,12 +164,6 @@ impl Sizes {
     fn task_values(self) -> usize {
         (self.task_rows() * self.f).max(1)
     }
-
-    /// Who shares a product: many experts keep the threads busy without.
-    fn threads(self) -> Threads {
-        let enough = self.e >= EXPERTS_PER_THREAD * rayon::current_num_threads();
-        if enough { Threads::One } else { Threads::All }
-    }
 }
 
 /// Some consecutive slots in use of one expert.
@@ -222,6 +216,13 @@ impl FeedForward {
                 *value = E::round(value.widen() * factor.of(word));
             }
         }
+    }
+
+    /// Who shares a product: many experts with tokens keep the threads busy without.
+    fn threads(&self) -> Threads {
+        let busy = self.rows.used.iter().filter(|&&used| used > 0).count() / self.rows.segments.max(1);
+        let enough = busy >= EXPERTS_PER_THREAD * rayon::current_num_threads();
+        if enough { Threads::One } else { Threads::All }
     }
 
     /// Slots in use of `expert`.
@@ -281,7 +282,7 @@ impl FeedForward {
             for (wi, rows) in inputs.wi.iter().zip(rows) {
                 let wi = View::new(&host::values::<E>(wi)[expert * d * f..], d, f);
                 let write = if self.keeps_activated() { Write::Relu } else { Write::Overwrite };
-                matmul(ViewMut::new(rows, n, f), x, wi, write, sizes.threads());
+                matmul(ViewMut::new(rows, n, f), x, wi, write, self.threads());
                 projected.push(rows);
             }
             let hidden;
@@ -296,7 +297,7 @@ impl FeedForward {
                 Some(residual) => Write::Onto(View::new(run.of(host::values::<E>(residual), c, d), n, d)),
                 None => Write::Overwrite,
             };
-            matmul(out, View::new(hidden, n, f), wo, write, sizes.threads());
+            matmul(out, View::new(hidden, n, f), wo, write, self.threads());
         }
         out[written * d..].fill(E::default());
     }
@@ -346,7 +347,7 @@ impl FeedForward {
             gx[written * d..slots.start * d].fill(E::default());
             written = slots.end;
             let part = self.rows.gradient_of(slots.start, c);
-            let write = if part < begun { Write::Add } else { Write::Overwrite };
+            let write = if part < begun { Write::Add } else { Write::PastCaches };
             for gradient in gwi.iter_mut().chain([&mut gwo]) {
                 gradient[begun * d * f..part.max(begun) * d * f].fill(E::default());
             }
@@ -364,13 +365,13 @@ impl FeedForward {
                 gh = host::uninit(n * f);
                 let through = ViewMut::new(&mut gh, n, f);
                 rayon::join(
-                    || matmul(through, g, wo.t(), Write::Mask(activated), sizes.threads()),
-                    || matmul(gwo, activated.t(), g, write, sizes.threads()),
+                    || matmul(through, g, wo.t(), Write::Mask(activated), self.threads()),
+                    || matmul(gwo, activated.t(), g, write, self.threads()),
                 );
             } else {
                 gh = self.hidden(&projected, sizes, &run);
-                matmul(gwo, View::new(&gh, n, f).t(), g, write, sizes.threads());
-                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, sizes.threads());
+                matmul(gwo, View::new(&gh, n, f).t(), g, write, self.threads());
+                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, self.threads());
                 gates = self.through_hidden(&projected, sizes, &run, &mut gh);
             }
             for (i, (gp, gwi)) in [gh, gates].iter().zip(&mut gwi).enumerate() {
@@ -380,8 +381,8 @@ impl FeedForward {
                 let gx = ViewMut::new(&mut gx[slots.start * d..slots.end * d], n, d);
                 let onto = if i == 0 { Write::Overwrite } else { Write::Add };
                 rayon::join(
-                    || matmul(gx, gp, wi.t(), onto, sizes.threads()),
-                    || matmul(gwi, x.t(), gp, write, sizes.threads()),
+                    || matmul(gx, gp, wi.t(), onto, self.threads()),
+                    || matmul(gwi, x.t(), gp, write, self.threads()),
                 );
             }
         }

@@ -69,6 +69,23 @@ unsafe impl GlobalAlloc for CacheLines {
         }
     }
 
+    unsafe fn realloc(&self, buffer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise: the new size is one that a layout can have.
+        let new = unsafe { Layout::from_size_align_unchecked(new_size, layout.align()) };
+        // SAFETY: as above; a buffer that is padded before or after moves, as its place within changes.
+        unsafe {
+            if padded(layout).is_none() && padded(new).is_none() {
+                return System.realloc(buffer, layout, new_size);
+            }
+            let moved = self.alloc(new);
+            if !moved.is_null() {
+                moved.copy_from_nonoverlapping(buffer, layout.size().min(new_size));
+                self.dealloc(buffer, layout);
+            }
+            moved
+        }
+    }
+
     unsafe fn dealloc(&self, buffer: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise; `alloc` left the address in front of a padded buffer.
         unsafe {

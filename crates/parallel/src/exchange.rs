@@ -144,6 +144,8 @@ struct Bucket {
     held: Vec<Vec<Leg>>,
     /// What each holder has of this rank's matrices, by holder.
     owned: Vec<Vec<Leg>>,
+    /// Which formats of sums are in it, on any rank: float32, bfloat16.
+    formats: [bool; 2],
 }
 
 /// Where new values of a parameter go in what this rank holds, and the values.
@@ -173,7 +175,7 @@ impl OwnerExchange {
         let owners = owners(&specs, mesh.shape());
         let rank = mesh.world().rank();
         let lane = |group: &Arc<dyn Communicator>, members: Vec<usize>, experts: bool| {
-            let mut builder = LaneBuilder::new(mesh, members);
+            let mut builder = LaneBuilder::new(mesh, members, &sums);
             for spec in specs.iter().filter(|spec| spec.kind.is_expert() == experts) {
                 for owned in &owners[&spec.name] {
                     builder.add(spec, owned);
@@ -225,9 +227,7 @@ impl OwnerExchange {
         for (lane, segments) in [(&self.dense, 1), (&self.expert, segments)] {
             if lane.group.size() > 1 || segments > 1 {
                 lane.reduce::<f32>(&mut local, segments, into, self)?;
-                if !self.sums.narrow.is_empty() {
-                    lane.reduce::<bf16>(&mut local, segments, into, self)?;
-                }
+                lane.reduce::<bf16>(&mut local, segments, into, self)?;
                 continue;
             }
             let here = lane.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
@@ -322,6 +322,7 @@ fn matrix_order(owners: &BTreeMap<String, Vec<OwnedMatrices>>, ranks: usize) -> 
 /// Cuts the matrices of a lane into buckets.
 struct LaneBuilder<'a> {
     mesh: &'a Mesh,
+    sums: &'a SumFormats,
     members: Vec<usize>,
     /// Values that each owner receives in the last bucket.
     loads: Vec<usize>,
@@ -329,8 +330,8 @@ struct LaneBuilder<'a> {
 }
 
 impl<'a> LaneBuilder<'a> {
-    fn new(mesh: &'a Mesh, members: Vec<usize>) -> Self {
-        Self { mesh, loads: vec![0; members.len()], members, buckets: Vec::new() }
+    fn new(mesh: &'a Mesh, members: Vec<usize>, sums: &'a SumFormats) -> Self {
+        Self { mesh, sums, loads: vec![0; members.len()], members, buckets: Vec::new() }
     }
 
     /// Adds owned matrices, in as many pieces along their first axis as buckets need.
@@ -343,12 +344,15 @@ impl<'a> LaneBuilder<'a> {
             let room = (BUCKET_VALUES - self.loads[owner].min(BUCKET_VALUES)) / row;
             if self.buckets.is_empty() || (room == 0 && self.loads[owner] > 0) {
                 let n = self.members.len();
-                self.buckets.push(Bucket { held: vec![Vec::new(); n], owned: vec![Vec::new(); n] });
+                let legs = vec![Vec::new(); n];
+                self.buckets.push(Bucket { held: legs.clone(), owned: legs, formats: [false; 2] });
                 self.loads.fill(0);
                 continue;
             }
             let rows = room.clamp(1, unit.shape[0] - start);
             self.loads[owner] += rows * row;
+            let narrow = self.sums.narrow.contains(&spec.name);
+            self.buckets.last_mut().expect("opened above").formats[usize::from(narrow)] = true;
             self.add_rows(spec, &unit, owner, start..start + rows);
             start += rows;
         }
@@ -418,8 +422,8 @@ impl Lane {
         for<'a> &'a [E]: Into<Buffer<'a>>,
         for<'a> &'a mut [E]: Into<BufferMut<'a>>,
     {
-        let travels =
-            |leg: &&Leg| leg.adds && exchange.sums.narrow.contains(&leg.name) == (E::FORMAT == bf16::FORMAT);
+        let narrow = E::FORMAT == bf16::FORMAT;
+        let travels = |leg: &&Leg| leg.adds && exchange.sums.narrow.contains(&leg.name) == narrow;
         let owned = || self.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
         let mut fresh = BTreeSet::new();
         for leg in owned().filter(travels).filter(|leg| !into.contains_key(&leg.name)) {
@@ -428,7 +432,7 @@ impl Lane {
         for &name in &fresh {
             into.insert(name.to_owned(), E::zeros(exchange.units[name].part.num_elements()));
         }
-        for bucket in &self.buckets {
+        for bucket in self.buckets.iter().filter(|bucket| bucket.formats[usize::from(narrow)]) {
             let received = bucket.send_gradients::<E>(&*self.group, local, segments, travels)?;
             let mut rest = received.as_slice();
             for leg in bucket.owned.iter().flatten().filter(travels) {

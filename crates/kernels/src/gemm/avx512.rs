@@ -83,8 +83,10 @@ macro_rules! kernel {
                             ahead = ahead.wrapping_add(4 * R);
                         } else if PLACES == IN_PLACE {
                             for _ in 0..$elements {
-                                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                                ahead = ahead.wrapping_add(64);
+                                for line in 0..2 / $elements {
+                                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * line).cast());
+                                }
+                                ahead = ahead.wrapping_add(tile.ahead_row);
                             }
                         }
                         let words: [__m512i; V] = if PLACES == IN_PLACE {

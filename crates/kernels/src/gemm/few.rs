@@ -13,8 +13,11 @@ use super::{CpuPath, Multiply, Right, TASK_WORK, Threads, Write, multiply_blocks
 use crate::element::Element;
 use crate::host;
 
-/// Columns of the output whose sums stay in the first-level cache until they are written.
+/// Most columns of the output at once, whose sums stay in the first-level cache until they are written.
 const CHUNK: usize = 224;
+
+/// Columns that keep a task busy.
+const LEAST: usize = 56;
 
 /// Sums are kept for a multiple of so many rows: what is transposed at once.
 const VECTOR: usize = 16;
@@ -30,9 +33,12 @@ pub(super) fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
 ) {
     let (rows, cols, inner) = (out.rows(), out.cols(), a.cols());
     let width = rows.next_multiple_of(VECTOR);
-    let packed = pack_right(a.lines(), rows, <In as Multiply<f32>>::micro_kernel(path).0.cols);
+    let shared = threads == Threads::All && rows * cols * inner / In::PER_WORD >= 2 * TASK_WORK;
+    let most = if shared { cols.div_ceil(2 * rayon::current_num_threads()).max(LEAST) } else { cols };
+    let len = cols.div_ceil(cols.div_ceil(most.min(CHUNK)));
+    let packed = pack_right(a.lines(), rows, <In as Multiply<f32>>::micro_kernel(path).0.cols, shared);
     let chunk = |chunk: usize, out: Vec<&mut [Out]>| {
-        let columns = chunk * CHUNK..cols.min((chunk + 1) * CHUNK);
+        let columns = chunk * len..cols.min((chunk + 1) * len);
         let mut sums: Vec<f32> = host::uninit(columns.len() * width);
         let view = ViewMut::new(&mut sums, columns.len(), width);
         let left = b.t().part(columns.clone());
@@ -43,13 +49,13 @@ pub(super) fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         }
     };
     let mut chunks: Vec<Vec<&mut [Out]>> = Vec::new();
-    chunks.resize_with(cols.div_ceil(CHUNK), || Vec::with_capacity(rows));
+    chunks.resize_with(cols.div_ceil(len), || Vec::with_capacity(rows));
     for row in out.into_rows() {
-        for (chunk, part) in chunks.iter_mut().zip(row.chunks_mut(CHUNK)) {
+        for (chunk, part) in chunks.iter_mut().zip(row.chunks_mut(len)) {
             chunk.push(part);
         }
     }
-    if threads == Threads::All && rows * cols * inner / In::PER_WORD >= 2 * TASK_WORK {
+    if shared {
         chunks.into_par_iter().enumerate().for_each(|(i, out)| chunk(i, out));
     } else {
         chunks.into_iter().enumerate().for_each(|(i, out)| chunk(i, out));

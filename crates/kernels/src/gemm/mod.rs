@@ -38,6 +38,8 @@ use tile::{Finish, MicroKernel, Other, Tile};
 pub(crate) enum Write<'a, E> {
     /// `out = product`
     Overwrite,
+    /// As `Overwrite`, for an output that nothing reads soon: past the caches where that is faster.
+    PastCaches,
     /// `out += product`
     Add,
     /// `out = other + product`, rounded once.
@@ -54,7 +56,7 @@ impl<'a, E: Element> Write<'a, E> {
         let values = out.iter_mut().zip(sums);
         let others = |view: View<'a, E>| view.row(row)[first..].iter();
         match self {
-            Self::Overwrite => values.for_each(|(out, sum)| *out = E::round(*sum)),
+            Self::Overwrite | Self::PastCaches => values.for_each(|(out, sum)| *out = E::round(*sum)),
             Self::Add => values.for_each(|(out, sum)| *out = E::round(out.widen() + sum)),
             Self::Onto(view) => {
                 let values = values.zip(others(view));
@@ -93,6 +95,10 @@ const BLOCK_WORDS: usize = 512;
 /// Bytes of a right factor in place that are read while the next ones are on their way.
 const PART_BYTES: usize = 1 << 15;
 
+/// Bytes of a row of a right factor in place of which all panels take their part in turn; the sums of more
+/// would not stay in the first-level cache.
+const GROUP_BYTES: usize = 1 << 11;
+
 /// Words of packed columns that stay in the second-level cache while they are used.
 const CACHED_WORDS: usize = 1 << 17;
 
@@ -102,7 +108,7 @@ const FEW_ROWS: usize = 32;
 /// Words of the inner dimension below which writing the output is most of the work.
 const SHORT_WORDS: usize = 32;
 
-/// Bytes of an output that leave no room in the second-level cache for anything else.
+/// Bytes of an output of which little would be left in the second-level cache when it is read.
 const PAST_CACHES_BYTES: usize = 1 << 18;
 
 /// Rows whose sums are kept aside while blocks of the inner dimension are added up.
@@ -120,17 +126,22 @@ impl Packed {
     /// Packs `b` by all threads.
     pub(crate) fn new<In: Multiply<f32>>(b: View<'_, In>) -> Self {
         let kernel = In::micro_kernel(CpuPath::best()).0;
-        Self { words: pack_right(b.columns(), b.cols(), kernel.cols), inner: b.rows(), cols: b.cols() }
+        Self { words: pack_right(b.columns(), b.cols(), kernel.cols, true), inner: b.rows(), cols: b.cols() }
     }
 }
 
-/// Packs all panels of a right factor by all threads.
-fn pack_right<In: Element>(lines: Lines<'_, In>, cols: usize, width: usize) -> Vec<u32> {
+/// Packs all panels of a right factor, on all threads if `parallel`.
+fn pack_right<In: Element>(lines: Lines<'_, In>, cols: usize, width: usize, parallel: bool) -> Vec<u32> {
     let panel = lines.words() * width;
     let mut words = host::uninit(panel * cols.div_ceil(width));
-    words.par_chunks_mut(panel.max(1)).enumerate().for_each(|(i, out)| {
+    let pack = |(i, out): (usize, &mut [u32])| {
         lines.pack(i * width..cols.min((i + 1) * width), width, out);
-    });
+    };
+    if parallel {
+        words.par_chunks_mut(panel.max(1)).enumerate().for_each(pack);
+    } else {
+        words.chunks_mut(panel.max(1)).enumerate().for_each(pack);
+    }
     words
 }
 
@@ -215,8 +226,6 @@ struct Product<'a, In, Out> {
     rows: usize,
     cols: usize,
     words: usize,
-    /// Most words of the inner dimension that a tile takes at once.
-    part_words: usize,
     left: Left<'a, In>,
     right: Columns<'a, In>,
     out: Address,
@@ -285,18 +294,15 @@ fn multiply_blocks<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         Left::Packed(pack_left(lines, rows, kernel.rows, tasks > 1))
     };
     let packed;
-    let mut part_words = BLOCK_WORDS;
     let right = match right {
         Right::Packed(words) => Columns::Packed(words),
         Right::Plain(b) => {
             let columns = b.columns();
             let whole = cols.is_multiple_of(kernel.cols) && columns.line_stride == 1;
-            if kernel.reads_rows && direct && whole && rows <= FEW_ROWS {
-                let row_bytes = columns.inner_stride * size_of::<In>();
-                part_words = (PART_BYTES / (row_bytes * In::PER_WORD)).clamp(1, BLOCK_WORDS);
+            if kernel.reads_rows && direct && whole && words > 0 && rows <= FEW_ROWS {
                 Columns::InPlace(columns)
             } else if down > 1 {
-                packed = pack_right(columns, cols, kernel.cols);
+                packed = pack_right(columns, cols, kernel.cols, true);
                 Columns::Packed(&packed)
             } else {
                 Columns::Later(columns)
@@ -307,22 +313,10 @@ fn multiply_blocks<In: Multiply<Out> + Multiply<f32>, Out: Element>(
     let out = Address(out.as_mut_ptr().cast());
     // A large output of short sums takes longer to write than to compute, and the caches would first read
     // the lines that it overwrites.
-    let large = words <= SHORT_WORDS && rows * out_row >= PAST_CACHES_BYTES;
-    let past_caches = large && out.0.addr().is_multiple_of(CACHE_LINE) && out_row.is_multiple_of(CACHE_LINE);
-    let product = Product {
-        kernel,
-        aside,
-        rows,
-        cols,
-        words,
-        part_words,
-        left,
-        right,
-        out,
-        out_row,
-        write,
-        past_caches,
-    };
+    let large = words <= SHORT_WORDS && rows * cols * size_of::<Out>() >= PAST_CACHES_BYTES;
+    let lines = out.0.addr().is_multiple_of(CACHE_LINE) && out_row.is_multiple_of(CACHE_LINE);
+    let past_caches = matches!(write, Write::PastCaches) && large && lines;
+    let product = Product { kernel, aside, rows, cols, words, left, right, out, out_row, write, past_caches };
     let tiles = rows.div_ceil(kernel.rows);
     let task =
         |i: usize| product.task(share(0..tiles, i / across, down), share(0..panels, i % across, across));
@@ -380,7 +374,7 @@ fn group_panels(words: usize, cols: usize) -> usize {
 
 /// Whether a product of so many rows with a transposed matrix should be [`few::multiply`]'s.
 fn few_transposed<In: Element>(rows: usize, b: View<'_, In>) -> bool {
-    let transposed = !b.is_row_major() && b.rows().is_multiple_of(In::PER_WORD);
+    let transposed = !b.is_row_major() && b.rows() > 0 && b.rows().is_multiple_of(In::PER_WORD);
     transposed && rows <= FEW_ROWS && b.cols() > FEW_ROWS
 }
 
@@ -453,17 +447,20 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
     fn task(&self, tiles: Range<usize>, panels: Range<usize>) {
         let blocks = self.words.div_ceil(BLOCK_WORDS).max(1);
         let block_words = self.words.div_ceil(blocks);
-        let parts = block_words.div_ceil(self.part_words).max(1);
-        let (group, room) = match self.right {
-            // Rows are read as they lie, from one end to the other.
-            Columns::InPlace(_) => (panels.len(), 0),
-            Columns::Packed(_) => (group_panels(self.words, self.kernel.cols), 0),
-            Columns::Later(_) => {
-                let group = group_panels(self.words, self.kernel.cols).min(panels.len());
-                (group, group * block_words * self.kernel.cols)
-            }
+        let panel_bytes = self.kernel.cols * size_of::<In>();
+        let group = match self.right {
+            Columns::InPlace(_) => GROUP_BYTES / panel_bytes,
+            Columns::Packed(_) | Columns::Later(_) => group_panels(self.words, self.kernel.cols),
         };
         let group = group.clamp(1, panels.len().max(1));
+        let (parts, room) = match self.right {
+            Columns::InPlace(_) => {
+                let part_words = PART_BYTES / (group * panel_bytes * In::PER_WORD);
+                (block_words.div_ceil(part_words.max(1)), 0)
+            }
+            Columns::Packed(_) => (1, 0),
+            Columns::Later(_) => (1, group * block_words * self.kernel.cols),
+        };
         let mut scratch: Vec<u32> = host::uninit(room);
         let most = match self.right {
             Columns::InPlace(_) => 1,
@@ -534,7 +531,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             for panel in block.panels.clone() {
                 for tile in block.tiles.clone() {
                     let mut addresses = self.tile(&self.tile_rows(tile), panel, block);
-                    addresses.ahead = self.ahead(panel, block);
+                    (addresses.ahead, addresses.ahead_row) = self.ahead(panel, block);
                     self.run(addresses, &self.tile_rows(tile), panel, block, aside);
                 }
             }
@@ -565,21 +562,29 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
         let cols = self.kernel.cols;
         let first_row = self.tile_rows(block.tiles.start).start;
         let row = (panel - block.panels.start) * aside.rows + rows.start - first_row;
-        let here = row * cols..(row + rows.len()) * cols;
+        let here = |sums: &mut [f32]| sums[row * cols..(row + rows.len()) * cols].as_mut_ptr();
+        let mut part = std::ptr::null_mut();
+        if !(block.begins && block.ends) {
+            part = here(&mut aside.parts);
+        }
         if !block.begins {
-            tile.start = aside.parts[here.clone()].as_ptr();
+            tile.start = part;
+        }
+        let last = block.words.end == self.words;
+        let mut sums = part;
+        if block.ends && (block.later || !last) {
+            sums = here(&mut aside.blocks);
         }
         if block.ends && block.later {
-            tile.earlier = aside.blocks[here.clone()].as_ptr();
+            tile.earlier = sums;
         }
-        if block.words.end == self.words {
+        if last {
             tile.finish = self.finish(rows, panel);
             // SAFETY: see `tile`; sums are there, as the slices above show, and this task alone writes here.
             unsafe { (self.kernel.run)(&tile) };
             return;
         }
-        let sums = if block.ends { &mut aside.blocks } else { &mut aside.parts };
-        (tile.out, tile.out_row) = (sums[here].as_mut_ptr().cast(), cols * size_of::<f32>());
+        (tile.out, tile.out_row) = (sums.cast(), cols * size_of::<f32>());
         tile.cols = cols;
         // SAFETY: see `tile`; the sums have room for a whole panel, as the slice above shows.
         unsafe { (self.aside.run)(&tile) };
@@ -590,16 +595,18 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
         share(0..self.rows, tile, self.rows.div_ceil(self.kernel.rows))
     }
 
-    /// What a panel in place should have read while it is multiplied: its share of the rows after the block.
-    fn ahead(&self, panel: usize, block: &Block<'_>) -> *const u8 {
-        let (group, rows) = (block.group, block.words.len() * In::PER_WORD);
-        let share = (panel - block.panels.start) * rows * group.panel_bytes;
-        let width = block.panels.len() * group.panel_bytes;
-        let row = rows + share / width;
-        group
-            .data
-            .as_ptr()
-            .wrapping_add(block.panels.start * group.panel_bytes + row * group.row_bytes + share % width)
+    /// What a panel in place should have read while it is multiplied, and the bytes from what is fetched
+    /// beside one row to what is beside the next.
+    fn ahead(&self, panel: usize, block: &Block<'_>) -> (*const u8, usize) {
+        let Group { data, panel_bytes, row_bytes, .. } = block.group;
+        let rows = block.words.len() * In::PER_WORD;
+        let next_rows = data.as_ptr().wrapping_add(rows * row_bytes);
+        if block.panels.len() * panel_bytes == row_bytes {
+            // Its share of the rows after these, which lie in one piece: memory likes that best.
+            (next_rows.wrapping_add(panel * rows * panel_bytes), panel_bytes)
+        } else {
+            (next_rows.wrapping_add(panel * panel_bytes), row_bytes)
+        }
     }
 
     /// Addresses of a tile over some words of the inner dimension.
@@ -626,8 +633,8 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             Left::InPlace { row_bytes, .. } => (row_bytes, 4),
             Left::Packed(_) | Left::Later(_) => (4, 4 * rows.len()),
         };
-        // With one panel the left factor is read once, tile after tile.
-        let once = self.cols <= self.kernel.cols && a_word == 4;
+        // With one panel the left factor is read once, tile after tile, in one piece if its rows are whole.
+        let once = self.cols <= self.kernel.cols && a_word == 4 && a_row == 4 * words.len();
         let ahead = if once { a.wrapping_add(rows.len() * a_row).cast_const() } else { std::ptr::null() };
         Tile {
             words: words.len(),
@@ -637,6 +644,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             b: group.data[(panel - group.first) * group.panel_bytes..].as_ptr(),
             b_row: group.row_bytes,
             ahead,
+            ahead_row: 0,
             rows: rows.len(),
             cols,
             out,
@@ -653,8 +661,8 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             row_bytes: view.row_stride() * size_of::<Out>(),
         };
         match self.write {
-            Write::Overwrite if self.past_caches => Finish::StorePastCaches,
-            Write::Overwrite => Finish::Store,
+            Write::PastCaches if self.past_caches => Finish::StorePastCaches,
+            Write::Overwrite | Write::PastCaches => Finish::Store,
             Write::Add => Finish::Add,
             Write::Onto(view) => Finish::Onto(other(view)),
             Write::Relu => Finish::Relu,

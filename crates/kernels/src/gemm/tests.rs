@@ -69,7 +69,14 @@ fn check<In: Multiply<Out> + Multiply<f32>, Out: Element>(sizes: [usize; 3], lay
     let ulp = if Out::PER_WORD == 2 { 1.0 / 256.0 } else { 1.0 / 8_388_608.0 };
     for path in CpuPath::available() {
         let others = View::new(&other, m, n);
-        for write in [Write::Overwrite, Write::Add, Write::Onto(others), Write::Relu, Write::Mask(others)] {
+        for write in [
+            Write::Overwrite,
+            Write::PastCaches,
+            Write::Add,
+            Write::Onto(others),
+            Write::Relu,
+            Write::Mask(others),
+        ] {
             for right in ["plain", "packed"] {
                 let width = n + gap;
                 let mut out = vec![Out::round(7.0); m * width];
@@ -89,7 +96,7 @@ fn check<In: Multiply<Out> + Multiply<f32>, Out: Element>(sizes: [usize; 3], lay
                     for (j, out) in out[..n].iter().enumerate() {
                         let ((sum, size), other) = (sums[i * n + j], f64::from(other[i * n + j].widen()));
                         let expected = match write {
-                            Write::Overwrite => sum,
+                            Write::Overwrite | Write::PastCaches => sum,
                             Write::Add | Write::Onto(_) => other + sum,
                             Write::Relu => sum.max(0.0),
                             Write::Mask(_) if other > 0.0 => sum,
@@ -140,6 +147,8 @@ fn sums_over_several_blocks_and_no_summands() {
     check_formats([9, 2 * BLOCK_WORDS * 2 + 6, 35], [false, true], 0);
     check_formats([20, BLOCK_WORDS * 2 + 3, 40], [true, false], 0);
     check_formats([3, 0, 5], [false, false], 0);
+    check_formats([3, 0, 64], [false, false], 0);
+    check_formats([3, 0, 300], [false, true], 0);
     check_formats([1, 0, 100], [false, false], 0);
     check_formats([1, 0, 100], [false, true], 0);
 }
@@ -213,7 +222,7 @@ fn outputs_past_the_caches_are_those_of_ordinary_stores() {
         let mut product = |start: usize| {
             let out = &mut buffer[start..][..rows * cols];
             let view = ViewMut::new(out, rows, cols);
-            matmul(view, a.view(), b.view(), Write::Overwrite, Threads::All);
+            matmul(view, a.view(), b.view(), Write::PastCaches, Threads::All);
             out.to_vec()
         };
         assert!(product(line) == product(line + 1));
@@ -235,18 +244,21 @@ proptest! {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    let (a, b) = (rounded::<bf16>(&numbers(700 * 300, 1)), rounded::<bf16>(&numbers(300 * 500, 2)));
-    let run = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads start");
-        let mut out = vec![0.0_f32; 700 * 500];
-        let view = ViewMut::new(&mut out, 700, 500);
-        pool.install(|| {
-            matmul(view, View::new(&a, 700, 300), View::new(&b, 300, 500), Write::Overwrite, Threads::All);
-        });
-        out
-    };
-    let one = run(1);
-    assert!([2, 3, 7].into_iter().all(|threads| run(threads) == one));
+    for ([m, k, n], transposed) in
+        [([700, 300, 500], false), ([20, 2400, 1024], false), ([20, 2400, 1000], true)]
+    {
+        let a = Stored::<bf16>::new(&numbers(m * k, 1), m, k, false, 0);
+        let b = Stored::<bf16>::new(&numbers(k * n, 2), k, n, transposed, 0);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads start");
+            let mut out = vec![0.0_f32; m * n];
+            let view = ViewMut::new(&mut out, m, n);
+            pool.install(|| matmul(view, a.view(), b.view(), Write::Overwrite, Threads::All));
+            out
+        };
+        let one = run(1);
+        assert!([2, 3, 7].into_iter().all(|threads| run(threads) == one), "{m} x {k} x {n}");
+    }
 }
 
 #[test]

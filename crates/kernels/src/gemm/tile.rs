@@ -101,6 +101,8 @@ pub(super) struct Tile {
     pub(super) b_row: usize,
     /// What will be read soon of a factor in place; null if all is likely to be in the cache.
     pub(super) ahead: *const u8,
+    /// Bytes from what is fetched beside one row of a right factor in place to what is beside the next.
+    pub(super) ahead_row: usize,
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) out: *mut u8,

@@ -300,6 +300,7 @@ fn bfloat16_steps_stay_close_on_any_mesh() {
         &["precision.mode=\"selective\""][..],
         &["precision.mode=\"bf16\""],
         &["precision.mode=\"selective\"", NARROW_SUMS],
+        &["precision.mode=\"bf16\"", NARROW_SUMS],
     ] {
         let sets = [&["optimizer.kind=\"adafactor\""], precision].concat();
         // Narrow sums are held against wide ones.
