@@ -463,6 +463,7 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
         };
         let mut scratch: Vec<u32> = host::uninit(room);
         let most = match self.right {
+            // What one tile has read is in the second-level cache for the next.
             Columns::InPlace(_) => 1,
             _ if blocks == 1 => tiles.len(),
             _ => (ASIDE_ROWS / self.kernel.rows).min(tiles.len()),
@@ -526,17 +527,6 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
 
     /// Adds a block of the inner dimension to some tiles, in the output or in sums kept aside.
     fn add_block(&self, block: &Block<'_>, aside: &mut Aside) {
-        if let Columns::InPlace(_) = self.right {
-            // The rows of a panel stay in the first-level cache until all tiles have read them.
-            for panel in block.panels.clone() {
-                for tile in block.tiles.clone() {
-                    let mut addresses = self.tile(&self.tile_rows(tile), panel, block);
-                    (addresses.ahead, addresses.ahead_row) = self.ahead(panel, block);
-                    self.run(addresses, &self.tile_rows(tile), panel, block, aside);
-                }
-            }
-            return;
-        }
         let mut strip: Vec<u32> = match self.left {
             Left::Later(_) => host::uninit(self.kernel.rows * block.words.len()),
             _ => Vec::new(),
@@ -549,6 +539,9 @@ impl<In: Element, Out: Element> Product<'_, In, Out> {
             }
             for panel in block.panels.clone() {
                 let mut tile = self.tile(&rows, panel, block);
+                if let Columns::InPlace(_) = self.right {
+                    (tile.ahead, tile.ahead_row) = self.ahead(panel, block);
+                }
                 if let Left::Later(_) = self.left {
                     (tile.a, tile.a_row, tile.a_word) = (strip.as_ptr().cast(), 4, 4 * rows.len());
                 }
