@@ -264,7 +264,7 @@ table! {
         /// Dropout on the hidden activations of experts.
         expert_dropout: f64 = Value("0.0"),
         /// Keep the states between blocks alone and run every block again in the backward pass: less
-        /// memory, about a quarter more time.
+        /// memory, about a fifth more time.
         recompute_activations: bool = Value("false"),
         /// Weight of `log(Z)^2` of the output softmax; 0 for none.
         z_loss: f64 = Value("1e-4"),

@@ -99,7 +99,7 @@ fn run(
     let [experts, slots, _] = x.dims();
     rows.check(experts, slots);
     let gated = weights.wi_gate.is_some();
-    let operation = FeedForward { activation, dropout, rows, gated };
+    let operation = FeedForward { activation, dropout, threads: threads(&rows), rows, gated };
     let (x, wi, wo) = (Operand::from(x), Operand::from(weights.wi), Operand::from(weights.wo));
     let [out] = match (weights.wi_gate.map(Operand::from), residual.map(Operand::from)) {
         (Some(gate), Some(residual)) => apply(operation, [x, wo, wi, gate, residual]),
@@ -115,6 +115,17 @@ struct FeedForward {
     dropout: HiddenDropout,
     rows: ExpertRows,
     gated: bool,
+    /// Who shares a product.
+    threads: Threads,
+}
+
+/// Experts for each thread that make it not worth while to share their products.
+const EXPERTS_PER_THREAD: usize = 8;
+
+/// Who shares a product: many experts with tokens keep the threads busy without.
+fn threads(rows: &ExpertRows) -> Threads {
+    let busy = rows.used.iter().filter(|&&used| used > 0).count() / rows.segments.max(1);
+    if busy >= EXPERTS_PER_THREAD * rayon::current_num_threads() { Threads::One } else { Threads::All }
 }
 
 /// Tensors of one layer.
@@ -142,9 +153,6 @@ struct Sizes {
     d: usize,
     f: usize,
 }
-
-/// Experts for each thread that make it not worth while to share their products.
-const EXPERTS_PER_THREAD: usize = 8;
 
 /// Values that one pointwise task handles.
 const TASK_VALUES: usize = 1 << 14;
@@ -218,13 +226,6 @@ impl FeedForward {
         }
     }
 
-    /// Who shares a product: many experts with tokens keep the threads busy without.
-    fn threads(&self) -> Threads {
-        let busy = self.rows.used.iter().filter(|&&used| used > 0).count() / self.rows.segments.max(1);
-        let enough = busy >= EXPERTS_PER_THREAD * rayon::current_num_threads();
-        if enough { Threads::One } else { Threads::All }
-    }
-
     /// Slots in use of `expert`.
     fn runs(&self, expert: usize, sizes: Sizes) -> impl Iterator<Item = Run> + '_ {
         self.rows.runs(expert, sizes.c).map(move |slots| Run { expert, slots })
@@ -282,7 +283,7 @@ impl FeedForward {
             for (wi, rows) in inputs.wi.iter().zip(rows) {
                 let wi = View::new(&host::values::<E>(wi)[expert * d * f..], d, f);
                 let write = if self.keeps_activated() { Write::Relu } else { Write::Overwrite };
-                matmul(ViewMut::new(rows, n, f), x, wi, write, self.threads());
+                matmul(ViewMut::new(rows, n, f), x, wi, write, self.threads);
                 projected.push(rows);
             }
             let hidden;
@@ -297,7 +298,7 @@ impl FeedForward {
                 Some(residual) => Write::Onto(View::new(run.of(host::values::<E>(residual), c, d), n, d)),
                 None => Write::Overwrite,
             };
-            matmul(out, View::new(hidden, n, f), wo, write, self.threads());
+            matmul(out, View::new(hidden, n, f), wo, write, self.threads);
         }
         out[written * d..].fill(E::default());
     }
@@ -365,13 +366,13 @@ impl FeedForward {
                 gh = host::uninit(n * f);
                 let through = ViewMut::new(&mut gh, n, f);
                 rayon::join(
-                    || matmul(through, g, wo.t(), Write::Mask(activated), self.threads()),
-                    || matmul(gwo, activated.t(), g, write, self.threads()),
+                    || matmul(through, g, wo.t(), Write::Mask(activated), self.threads),
+                    || matmul(gwo, activated.t(), g, write, self.threads),
                 );
             } else {
                 gh = self.hidden(&projected, sizes, &run);
-                matmul(gwo, View::new(&gh, n, f).t(), g, write, self.threads());
-                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, self.threads());
+                matmul(gwo, View::new(&gh, n, f).t(), g, write, self.threads);
+                matmul(ViewMut::new(&mut gh, n, f), g, wo.t(), Write::Overwrite, self.threads);
                 gates = self.through_hidden(&projected, sizes, &run, &mut gh);
             }
             for (i, (gp, gwi)) in [gh, gates].iter().zip(&mut gwi).enumerate() {
@@ -381,8 +382,8 @@ impl FeedForward {
                 let gx = ViewMut::new(&mut gx[slots.start * d..slots.end * d], n, d);
                 let onto = if i == 0 { Write::Overwrite } else { Write::Add };
                 rayon::join(
-                    || matmul(gx, gp, wi.t(), onto, self.threads()),
-                    || matmul(gwi, x.t(), gp, write, self.threads()),
+                    || matmul(gx, gp, wi.t(), onto, self.threads),
+                    || matmul(gwi, x.t(), gp, write, self.threads),
                 );
             }
         }

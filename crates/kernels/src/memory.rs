@@ -17,7 +17,7 @@ pub(crate) const CACHE_LINE: usize = 64;
 
 /// What the system is asked for: room for a large buffer behind its own address, which is kept in front
 /// of the buffer. (Asked for the alignment itself, glibc cuts its heap into pieces that fit nothing else:
-/// measured, a fifth more memory and steps that take twice their time.)
+/// memory grows, and single steps take twice their time.)
 fn padded(layout: Layout) -> Option<Layout> {
     if layout.size() < LARGE || layout.align() > CACHE_LINE {
         return None;
@@ -38,7 +38,7 @@ unsafe fn buffer_in(start: *mut u8) -> *mut u8 {
     }
     // The next line but never this one, so that the address has room between.
     let shift = CACHE_LINE - start.addr() % CACHE_LINE;
-    // SAFETY: the padding is a line, of which the shift takes 8 to 64 bytes.
+    // SAFETY: the padding is a line, of which the shift takes an address at least and all at most.
     unsafe {
         let buffer = start.add(shift);
         buffer.sub(ADDRESS_BYTES).cast::<*mut u8>().write(start);

@@ -9,9 +9,11 @@ mod exchange;
 mod failure;
 mod mesh;
 mod split_tensors;
+mod sums;
 
 pub use dispatcher::AllToAllDispatcher;
-pub use exchange::{Gradients, Owned, OwnerExchange, SumFormats, Unit};
+pub use exchange::{Owned, OwnerExchange, Unit};
 pub use failure::Failure;
 pub use mesh::{Agreement, Mesh, agree, gather_text};
 pub use split_tensors::SplitTensors;
+pub use sums::{Gradients, SumFormats};

@@ -94,9 +94,7 @@ macro_rules! kernel {
                             let words: [__m512i; 2] = $words;
                             std::array::from_fn(|j| words[j])
                         } else {
-                            let words: [__m512i; V] =
-                                std::array::from_fn(|j| _mm512_loadu_si512(b.add(64 * j).cast()));
-                            words
+                            std::array::from_fn(|j| _mm512_loadu_si512(b.add(64 * j).cast()))
                         };
                         for (i, sums) in all.iter_mut().enumerate() {
                             let $a = _mm512_set1_epi32(a.add(i * row).cast::<i32>().read_unaligned());

@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::blocked::{self, pack_right};
 use super::pack::Lines;
 use super::view::{View, ViewMut};
-use super::{CpuPath, Multiply, Right, TASK_WORK, Threads, Write, multiply_blocks, pack_right};
+use super::{CpuPath, Multiply, Right, TASK_WORK, Threads, Write};
 use crate::element::Element;
 use crate::host;
 
@@ -42,7 +43,7 @@ pub(super) fn multiply<In: Multiply<Out> + Multiply<f32>, Out: Element>(
         let mut sums: Vec<f32> = host::uninit(columns.len() * width);
         let view = ViewMut::new(&mut sums, columns.len(), width);
         let left = b.t().part(columns.clone());
-        multiply_blocks(path, view, left, Right::Packed(&packed), Write::Overwrite, Threads::One);
+        blocked::multiply(path, view, left, Right::Packed(&packed), Write::Overwrite, Threads::One);
         let sums = transposed(&sums, width, &columns);
         for (i, out) in out.into_iter().enumerate() {
             write.row(i, columns.start, &sums[i * columns.len()..][..columns.len()], out);

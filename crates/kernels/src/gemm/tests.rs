@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
+use super::blocked::{BLOCK_WORDS, PAST_CACHES_BYTES};
 use super::*;
 use crate::element::bf16;
+use crate::memory::CACHE_LINE;
 
 /// Numbers that bfloat16 holds exactly, without a pattern.
 fn numbers(count: usize, salt: u32) -> Vec<f32> {
