@@ -4,8 +4,7 @@
 //! it enters as one vector a head and no `[heads, s, t]` bias or probability tensor outlives a
 //! row of the batch: the backward pass computes the probabilities again from the saved row sums.
 
-use std::sync::Arc;
-
+use burn::backend::Flex;
 use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -13,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::element::{Element, round_all};
 use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
-use crate::host::{self, by_format};
+use crate::host::{self, Held, by_format};
 use crate::math::{dot, exp, max, sum};
 use crate::noise::{Factor, NoiseKey};
 use crate::operation::{Operand, Operation, apply, given};
@@ -81,8 +80,8 @@ pub fn attention(inputs: AttentionInputs, rules: Attention) -> Tensor<2> {
     let AttentionInputs { q, k, v, relative_bias, key_mask, segments } = inputs;
     let operation = Core {
         rules,
-        key_mask: key_mask.map(|mask| Arc::new(host::integers(&mask))),
-        segments: segments.map(|s| Arc::new((host::integers(&s.queries), host::integers(&s.keys)))),
+        key_mask: key_mask.map(|mask| Held::integers(&mask)),
+        segments: segments.map(|s| [s.queries, s.keys].map(|segments| Held::integers(&segments))),
     };
     let [q, k, v] = [q, k, v].map(Operand::from);
     let [out] = match relative_bias {
@@ -93,14 +92,15 @@ pub fn attention(inputs: AttentionInputs, rules: Attention) -> Tensor<2> {
 }
 
 #[derive(Debug)]
-struct Core {
-    rules: Attention,
-    key_mask: Option<Arc<Vec<i32>>>,
-    segments: Option<Arc<(Vec<i32>, Vec<i32>)>>,
+pub(crate) struct Core {
+    pub(crate) rules: Attention,
+    pub(crate) key_mask: Option<Held<i32>>,
+    /// Of queries and of keys.
+    pub(crate) segments: Option<[Held<i32>; 2]>,
 }
 
 #[derive(Debug)]
-struct Saved {
+pub(crate) struct Saved {
     q: FlexTensor,
     k: FlexTensor,
     v: FlexTensor,
@@ -184,15 +184,15 @@ impl Core {
             }
         }
         if let Some(mask) = &self.key_mask {
-            let mask = &mask[b * t..][..t];
+            let mask = &mask.on_host()[b * t..][..t];
             if mask.contains(&0) {
                 for scores in scores.chunks_exact_mut(t) {
                     hide(scores, mask);
                 }
             }
         }
-        if let Some(segments) = &self.segments {
-            let (queries, keys) = (&segments.0[b * s..][..s], &segments.1[b * t..][..t]);
+        if let Some([queries, keys]) = &self.segments {
+            let (queries, keys) = (&queries.on_host()[b * s..][..s], &keys.on_host()[b * t..][..t]);
             for (scores, &query) in scores.chunks_exact_mut(t).zip(queries) {
                 for (score, &key) in scores.iter_mut().zip(keys) {
                     if key != query {
@@ -210,7 +210,7 @@ impl Core {
     }
 
     /// Random words of the probabilities of one head of one row.
-    fn noise_words(&self, b: usize, head: usize) -> Vec<u32> {
+    pub(crate) fn noise_words(&self, b: usize, head: usize) -> Vec<u32> {
         let (s, t) = (self.rules.queries, self.rules.keys);
         let mut words = vec![0; s * t];
         let head = self.rules.first_head + head;
@@ -360,7 +360,7 @@ impl Core {
     }
 }
 
-impl Operation<4, 1> for Core {
+impl Operation<Flex, 4, 1> for Core {
     type Saved = Saved;
 
     fn forward(&self, [q, k, v, bias]: &[FlexTensor; 4], _: bool) -> ([FlexTensor; 1], Saved) {
@@ -379,7 +379,7 @@ impl Operation<4, 1> for Core {
     }
 }
 
-impl Operation<3, 1> for Core {
+impl Operation<Flex, 3, 1> for Core {
     type Saved = Saved;
 
     fn forward(&self, [q, k, v]: &[FlexTensor; 3], _: bool) -> ([FlexTensor; 1], Saved) {

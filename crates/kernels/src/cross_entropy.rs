@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 
+use burn::backend::Flex;
 use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -13,7 +14,7 @@ use rayon::prelude::*;
 
 use crate::element::{Element, round_all};
 use crate::gemm::{Multiply, Packed, Threads, View, ViewMut, Write, matmul, matmul_packed};
-use crate::host::{self, by_format};
+use crate::host::{self, Held, by_format};
 use crate::math::{exp, max, sum};
 use crate::operation::{Operand, Operation, apply};
 use crate::vocabulary::VocabularyShard;
@@ -74,12 +75,7 @@ pub fn cross_entropy(
     rules: CrossEntropy,
     shard: Option<VocabularyShard>,
 ) -> CrossEntropyOutput {
-    let operation = Fused {
-        rules,
-        shard,
-        targets: host::integers(&targets),
-        weights: host::with_values(weights, <[f32]>::to_vec),
-    };
+    let operation = Fused { rules, shard, targets: Held::integers(&targets), weights: Held::floats(weights) };
     let [loss_sum, loss, correct] = apply(operation, [Operand::from(hidden), Operand::from(head)]);
     CrossEntropyOutput {
         loss_sum: loss_sum.into_tensor(),
@@ -89,22 +85,22 @@ pub fn cross_entropy(
 }
 
 #[derive(Debug)]
-struct Fused {
-    rules: CrossEntropy,
-    shard: Option<VocabularyShard>,
-    targets: Vec<i32>,
-    weights: Vec<f32>,
+pub(crate) struct Fused {
+    pub(crate) rules: CrossEntropy,
+    pub(crate) shard: Option<VocabularyShard>,
+    pub(crate) targets: Held<i32>,
+    pub(crate) weights: Held<f32>,
 }
 
 /// Gradients of the scaled loss sum, if a backward pass may follow, which takes them out.
 #[derive(Debug)]
-struct Saved {
+pub(crate) struct Saved {
     gradients: Mutex<Option<Gradients>>,
     format: DType,
 }
 
 #[derive(Debug)]
-struct Gradients {
+pub(crate) struct Gradients {
     /// Of the hidden states, but for [`CrossEntropy::scale`]. `[tokens, d_model]`
     hidden: Vec<f32>,
     head: FlexTensor,
@@ -133,7 +129,7 @@ impl Position {
     }
 }
 
-impl Operation<2, 3> for Fused {
+impl Operation<Flex, 2, 3> for Fused {
     type Saved = Saved;
 
     fn forward(&self, [hidden, head]: &[FlexTensor; 2], tracked: bool) -> ([FlexTensor; 3], Saved) {
@@ -157,7 +153,7 @@ impl Operation<2, 3> for Fused {
         let width = if self.rules.layout == HeadLayout::ModelByVocabulary { rows } else { cols };
         scale_in_place(&mut hidden, factor * self.rules.scale as f32);
         by_format!(head, E => scale_in_place(host::writable::<E>(&mut head), factor));
-        [Some(host::rounded(hidden, [self.targets.len(), width], saved.format)), Some(head)]
+        [Some(host::rounded(hidden, [self.targets.on_host().len(), width], saved.format)), Some(head)]
     }
 }
 
@@ -257,7 +253,7 @@ impl Fused {
     /// Losses of the positions of a chunk, and the gradients of their logits.
     fn losses<E: Element>(&self, mut chunk: Chunk<'_, E>) {
         chunk.rows().for_each(|ChunkRow { at, logits, position, gradients }| {
-            let target = self.targets[at] as usize;
+            let target = self.targets.on_host()[at] as usize;
             let (largest, target_logit) = (row_max(logits), logits[target]);
             let total = row_exponentials(logits, largest);
             *position = Position::new(largest, total, target_logit);
@@ -269,7 +265,7 @@ impl Fused {
     fn losses_over_ranks<E: Element>(&self, shard: &VocabularyShard, mut chunk: Chunk<'_, E>) {
         let (start, n) = (chunk.start, chunk.positions.len());
         let vocabulary = chunk.logits.len() / n;
-        let target = |at: usize| shard.local(self.targets[at] as usize, vocabulary);
+        let target = |at: usize| shard.local(self.targets.on_host()[at] as usize, vocabulary);
         let mut largest: Vec<f32> = chunk.logits.par_chunks(vocabulary).map(row_max).collect();
         shard.group.max(&mut largest);
         let mut sums = vec![0.0; 2 * n];
@@ -303,7 +299,7 @@ impl Fused {
         if out.is_empty() {
             return;
         }
-        let weight = self.weights[at] * self.rules.loss_scale as f32;
+        let weight = self.weights.on_host()[at] * self.rules.loss_scale as f32;
         let factor = weight * (1.0 + 2.0 * self.rules.z_coefficient as f32 * log_z) / total;
         multiply(exponentials, factor, out);
         if let Some(target) = target {
@@ -316,7 +312,7 @@ impl Fused {
         let z = self.rules.z_coefficient;
         let total: f64 = positions
             .iter()
-            .zip(&self.weights)
+            .zip(self.weights.on_host().iter())
             .filter(|(_, weight)| **weight != 0.0)
             .map(|(p, &weight)| f64::from(weight) * (f64::from(p.loss) + z * f64::from(p.log_z).powi(2)))
             .sum();

@@ -3,15 +3,14 @@
 //! Both directions touch each assigned token once; nothing of size tokens x experts x capacity
 //! is ever built, so the cost does not depend on the number of experts.
 
-use std::sync::Arc;
-
+use burn::backend::Flex;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
 use crate::element::Element;
-use crate::host::{self, by_format};
+use crate::host::{self, Held, by_format};
 use crate::math::dot;
 use crate::operation::{Operand, Operation, apply, given};
 use crate::plan::DispatchPlan;
@@ -45,14 +44,15 @@ pub fn combine(
     out.into_tensor()
 }
 
-/// The plan's integers on the host.
+/// The plan's integers.
 #[derive(Debug, Clone)]
-struct Indices {
-    experts: usize,
-    slots: usize,
-    token_of_slot: Arc<Vec<i32>>,
-    offsets: Arc<Vec<i32>>,
-    slots_of_token: Arc<Vec<i32>>,
+pub(crate) struct Indices {
+    pub(crate) experts: usize,
+    pub(crate) slots: usize,
+    pub(crate) tokens: usize,
+    pub(crate) token_of_slot: Held<i32>,
+    offsets: Held<i32>,
+    slots_of_token: Held<i32>,
 }
 
 impl Indices {
@@ -60,25 +60,24 @@ impl Indices {
         Self {
             experts: plan.num_experts,
             slots: plan.slots_per_expert,
-            token_of_slot: Arc::new(host::integers(&plan.token_of_slot)),
-            offsets: Arc::new(host::integers(&plan.slot_offsets)),
-            slots_of_token: Arc::new(host::integers(&plan.slots_of_token)),
+            tokens: plan.slot_offsets.dims()[0] - 1,
+            token_of_slot: Held::integers(&plan.token_of_slot),
+            offsets: Held::integers(&plan.slot_offsets),
+            slots_of_token: Held::integers(&plan.slots_of_token),
         }
     }
 
-    fn tokens(&self) -> usize {
-        self.offsets.len() - 1
-    }
-
     fn slots_of(&self, token: usize) -> &[i32] {
-        &self.slots_of_token[self.offsets[token] as usize..self.offsets[token + 1] as usize]
+        let offsets = self.offsets.on_host();
+        &self.slots_of_token.on_host()[offsets[token] as usize..offsets[token + 1] as usize]
     }
 
     /// Row `token_of_slot[s]` of `rows`, times `gates[s]` if given, for every slot `s`.
     fn scatter<E: Element>(&self, rows: &[E], width: usize, gates: Option<&[f32]>) -> FlexTensor {
+        let token_of_slot = self.token_of_slot.on_host();
         let mut out = host::uninit::<E>(self.experts * self.slots * width);
         out.par_chunks_mut(width).enumerate().with_min_len(64).for_each(|(slot, out)| {
-            let Ok(token) = usize::try_from(self.token_of_slot[slot]) else {
+            let Ok(token) = usize::try_from(token_of_slot[slot]) else {
                 out.fill(E::default());
                 return;
             };
@@ -99,7 +98,7 @@ impl Indices {
         gates: Option<&[f32]>,
         onto: Option<&[E]>,
     ) -> FlexTensor {
-        let mut out = host::uninit::<E>(self.tokens() * width);
+        let mut out = host::uninit::<E>(self.tokens * width);
         out.par_chunks_mut(width).enumerate().with_min_len(64).for_each_init(
             || vec![0.0; width],
             |sums, (token, out)| {
@@ -124,7 +123,7 @@ impl Indices {
                 }
             },
         );
-        host::tensor(out, [self.tokens(), width])
+        host::tensor(out, [self.tokens, width])
     }
 }
 
@@ -155,9 +154,9 @@ fn inner_product<E: Element>(a: &[E], b: &[E]) -> f32 {
 }
 
 #[derive(Debug)]
-struct Dispatch(Indices);
+pub(crate) struct Dispatch(pub(crate) Indices);
 
-impl Operation<1, 1> for Dispatch {
+impl Operation<Flex, 1, 1> for Dispatch {
     /// Width of a token.
     type Saved = usize;
 
@@ -180,10 +179,10 @@ impl Operation<1, 1> for Dispatch {
 }
 
 #[derive(Debug)]
-struct Combine(Indices);
+pub(crate) struct Combine(pub(crate) Indices);
 
 #[derive(Debug)]
-struct CombineSaved {
+pub(crate) struct CombineSaved {
     expert_outputs: FlexTensor,
     gates: FlexTensor,
 }
@@ -205,7 +204,7 @@ impl Combine {
         let [_, _, width] = saved.expert_outputs.layout().shape().dims();
         let (rows, outputs) = (host::values::<E>(gradient), host::values::<E>(&saved.expert_outputs));
         let to_experts = self.0.scatter(rows, width, Some(host::values(&saved.gates)));
-        let gates: Vec<f32> = (self.0.token_of_slot.par_iter().enumerate().with_min_len(64))
+        let gates: Vec<f32> = (self.0.token_of_slot.on_host().par_iter().enumerate().with_min_len(64))
             .map(|(slot, &token)| match usize::try_from(token) {
                 Ok(token) => {
                     inner_product(&rows[token * width..][..width], &outputs[slot * width..][..width])
@@ -218,7 +217,7 @@ impl Combine {
     }
 }
 
-impl Operation<2, 1> for Combine {
+impl Operation<Flex, 2, 1> for Combine {
     type Saved = CombineSaved;
 
     fn forward(&self, inputs: &[FlexTensor; 2], _: bool) -> ([FlexTensor; 1], CombineSaved) {
@@ -236,7 +235,7 @@ impl Operation<2, 1> for Combine {
     }
 }
 
-impl Operation<3, 1> for Combine {
+impl Operation<Flex, 3, 1> for Combine {
     type Saved = CombineSaved;
 
     fn forward(&self, inputs: &[FlexTensor; 3], _: bool) -> ([FlexTensor; 1], CombineSaved) {

@@ -1,18 +1,19 @@
 //! Rows of a table by their number: token embedding and relative position bias.
 
+use burn::backend::Flex;
 use burn::tensor::{Int, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::element::Element;
-use crate::host::{self, by_format};
+use crate::host::{self, Held, by_format};
 use crate::operation::{Operand, Operation, apply, given};
 
 /// Row `ids[i]` of `table`, `[rows, width]`, for every `i`: `[ids, width]`.
 ///
 /// The gradient of a row that occurs several times is the sum over its occurrences.
 pub fn embedding(table: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
-    let [out] = apply(Embedding { ids: host::integers(&ids) }, [Operand::from(table)]);
+    let [out] = apply(Embedding { ids: Held::integers(&ids) }, [Operand::from(table)]);
     out.into_tensor()
 }
 
@@ -44,18 +45,16 @@ pub fn embedding_shard(table: Tensor<2>, ids: Tensor<1, Int>, first_row: usize) 
 }
 
 /// Rows of `table` that hold `ids`; a `shard` begins at that row of the whole.
-fn rows_here(table: &Tensor<2>, ids: &Tensor<1, Int>, shard: Option<usize>) -> Vec<i32> {
-    let Some(first_row) = shard else { return host::integers(ids) };
+fn rows_here(table: &Tensor<2>, ids: &Tensor<1, Int>, shard: Option<usize>) -> Held<i32> {
+    let Some(first_row) = shard else { return Held::integers(ids) };
     let [rows, _] = table.dims();
-    let here = |id: i32| {
-        let row = id - first_row as i32;
-        if (0..rows as i32).contains(&row) { row } else { ELSEWHERE }
-    };
-    host::integers(ids).into_iter().map(here).collect()
+    let row = ids.clone() - first_row as i32;
+    let outside = row.clone().lower_elem(0).bool_or(row.clone().greater_equal_elem(rows as i32));
+    Held::integers(&row.mask_fill(outside, ELSEWHERE))
 }
 
 /// Stands for a row that this table does not have.
-const ELSEWHERE: i32 = -1;
+pub(crate) const ELSEWHERE: i32 = -1;
 
 fn lookup<E: Element>(table: &FlexTensor, ids: &[i32]) -> FlexTensor {
     let [_, width] = table.layout().shape().dims();
@@ -99,17 +98,17 @@ fn add_rows<E: Element>(table: &mut [E], width: usize, looked_up: &[(&[i32], &[E
 }
 
 #[derive(Debug)]
-struct Embedding {
-    ids: Vec<i32>,
+pub(crate) struct Embedding {
+    pub(crate) ids: Held<i32>,
 }
 
-impl Operation<1, 1> for Embedding {
+impl Operation<Flex, 1, 1> for Embedding {
     /// Rows and width of the table.
     type Saved = [usize; 2];
 
     fn forward(&self, [table]: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], [usize; 2]) {
         let table = host::contiguous(table);
-        ([by_format!(table, E => lookup::<E>(&table, &self.ids))], table.layout().shape().dims())
+        ([by_format!(table, E => lookup::<E>(&table, self.ids.on_host()))], table.layout().shape().dims())
     }
 
     fn backward(
@@ -121,31 +120,31 @@ impl Operation<1, 1> for Embedding {
         let [gradient] = given(gradients);
         [Some(by_format!(gradient, E => {
             let mut table = zeros::<E>(rows * width);
-            add_rows(&mut table, width, &[(&self.ids, host::values::<E>(&gradient))]);
+            add_rows(&mut table, width, &[(self.ids.on_host(), host::values::<E>(&gradient))]);
             host::tensor(table, [rows, width])
         }))]
     }
 }
 
 #[derive(Debug)]
-struct Embeddings {
-    ids: [Vec<i32>; 2],
+pub(crate) struct Embeddings {
+    pub(crate) ids: [Held<i32>; 2],
 }
 
 impl Embeddings {
     fn lookup(&self, table: &FlexTensor) -> [FlexTensor; 2] {
-        self.ids.each_ref().map(|ids| by_format!(table, E => lookup::<E>(table, ids)))
+        self.ids.each_ref().map(|ids| by_format!(table, E => lookup::<E>(table, ids.on_host())))
     }
 
     /// Adds the gradients of both lists to that of the table.
     fn add_to<E: Element>(&self, table: &mut [E], width: usize, gradients: [&FlexTensor; 2]) {
         let [a, b] = gradients.map(host::values::<E>);
-        let [first, second] = &self.ids;
+        let [first, second] = self.ids.each_ref().map(|ids| ids.on_host().as_slice());
         add_rows(table, width, &[(first, a), (second, b)]);
     }
 }
 
-impl Operation<1, 2> for Embeddings {
+impl Operation<Flex, 1, 2> for Embeddings {
     /// Rows and width of the table.
     type Saved = [usize; 2];
 
@@ -171,7 +170,7 @@ impl Operation<1, 2> for Embeddings {
     }
 }
 
-impl Operation<1, 3> for Embeddings {
+impl Operation<Flex, 1, 3> for Embeddings {
     /// Width of the table.
     type Saved = usize;
 

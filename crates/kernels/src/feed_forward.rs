@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use burn::backend::Flex;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -110,11 +111,11 @@ fn run(
 }
 
 #[derive(Debug)]
-struct FeedForward {
-    activation: Activation,
-    dropout: HiddenDropout,
-    rows: ExpertRows,
-    gated: bool,
+pub(crate) struct FeedForward {
+    pub(crate) activation: Activation,
+    pub(crate) dropout: HiddenDropout,
+    pub(crate) rows: ExpertRows,
+    pub(crate) gated: bool,
     /// Who shares a product.
     threads: Threads,
 }
@@ -130,7 +131,7 @@ fn threads(rows: &ExpertRows) -> Threads {
 
 /// Tensors of one layer.
 #[derive(Debug)]
-struct Inputs {
+pub(crate) struct Inputs {
     x: FlexTensor,
     wo: FlexTensor,
     wi: Vec<FlexTensor>,
@@ -138,7 +139,7 @@ struct Inputs {
 }
 
 #[derive(Debug)]
-struct Saved {
+pub(crate) struct Saved {
     inputs: Inputs,
     /// `x wi` of every input matrix; of an ungated ReLU layer its activation. Only the rows of slots in
     /// use are there; empty without a backward pass. `[experts * slots * d_ff]`
@@ -445,7 +446,7 @@ fn by_expert<E>(buffers: &mut [Vec<E>], len: usize, e: usize) -> Vec<Vec<&mut [E
 
 macro_rules! operation {
     ($inputs:literal) => {
-        impl Operation<$inputs, 1> for FeedForward {
+        impl Operation<Flex, $inputs, 1> for FeedForward {
             type Saved = Saved;
 
             fn forward(&self, inputs: &[FlexTensor; $inputs], tracked: bool) -> ([FlexTensor; 1], Saved) {

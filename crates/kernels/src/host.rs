@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
@@ -107,18 +108,64 @@ pub(crate) fn writable<E: Element>(tensor: &mut FlexTensor) -> &mut [E] {
 
 /// The integers of a tensor made by [`int_tensor`].
 pub fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Vec<i32> {
-    let primitive = tensor
-        .clone()
-        .inner()
-        .try_into_primitive::<Flex>()
-        .expect("every device that a run can choose has a form of this operation")
-        .to_contiguous();
-    primitive.as_slice::<i32>().expect("integers are 32 bits wide").to_vec()
+    tensor.clone().inner().into_data().iter::<i32>().collect()
 }
 
-/// 32-bit integers on `device`.
+/// Integers on `device`, in the format that it computes with.
 pub fn int_tensor<const D: usize>(values: Vec<i32>, shape: [usize; D], device: &Device) -> Tensor<D, Int> {
+    #[cfg(feature = "libtorch")]
+    if crate::torch::is_here(device) {
+        return Tensor::from_data(TensorData::new(values, shape), (device, DType::I64));
+    }
     Tensor::from_data(TensorData::new(values, shape), (device, DType::I32))
+}
+
+/// Values that an operation takes beside its inputs, where these are.
+#[derive(Debug, Clone)]
+pub(crate) enum Held<T> {
+    Host(Arc<Vec<T>>),
+    #[cfg(feature = "libtorch")]
+    Torch(burn_tch::TchTensor),
+}
+
+impl<T> Held<T> {
+    /// The values, for the form of an operation whose inputs are in main memory.
+    pub(crate) fn on_host(&self) -> &Arc<Vec<T>> {
+        match self {
+            Self::Host(values) => values,
+            #[cfg(feature = "libtorch")]
+            Self::Torch(_) => panic!("all tensors of an operation lie on one device"),
+        }
+    }
+
+    /// The values, for the form of an operation whose inputs are LibTorch's.
+    #[cfg(feature = "libtorch")]
+    pub(crate) fn in_torch(&self) -> &tch::Tensor {
+        match self {
+            Self::Torch(values) => &values.tensor,
+            Self::Host(_) => panic!("all tensors of an operation lie on one device"),
+        }
+    }
+}
+
+impl Held<i32> {
+    pub(crate) fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Self {
+        #[cfg(feature = "libtorch")]
+        if crate::torch::is_here(&tensor.device()) {
+            return Self::Torch(crate::torch::integers(tensor));
+        }
+        Self::Host(Arc::new(integers(tensor)))
+    }
+}
+
+impl Held<f32> {
+    pub(crate) fn floats<const D: usize>(tensor: Tensor<D>) -> Self {
+        #[cfg(feature = "libtorch")]
+        if crate::torch::is_here(&tensor.device()) {
+            return Self::Torch(crate::torch::floats(tensor));
+        }
+        Self::Host(Arc::new(with_values(tensor, <[f32]>::to_vec)))
+    }
 }
 
 /// Calls `read` with the values of `tensor` as float32, row-major.
@@ -126,8 +173,14 @@ pub fn with_values<const D: usize, R>(tensor: Tensor<D>, read: impl FnOnce(&[f32
     read(&widened(&contiguous(&on_host(tensor))))
 }
 
-fn on_host<const D: usize>(tensor: Tensor<D>) -> FlexTensor {
-    let tensor = tensor.inner().try_into_primitive::<Flex>();
+/// The tensor in main memory: itself, or a copy of one that is elsewhere.
+pub(crate) fn on_host<const D: usize>(tensor: Tensor<D>) -> FlexTensor {
+    let tensor = tensor.inner();
+    #[cfg(feature = "libtorch")]
+    if crate::torch::is_here(&tensor.device()) {
+        return FlexTensor::from_data(tensor.into_data());
+    }
+    let tensor = tensor.try_into_primitive::<Flex>();
     tensor.expect("every device that a run can choose has a form of this operation")
 }
 
@@ -217,6 +270,10 @@ impl Values {
 ///
 /// The returned tensor is a leaf without gradient.
 pub fn update_in_place<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(ValuesMut<'_>)) -> Tensor<D> {
+    #[cfg(feature = "libtorch")]
+    if crate::torch::is_here(&tensor.device()) {
+        return crate::torch::update(tensor, update);
+    }
     let mut primitive = contiguous(&on_host(tensor));
     match primitive.dtype() {
         DType::BF16 => update(ValuesMut::Bf16(writable(&mut primitive))),

@@ -30,6 +30,8 @@ mod projection;
 mod route;
 mod router_logits;
 mod seed;
+#[cfg(feature = "libtorch")]
+mod torch;
 mod vocabulary;
 
 pub use activation::Activation;

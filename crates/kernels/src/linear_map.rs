@@ -5,6 +5,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use burn::backend::Flex;
 use burn::tensor::{DType, Shape, Tensor};
 use burn_flex::FlexTensor;
 
@@ -64,13 +65,13 @@ pub fn linear_map<const D: usize, const E: usize>(
 }
 
 #[derive(Debug)]
-struct Mapped {
-    map: Arc<dyn LinearMap>,
+pub(crate) struct Mapped {
+    pub(crate) map: Arc<dyn LinearMap>,
     /// Of the output.
-    shape: Shape,
+    pub(crate) shape: Shape,
 }
 
-impl Operation<1, 1> for Mapped {
+impl Operation<Flex, 1, 1> for Mapped {
     /// Shape of the input.
     type Saved = Shape;
 

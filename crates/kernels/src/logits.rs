@@ -21,7 +21,11 @@ const TASK_ROWS: usize = 64;
 /// `hidden`, `[n, d_model]`, times the head, in float32: `[n, vocab_size]`. Not differentiable.
 pub fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> Tensor<2> {
     let [rows, _] = hidden.dims();
-    let [hidden, head] = [hidden, head].map(|tensor| Operand::from(tensor.inner()).into_plain());
+    #[cfg(feature = "libtorch")]
+    if crate::torch::is_here(&hidden.device()) {
+        return crate::torch::logits(hidden, head, layout);
+    }
+    let [hidden, head] = [hidden, head].map(|tensor| host::on_host(tensor));
     let (hidden, head) = (host::contiguous(&hidden), host::contiguous(&head));
     let few = layout == HeadLayout::VocabularyByModel && rows <= FEW_ROWS;
     let out = by_format!(hidden, E => if few {
@@ -29,7 +33,7 @@ pub fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> Tensor<
     } else {
         many_rows::<E>(&hidden, &head, layout)
     });
-    Operand::Plain(out).into_tensor()
+    Operand::plain(out).into_tensor()
 }
 
 fn many_rows<E: Multiply<f32>>(hidden: &FlexTensor, head: &FlexTensor, layout: HeadLayout) -> FlexTensor {

@@ -38,7 +38,9 @@ pub(crate) fn tanh(x: f32) -> f32 {
 
 /// Joins lanes in pairs, then pairs of pairs: short chains, and vector code.
 #[inline(always)]
-fn halve(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+fn halve(lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    // Seen through, the pairs would make the compiler keep the lanes of the loop before in vectors of two.
+    let mut lanes = std::hint::black_box(lanes);
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {

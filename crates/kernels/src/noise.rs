@@ -1,5 +1,6 @@
 //! Dropout and router jitter from counters: the same numbers on any ranks, threads or micro-batches.
 
+use burn::backend::Flex;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -157,9 +158,9 @@ fn scale(x: Tensor<2>, factor: Factor, noise: TokenNoise) -> Tensor<2> {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Scale {
-    factor: Factor,
-    noise: TokenNoise,
+pub(crate) struct Scale {
+    pub(crate) factor: Factor,
+    pub(crate) noise: TokenNoise,
 }
 
 impl Scale {
@@ -181,7 +182,7 @@ impl Scale {
     }
 }
 
-impl Operation<1, 1> for Scale {
+impl Operation<Flex, 1, 1> for Scale {
     type Saved = ();
 
     fn forward(&self, [x]: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], ()) {

@@ -1,5 +1,6 @@
 //! Root-mean-square norm: `weight * x / sqrt(mean(x^2) + epsilon)`.
 
+use burn::backend::Flex;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -28,12 +29,12 @@ pub fn rms_norm_beside(x: Tensor<2>, weight: Tensor<1>, epsilon: f64) -> [Tensor
 }
 
 #[derive(Debug)]
-struct RmsNorm {
-    epsilon: f32,
+pub(crate) struct RmsNorm {
+    pub(crate) epsilon: f32,
 }
 
 #[derive(Debug)]
-struct Saved {
+pub(crate) struct Saved {
     x: FlexTensor,
     weight: FlexTensor,
     inverse_rms: Vec<f32>,
@@ -93,7 +94,7 @@ impl RmsNorm {
     }
 }
 
-impl Operation<2, 1> for RmsNorm {
+impl Operation<Flex, 2, 1> for RmsNorm {
     type Saved = Saved;
 
     fn forward(&self, [x, weight]: &[FlexTensor; 2], _: bool) -> ([FlexTensor; 1], Saved) {
@@ -112,7 +113,7 @@ impl Operation<2, 1> for RmsNorm {
     }
 }
 
-impl Operation<2, 2> for RmsNorm {
+impl Operation<Flex, 2, 2> for RmsNorm {
     type Saved = Saved;
 
     const TOGETHER: bool = true;

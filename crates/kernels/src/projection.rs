@@ -1,5 +1,6 @@
 //! Matrices that several outputs share one input with, and the residual sum around a sub-layer.
 
+use burn::backend::Flex;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -41,10 +42,10 @@ pub fn add(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
 }
 
 #[derive(Debug)]
-struct Project;
+pub(crate) struct Project;
 
 #[derive(Debug)]
-struct Saved {
+pub(crate) struct Saved {
     x: FlexTensor,
     weights: Vec<FlexTensor>,
 }
@@ -99,7 +100,7 @@ impl Saved {
 
 macro_rules! project {
     ($inputs:literal, $outputs:literal) => {
-        impl Operation<$inputs, $outputs> for Project {
+        impl Operation<Flex, $inputs, $outputs> for Project {
             type Saved = Saved;
 
             const TOGETHER: bool = true;
@@ -130,9 +131,9 @@ project!(3, 2);
 project!(4, 3);
 
 #[derive(Debug)]
-struct ProjectOnto;
+pub(crate) struct ProjectOnto;
 
-impl Operation<3, 1> for ProjectOnto {
+impl Operation<Flex, 3, 1> for ProjectOnto {
     type Saved = Saved;
 
     fn forward(&self, [x, weight, residual]: &[FlexTensor; 3], _: bool) -> ([FlexTensor; 1], Saved) {
@@ -156,12 +157,12 @@ impl Operation<3, 1> for ProjectOnto {
 }
 
 #[derive(Debug)]
-struct Add;
+pub(crate) struct Add;
 
 /// Values that one task adds.
 const TASK_VALUES: usize = 1 << 14;
 
-impl Operation<2, 1> for Add {
+impl Operation<Flex, 2, 1> for Add {
     type Saved = ();
 
     fn forward(&self, [a, b]: &[FlexTensor; 2], _: bool) -> ([FlexTensor; 1], ()) {

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use burn::backend::Flex;
 use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -109,7 +110,7 @@ const BLOCK_TOKENS: usize = 256;
 
 /// How probabilities become gates.
 #[derive(Debug)]
-enum GateRule {
+pub(crate) enum GateRule {
     /// The expert's probability.
     Probability,
     /// Divided by the sum over the first and the second choice of the token.
@@ -117,18 +118,18 @@ enum GateRule {
 }
 
 /// Probabilities of a layer and what follows from them alone.
-struct Scores {
-    experts: usize,
+pub(crate) struct Scores {
+    pub(crate) experts: usize,
     /// Of the logits, to which probabilities and gates are rounded; they lie in float32.
     format: DType,
-    options: RouteOptions,
-    mask: Vec<bool>,
+    pub(crate) options: RouteOptions,
+    pub(crate) mask: Vec<bool>,
     probabilities: Vec<f32>,
     log_z: Vec<f32>,
     /// Entropy of each token's probabilities in nats.
     entropy: Vec<f32>,
     /// First choice of each token; -1 for padding.
-    best: Vec<i32>,
+    pub(crate) best: Vec<i32>,
 }
 
 impl Scores {
@@ -251,6 +252,7 @@ impl Scores {
 
     fn finish(self, logits: Tensor<2>, token_of_slot: Vec<i32>, rule: GateRule) -> Routing {
         let device = logits.device().inner();
+        let float = |values: Vec<f32>| Tensor::<1>::from_data(values.as_slice(), (&device, DType::F32));
         let (groups, experts) = (self.options.groups, self.experts);
         let slots = token_of_slot.len() / experts;
         let mut fraction = vec![0.0; groups * experts];
@@ -269,28 +271,27 @@ impl Scores {
         let fixed = self.options.expert_capacity.is_some();
         let plan = DispatchPlan::new(token_of_slot.clone(), experts, slots, fixed, self.tokens(), &device);
         let choice = host::int_tensor(self.best.clone(), [self.tokens()], &device);
-        let tokens = self.tokens();
         let gate = Gate { scores: self, token_of_slot, rule, counted };
         let [gates, mean_probability, z] = apply(gate, [Operand::from(logits)]);
         Routing {
             plan,
             gates: gates.into_tensor(),
             mean_probability: mean_probability.into_tensor(),
-            fraction: Operand::Plain(host::tensor(fraction, [groups, experts])).into_tensor(),
+            fraction: float(fraction).reshape([groups, experts]),
             z: z.into_tensor(),
             choice,
-            entropy: Operand::Plain(host::tensor(entropy, [tokens])).into_tensor(),
+            entropy: float(entropy),
         }
     }
 }
 
 /// The differentiable part: logits to gates, mean probabilities and z.
-struct Gate {
-    scores: Scores,
-    token_of_slot: Vec<i32>,
-    rule: GateRule,
+pub(crate) struct Gate {
+    pub(crate) scores: Scores,
+    pub(crate) token_of_slot: Vec<i32>,
+    pub(crate) rule: GateRule,
     /// Counted tokens of each group.
-    counted: Vec<usize>,
+    pub(crate) counted: Vec<usize>,
 }
 
 impl std::fmt::Debug for Gate {
@@ -376,7 +377,7 @@ impl Gate {
     }
 }
 
-impl Operation<1, 3> for Gate {
+impl Operation<Flex, 1, 3> for Gate {
     type Saved = ();
 
     fn forward(&self, _: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 3], ()) {

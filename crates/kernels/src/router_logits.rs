@@ -1,5 +1,6 @@
 //! The router's product: the one place of a bfloat16 model that computes in float32, if it is told to.
 
+use burn::backend::Flex;
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
@@ -26,12 +27,12 @@ pub fn router_logits(x: Tensor<2>, weight: Tensor<2>, jitter: f64, noise: TokenN
 }
 
 #[derive(Debug)]
-struct RouterLogits {
-    jitter: Option<(Factor, TokenNoise)>,
+pub(crate) struct RouterLogits {
+    pub(crate) jitter: Option<(Factor, TokenNoise)>,
 }
 
 #[derive(Debug)]
-struct Saved {
+pub(crate) struct Saved {
     x: FlexTensor,
     weight: FlexTensor,
 }
@@ -115,7 +116,7 @@ impl RouterLogits {
     }
 }
 
-impl Operation<2, 2> for RouterLogits {
+impl Operation<Flex, 2, 2> for RouterLogits {
     type Saved = Saved;
 
     const TOGETHER: bool = true;

@@ -1,10 +1,11 @@
 //! Where a backward pass begins that does not begin at a loss.
 
+use burn::backend::Flex;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use crate::host;
-use crate::operation::{Operand, Operation, apply};
+use crate::operation::{Followed, Operand, Operation, apply};
 
 /// A zero whose gradient in `x` is `gradient`: its backward pass goes on with that of `x`.
 ///
@@ -12,17 +13,18 @@ use crate::operation::{Operand, Operation, apply};
 /// When the shapes differ.
 pub fn with_gradient<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<1> {
     assert_eq!(x.dims(), gradient.dims(), "a gradient has the shape of its tensor");
-    let gradient = Operand::from(gradient.inner()).into_plain();
+    let gradient = Operand::from(gradient.inner());
     let [out] = apply(Seed { gradient }, [Operand::from(x)]);
     out.into_tensor()
 }
 
 #[derive(Debug)]
-struct Seed {
-    gradient: FlexTensor,
+pub(crate) struct Seed {
+    /// Without history.
+    pub(crate) gradient: Operand,
 }
 
-impl Operation<1, 1> for Seed {
+impl Operation<Flex, 1, 1> for Seed {
     type Saved = ();
 
     fn forward(&self, _: &[FlexTensor; 1], _: bool) -> ([FlexTensor; 1], ()) {
@@ -30,7 +32,10 @@ impl Operation<1, 1> for Seed {
     }
 
     fn backward(&self, (): &(), _: [Option<FlexTensor>; 1], _: [bool; 1]) -> [Option<FlexTensor>; 1] {
-        [Some(self.gradient.clone())]
+        match &self.gradient {
+            Operand::Flex(Followed::Plain(gradient)) => [Some(gradient.clone())],
+            _ => panic!("all tensors of an operation lie on one device"),
+        }
     }
 }
 

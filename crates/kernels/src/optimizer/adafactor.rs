@@ -226,24 +226,21 @@ fn accumulate<G: Element>(
 /// Sum of squares of the update of a block of rows.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]
 fn update_squares<G: Element>(g: &[G], rows: &[f32], cols: &[f32]) -> f32 {
-    let mut total = 0.0;
+    // Sums in memory: sixteen of them in registers the compiler would add up in vectors of two.
+    let mut sums = [0.0; SQUARES];
     for (g, row) in g.chunks_exact(cols.len()).zip(rows) {
-        let mut of_row = [0.0; LANES];
-        let ((cols, cols_tail), (g, g_tail)) = (cols.as_chunks::<LANES>(), g.as_chunks::<LANES>());
-        for (g, cols) in g.iter().zip(cols) {
-            for i in 0..LANES {
-                let scaled = g[i].widen() * cols[i];
-                of_row[i] += scaled * scaled;
+        for (g, cols) in g.chunks(SQUARES).zip(cols.chunks(SQUARES)) {
+            for ((sum, g), col) in sums.iter_mut().zip(g).zip(cols) {
+                let update = g.widen() * col * row;
+                *sum += update * update;
             }
         }
-        for (i, (g, col)) in g_tail.iter().zip(cols_tail).enumerate() {
-            let scaled = g.widen() * col;
-            of_row[i] += scaled * scaled;
-        }
-        total += sum(&of_row) * row * row;
     }
-    total
+    sum(&sums)
 }
+
+/// Neighbours of which squares are summed apart.
+const SQUARES: usize = 256;
 
 /// Applies the update to a block of rows; `rounded`, if not empty, gets the new values.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2+fma"))]

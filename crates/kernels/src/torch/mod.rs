@@ -1,0 +1,88 @@
+//! Forms of the operations on LibTorch: its CPU device and NVIDIA GPUs.
+//!
+//! Every operation has a form composed of LibTorch's own, whose backward is LibTorch's automatic
+//! differentiation inside one step of burn's ([`composed`]). It serves every device and is the
+//! reference of the hand-written kernels.
+
+mod attention;
+mod composed;
+mod cross_entropy;
+mod dispatch;
+mod embedding;
+mod feed_forward;
+mod noise;
+mod norm;
+mod operations;
+mod projection;
+mod route;
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{DispatchDevice, LibTorch};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn_tch::TchTensor;
+use tch::Kind;
+
+use crate::cross_entropy::HeadLayout;
+use crate::host::ValuesMut;
+use crate::operation::Substrate;
+
+const ONE_DEVICE: &str = "all tensors of an operation lie on one device";
+
+impl Substrate for LibTorch {
+    fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+        if tensor.tensor.is_contiguous() {
+            return tensor;
+        }
+        TchTensor::new(tensor.tensor.contiguous())
+    }
+}
+
+/// Whether tensors on `device` are LibTorch's.
+pub(crate) fn is_here(device: &Device) -> bool {
+    matches!(device.clone().inner().as_dispatch(), DispatchDevice::LibTorch(_))
+}
+
+pub(crate) fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> TchTensor {
+    tensor.clone().inner().try_into_primitive::<LibTorch>().expect(ONE_DEVICE)
+}
+
+pub(crate) fn floats<const D: usize>(tensor: Tensor<D>) -> TchTensor {
+    tensor.inner().try_into_primitive::<LibTorch>().expect(ONE_DEVICE)
+}
+
+/// Calls `update` with a copy of the values in main memory, which then replace those on the device.
+pub(crate) fn update<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(ValuesMut<'_>)) -> Tensor<D> {
+    const FORMATS: &str = "weights are float32 or bfloat16";
+    let (shape, device) = (tensor.dims(), tensor.device().inner());
+    let data = tensor.inner().into_data();
+    let (data, format) = match data.dtype() {
+        DType::BF16 => {
+            let mut values = data.try_into_vec().expect(FORMATS);
+            update(ValuesMut::Bf16(&mut values));
+            (TensorData::new(values, shape), DType::BF16)
+        }
+        _ => {
+            let mut values = data.try_into_vec().expect(FORMATS);
+            update(ValuesMut::F32(&mut values));
+            (TensorData::new(values, shape), DType::F32)
+        }
+    };
+    Tensor::from_data(data, (&device, format))
+}
+
+/// [`crate::logits`].
+pub(crate) fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> Tensor<2> {
+    let (hidden, head) = (floats(hidden).tensor, floats(head).tensor);
+    let head = if layout == HeadLayout::VocabularyByModel { head.tr() } else { head };
+    Tensor::from_primitive::<LibTorch>(TchTensor::new(hidden.matmul(&head).to_kind(Kind::Float)))
+}
+
+/// As float32.
+fn wide(tensor: &tch::Tensor) -> tch::Tensor {
+    tensor.to_kind(Kind::Float)
+}
+
+/// Values in main memory as a float32 tensor where `like` is.
+fn uploaded(values: &[f32], shape: &[i64], like: &tch::Tensor) -> tch::Tensor {
+    tch::Tensor::from_slice(values).view(shape).to(like.device())
+}
