@@ -25,8 +25,8 @@ Exit codes: 0 done, 1 wrong input, 75 interrupted with everything saved (run aga
 pub(crate) struct Arguments {
     #[command(subcommand)]
     pub command: Command,
-    /// Where to compute; `cpu` is the only device of this build.
-    #[arg(long, global = true, default_value = "cpu", value_parser = device)]
+    /// Where to compute: `cpu`; in builds with LibTorch also `cuda`, `cuda:N` and `libtorch`, its CPU device.
+    #[arg(long, global = true, default_value = "cpu", value_parser = switchyard_kernels::device)]
     pub device: Device,
     /// Who says which rank this process is: `auto` asks the environment (torchrun's variables, Open MPI,
     /// PMIx, PMI, Slurm), `mpi` the MPI library, `none` makes it one process alone.
@@ -74,14 +74,6 @@ fn count_from(least: u64) -> impl TypedValueParser<Value = usize> {
 fn mebibytes(text: &str) -> Result<f64, String> {
     let size: f64 = text.parse().map_err(|_| format!("`{text}` is no number"))?;
     if size > 0.0 && size <= 65536.0 { Ok(size) } else { Err("must be above 0 and at most 65536".to_owned()) }
-}
-
-/// The device of a name, if this build has it.
-fn device(name: &str) -> Result<Device, String> {
-    match name {
-        "cpu" => Ok(Device::flex()),
-        other => Err(format!("this build computes on `cpu` only, not on `{other}`")),
-    }
 }
 
 /// How much is said on the terminal.

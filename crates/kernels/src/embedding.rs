@@ -197,13 +197,13 @@ impl Operation<Flex, 1, 3> for Embeddings {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
 
     use super::*;
+    use crate::device::test_device;
 
     #[test]
     fn repeated_rows_add_their_gradients() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let table = Tensor::<2>::from_data([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device).require_grad();
         let out = embedding(table.clone(), host::int_tensor(vec![2, 0, 2], [3], &device));
         assert_eq!(out.to_data().try_to_vec::<f32>().unwrap(), [5.0, 6.0, 1.0, 2.0, 5.0, 6.0]);
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn two_lists_and_a_head_share_one_gradient() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let table = Tensor::<2>::from_data([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device).require_grad();
         let ids = |ids: Vec<i32>| {
             let count = ids.len();
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn the_parts_of_a_split_table_add_up() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let table = Tensor::<2>::from_data([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device).require_grad();
         let ids = host::int_tensor(vec![2, 0, 2, 1], [4], &device);
         let part = |rows: std::ops::Range<usize>| {

@@ -5,9 +5,18 @@
 //! below them, so a faster form or another device changes no model code. Activations flow as
 //! `[tokens, d_model]`.
 
+#![cfg_attr(
+    feature = "libtorch",
+    expect(
+        deprecated,
+        reason = "burn on LibTorch is deprecated, and still the fastest way to NVIDIA's GPUs"
+    )
+)]
+
 mod activation;
 mod attention;
 mod cross_entropy;
+mod device;
 mod dispatch;
 mod element;
 mod embedding;
@@ -37,6 +46,7 @@ mod vocabulary;
 pub use activation::Activation;
 pub use attention::{Attention, AttentionInputs, Segments, attention};
 pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy};
+pub use device::{DeviceError, device};
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};
 pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_two};

@@ -113,6 +113,7 @@ mod tests {
     use burn::tensor::Device;
 
     use super::*;
+    use crate::device::test_device;
 
     /// `y = A x`, or nothing in the directions that are switched off.
     #[derive(Debug)]
@@ -151,7 +152,7 @@ mod tests {
 
     /// Output and gradient of `sum(y * weights)` for `x` of `[2, 3]`, read through a transposed view.
     fn run<const E: usize>(map: &Arc<dyn LinearMap>, shape: [usize; E]) -> (Vec<f32>, Vec<f32>) {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let x = counted([3, 2], &device).require_grad();
         let y = linear_map(x.clone().transpose(), map.clone(), shape);
         assert_eq!(y.dims(), shape);
@@ -187,7 +188,7 @@ mod tests {
 
     #[test]
     fn plain_and_empty_tensors_pass() {
-        let device = Device::flex();
+        let device = test_device();
         let y = linear_map(counted([2, 3], &device), matrix(4, 6, true, true), [2, 2]);
         assert!(!y.is_autodiff());
         assert_eq!(y.dims(), [2, 2]);
@@ -199,6 +200,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "a linear map returns the values of its shape")]
     fn another_number_of_values_is_refused() {
-        linear_map(counted([2, 3], &Device::flex()), matrix(4, 6, true, true), [5]);
+        linear_map(counted([2, 3], &test_device()), matrix(4, 6, true, true), [5]);
     }
 }

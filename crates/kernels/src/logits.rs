@@ -107,13 +107,14 @@ fn four_dots<E: Element>(rows: &[E], head: &[E]) -> [f32; 4] {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Distribution};
+    use burn::tensor::Distribution;
 
     use super::*;
+    use crate::device::test_device;
 
     #[test]
     fn few_and_many_rows_agree() {
-        let device = Device::flex();
+        let device = test_device();
         let hidden = Tensor::<2>::random([FEW_ROWS + 1, 24], Distribution::Default, &device);
         let head = Tensor::<2>::random([1100, 24], Distribution::Default, &device);
         let many = logits(hidden.clone(), head.clone(), HeadLayout::VocabularyByModel);

@@ -3,8 +3,9 @@
 //! The float32 forms are held against composed references and finite differences elsewhere, to 1e-5.
 //! What is left here is rounding: of outputs and gradients, and of what is kept between two products.
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
+use crate::device::test_device;
 use crate::host::int_tensor;
 use crate::*;
 
@@ -44,7 +45,7 @@ impl Leaves {
             DType::BF16 => TensorData::new(values.iter().map(|&v| bf16::round(v)).collect::<Vec<_>>(), shape),
             _ => TensorData::new(values, shape),
         };
-        let tensor = Tensor::<D>::from_data(data, (&Device::flex().autodiff(), format)).require_grad();
+        let tensor = Tensor::<D>::from_data(data, (&test_device().autodiff(), format)).require_grad();
         let kept = tensor.clone();
         self.made.push(Box::new(move |gradients| {
             Values::of(kept.grad(gradients).expect("the loss depends on every leaf")).into_f32()
@@ -97,7 +98,7 @@ fn noise() -> TokenNoise {
 
 fn ids(ids: Vec<i32>) -> Tensor<1, Int> {
     let count = ids.len();
-    int_tensor(ids, [count], &Device::flex())
+    int_tensor(ids, [count], &test_device())
 }
 
 #[test]
@@ -140,7 +141,7 @@ fn attention_with_bias_masks_and_dropout() {
     };
     let mask = || {
         let seen = (0..34).map(|i| i32::from(i % 17 < 12)).collect();
-        int_tensor(seen, [2, 17], &Device::flex())
+        int_tensor(seen, [2, 17], &test_device())
     };
     for (rules, key_mask) in [
         (rules, None),
@@ -219,7 +220,7 @@ fn routing_to_experts_and_back() {
 
 #[test]
 fn a_narrow_router_rounds_its_probabilities() {
-    let device = Device::flex();
+    let device = test_device();
     let logits = Tensor::<2>::from_data(
         TensorData::new([0.1_f32, 1.3, -0.4].map(bf16::round).to_vec(), [1, 3]),
         (&device, DType::BF16),
@@ -247,7 +248,7 @@ fn embeddings_and_a_tied_head() {
     {
         let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-3, loss_scale: 0.25 };
         check("cross-entropy", 4.0, |l| {
-            let weights = Tensor::from_data([1.0_f32, 0.0, 1.0, 1.0, 1.0], &Device::flex());
+            let weights = Tensor::from_data([1.0_f32, 0.0, 1.0, 1.0, 1.0], &test_device());
             let (hidden, head) = (l.leaf([5, 24], 1), l.leaf(head, 2));
             let out = cross_entropy(hidden, head, ids(vec![3, 0, 69, 20, 3]), weights, rules, None);
             vec![out.loss_sum.reshape([1, 1]) * 0.25]
@@ -257,7 +258,7 @@ fn embeddings_and_a_tied_head() {
 
 #[test]
 fn no_tokens_at_all() {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let narrow = |shape: [usize; 2]| {
         let zeros = TensorData::new(vec![bf16::default(); shape[0] * shape[1]], shape);
         Tensor::<2>::from_data(zeros, (&device, DType::BF16)).require_grad()

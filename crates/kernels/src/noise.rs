@@ -197,9 +197,9 @@ impl Operation<Flex, 1, 1> for Scale {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
 
     use super::*;
+    use crate::device::test_device;
 
     fn noise(first_row: u32) -> TokenNoise {
         let key = NoiseKey { seed: 1, step: 2, site: 3 };
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn devices_that_split_a_tensor_draw_parts_of_its_mask() {
-        let device = Device::flex();
+        let device = test_device();
         let whole = dropout(Tensor::ones([10, 9], &device), 0.5, noise(0));
         for (first, width) in [(0, 4), (4, 5)] {
             let columns = Some(Columns { first, total: 9 });
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_noise_in_any_micro_batch() {
-        let device = Device::flex();
+        let device = test_device();
         let whole = dropout(Tensor::ones([20, 7], &device), 0.5, noise(0)).into_data();
         let half = dropout(Tensor::ones([10, 7], &device), 0.5, noise(2)).into_data();
         assert_eq!(whole.try_to_vec::<f32>().unwrap()[70..], half.try_to_vec::<f32>().unwrap()[..]);
@@ -228,7 +228,7 @@ mod tests {
 
     #[test]
     fn dropout_keeps_the_mean_and_its_gradient_is_the_mask() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let x = Tensor::<2>::ones([200, 64], &device).require_grad();
         let y = dropout(x.clone(), 0.25, noise(0));
         let mean: f32 = y.clone().mean().into_scalar();
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn jitter_multiplies_forward_and_backward() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let x = Tensor::<2>::full([15, 9], 3.0, &device).require_grad();
         let factors = jitter(Tensor::ones([15, 9], &device), 0.1, noise(4)).inner();
         let y = jitter(x.clone(), 0.1, noise(4));
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn jitter_stays_within_epsilon() {
-        let y = jitter(Tensor::ones([50, 64], &Device::flex()), 0.01, noise(0)).into_data();
+        let y = jitter(Tensor::ones([50, 64], &test_device()), 0.01, noise(0)).into_data();
         let values = y.try_to_vec::<f32>().unwrap();
         assert!(values.iter().all(|v| (0.99..=1.01).contains(v)));
         assert!(values.iter().any(|&v| v > 1.009) && values.iter().any(|&v| v < 0.991));

@@ -182,9 +182,10 @@ fn backward_rows<E: Element>(
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Distribution};
+    use burn::tensor::Distribution;
 
     use super::*;
+    use crate::device::test_device;
 
     fn reference(x: Tensor<2>, weight: Tensor<1>) -> Tensor<2> {
         let mean = x.clone().square().mean_dim(1);
@@ -193,7 +194,7 @@ mod tests {
 
     #[test]
     fn equals_the_composed_reference_forward_and_backward() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let x = Tensor::<2>::random([45, 40], Distribution::Default, &device).require_grad();
         let w = Tensor::<1>::random([40], Distribution::Default, &device).require_grad();
         let upstream = Tensor::<2>::random([45, 40], Distribution::Default, &device);
@@ -211,7 +212,7 @@ mod tests {
 
     #[test]
     fn the_residual_connection_meets_the_norm() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let x = Tensor::<2>::random([45, 40], Distribution::Default, &device).require_grad();
         let w = Tensor::<1>::random([40], Distribution::Default, &device).require_grad();
         let upstream = Tensor::<2>::random([45, 40], Distribution::Default, &device);
@@ -228,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_row_of_zeros_stays_zero_and_finite() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let x = Tensor::<2>::zeros([2, 20], &device).require_grad();
         let w = Tensor::<1>::ones([20], &device).require_grad();
         let y = rms_norm(x.clone(), w.clone(), 1e-6);

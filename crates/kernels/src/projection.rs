@@ -194,13 +194,14 @@ fn add_values<E: Element>(a: &[E], b: &[E], out: &mut [E]) {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Distribution};
+    use burn::tensor::Distribution;
 
     use super::*;
+    use crate::device::test_device;
 
     #[test]
     fn products_of_one_input_equal_separate_ones() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let random = |shape| Tensor::<2>::random(shape, Distribution::Default, &device).require_grad();
         let (x, weights) = (random([33, 20]), [random([20, 17]), random([20, 5]), random([20, 40])]);
         let run = |outs: [Tensor<2>; 3]| {
@@ -223,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_residual_is_added_and_gets_the_gradient() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let random = |shape| Tensor::<2>::random(shape, Distribution::Default, &device).require_grad();
         let (x, w, residual) = (random([6, 8]), random([8, 10]), random([6, 10]));
         let run = |out: Tensor<2>| {

@@ -173,14 +173,15 @@ fn join<E: Element>(beside: &[E], through: &[f32], factors: &[f32], out: &mut [E
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Distribution, Tolerance};
+    use burn::tensor::{Distribution, Tolerance};
 
     use super::*;
+    use crate::device::test_device;
     use crate::noise::{NoiseKey, jitter};
 
     #[test]
     fn logits_and_both_gradients_equal_the_composed_reference() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let random = |shape| Tensor::<2>::random(shape, Distribution::Default, &device).require_grad();
         let (x, w) = (random([70, 24]), random([24, 5]));
         let key = NoiseKey { seed: 1, step: 2, site: 3 };

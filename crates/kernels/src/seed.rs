@@ -41,15 +41,15 @@ impl Operation<Flex, 1, 1> for Seed {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
 
     use super::*;
+    use crate::device::test_device;
 
     #[test]
     fn the_gradient_goes_on_from_there() {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let x = Tensor::<2>::from_data([[1.0, -2.0], [3.0, 4.0]], &device).require_grad();
-        let upstream = Tensor::<2>::from_data([[1.0, 2.0], [0.5, 0.0]], &Device::flex());
+        let upstream = Tensor::<2>::from_data([[1.0, 2.0], [0.5, 0.0]], &test_device());
         let gradients = with_gradient(x.clone().square(), upstream).backward();
         let gradient = x.grad(&gradients).expect("leaf").into_data();
         assert_eq!(gradient.try_to_vec::<f32>().unwrap(), [2.0, -8.0, 3.0, 0.0]);

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Distribution, activation};
 
 use super::*;
+use crate::device::test_device;
 
 const RULES: Attention = Attention {
     batch: 2,
@@ -28,7 +29,7 @@ struct Case {
 
 impl Case {
     fn new(rules: &Attention) -> Self {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let random = |shape: [usize; 2]| {
             Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad()
         };
@@ -113,7 +114,7 @@ fn reference(case: &Case, rules: &Attention, hidden: &Hidden) -> Tensor<2> {
 fn check(rules: Attention, hidden: Hidden) {
     let rules = Attention { key_room: rules.keys, ..rules };
     let case = Case::new(&rules);
-    let device = Device::flex();
+    let device = test_device();
     let (b, s, t) = (rules.batch, rules.queries, rules.keys);
     let plain = reference(&case, &rules, &hidden);
     let key_mask = hidden.key_mask.map(|m| host::int_tensor(m, [b, t], &device));
@@ -228,7 +229,7 @@ fn all_rules_together() {
 #[test]
 fn a_row_that_sees_nothing_gives_the_mean_of_the_values() {
     let case = Case::new(&RULES);
-    let mask = host::int_tensor(vec![0; 14], [2, 7], &Device::flex());
+    let mask = host::int_tensor(vec![0; 14], [2, 7], &test_device());
     let out = attention(case.inputs(Some(mask), None), RULES).inner();
     let mean = case.v.clone().inner().slice(0..7).mean_dim(0);
     let difference: f32 = (out.slice(0..1) - mean).abs().max().into_scalar();

@@ -3,9 +3,10 @@
 use std::ops::Range;
 use std::sync::{Arc, Barrier};
 
-use burn::tensor::{Device, Distribution, activation};
+use burn::tensor::{Distribution, activation};
 
 use super::*;
+use crate::device::test_device;
 use crate::vocabulary::VocabularyGroup;
 
 struct Sizes {
@@ -17,7 +18,7 @@ struct Sizes {
 fn check(sizes: Sizes, rules: CrossEntropy) {
     let Sizes { tokens, d_model, vocabulary } = sizes;
     let CrossEntropy { layout, scale, z_coefficient, .. } = rules;
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
     let by_model = layout == HeadLayout::ModelByVocabulary;
     let hidden = random([tokens, d_model]);
@@ -75,7 +76,7 @@ fn several_chunks_add_up() {
 
 #[test]
 fn positions_without_weight_touch_nothing() {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let hidden = Tensor::<2>::ones([2, 3], &device).require_grad();
     let head = Tensor::<2>::ones([3, 5], &device).require_grad();
     let ids = host::int_tensor(vec![1, 2], [2], &device);
@@ -142,7 +143,7 @@ fn run(
     rules: CrossEntropy,
     shard: Option<VocabularyShard>,
 ) -> Results {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let ([tokens, d], [vocabulary, _]) = (hidden.dims(), head.dims());
     let leaf = |tensor: Tensor<2>| Tensor::from_data(tensor.into_data(), &device).require_grad();
     let part = head.clone().slice([rows, 0..d]);
@@ -178,7 +179,7 @@ fn assert_close(a: &[f32], b: &[f32], vocabulary: usize, what: &str) {
 /// A vocabulary split over `count` ranks beside the whole one.
 fn check_split(sizes: Sizes, rules: CrossEntropy, count: usize) {
     let Sizes { tokens, d_model, vocabulary } = sizes;
-    let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex());
+    let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &test_device());
     let (hidden, head) = (random([tokens, d_model]), random([vocabulary, d_model]));
     let whole = run([&hidden, &head], 0..vocabulary, rules, None);
     let ranks = Arc::new(Ranks { barrier: Barrier::new(count), values: Mutex::new(vec![vec![]; count]) });

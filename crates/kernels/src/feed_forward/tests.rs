@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Distribution, activation};
+use burn::tensor::{Distribution, activation};
 
 use super::*;
+use crate::device::test_device;
 use crate::expert_rows::WeightGradients;
 use crate::noise::TokenPlace;
 use crate::plan::DispatchPlan;
@@ -15,7 +16,7 @@ fn noise() -> TokenNoise {
 }
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex().autodiff()).require_grad()
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &test_device().autodiff()).require_grad()
 }
 
 fn difference<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
@@ -38,7 +39,7 @@ fn factors(expert: u32, tokens: &[usize], width: usize, rate: f64) -> Tensor<2> 
         noise().place(token).fill(noise().key, expert, None, &mut words);
         values.extend(words.into_iter().map(|word| factor.of(word)));
     }
-    Tensor::<1>::from_data(values.as_slice(), &Device::flex().autodiff()).reshape([tokens.len(), width])
+    Tensor::<1>::from_data(values.as_slice(), &test_device().autodiff()).reshape([tokens.len(), width])
 }
 
 /// The layer from tensor operations; `dropped` multiplies its hidden activations.
@@ -106,7 +107,7 @@ fn dense_layers_equal_the_composed_reference() {
 
 #[test]
 fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
-    let device = Device::flex();
+    let device = test_device();
     let held: [&[i32]; 3] = [&[2, 0], &[], &[1, 5, 3, 4]];
     let slots = held.iter().flat_map(|tokens| (0..4).map(|i| tokens.get(i).copied().unwrap_or(-1)));
     let plan = DispatchPlan::new(slots.collect(), 3, 4, true, 6, &device);
@@ -141,7 +142,7 @@ fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
 
 #[test]
 fn an_expert_without_tokens_stays_zero() {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let plan = DispatchPlan::new(vec![0, 1, -1, -1, -1, -1], 2, 3, true, 2, &device);
     let weights = ExpertWeights { wi: random([2, 4, 5]), wi_gate: None, wo: random([2, 5, 4]) };
     let (wi, wo) = (weights.wi.clone(), weights.wo.clone());
@@ -157,7 +158,7 @@ fn an_expert_without_tokens_stays_zero() {
 /// Experts 2 and 3 of a layer on a device that gets slots from two senders.
 #[test]
 fn slots_of_several_senders_equal_the_composed_reference() {
-    let device = Device::flex();
+    let device = test_device();
     // Global rows and positions of the tokens in slots [expert][sender]; a sender has 3 slots.
     let held: [[&[(u32, u32)]; 2]; 2] = [[&[(0, 1), (0, 3)], &[(7, 2), (7, 0), (7, 1)]], [&[], &[(7, 3)]]];
     let none = TokenPlace { row: 0, token: 0 };
@@ -219,7 +220,7 @@ fn run_segments(
     segments: Range<usize>,
     (kind, gated, rate): (Activation, bool, f64),
 ) -> Vec<Vec<f32>> {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let ([d, f], slots) = (WIDTHS, segments.len() * SEGMENT);
     let leaf = |values: &[f32], shape: [usize; 3]| {
         Tensor::<1>::from_data(values, &device).reshape(shape).detach().require_grad()
@@ -281,7 +282,7 @@ fn weight_gradients_of_a_segment_have_the_bits_of_a_sender_alone() {
 
 #[test]
 fn a_relu_layer_passes_nan_on() {
-    let device = Device::flex();
+    let device = test_device();
     let weights = FeedForwardWeights {
         wi: Tensor::full([3, 4], f32::NAN, &device),
         wi_gate: None,
@@ -293,7 +294,7 @@ fn a_relu_layer_passes_nan_on() {
 
 #[test]
 fn experts_of_one_token_drop_different_activations() {
-    let device = Device::flex();
+    let device = test_device();
     let plan = DispatchPlan::new(vec![0, 0], 2, 1, true, 1, &device);
     let weights = ExpertWeights {
         wi: Tensor::ones([2, 64, 64], &device),

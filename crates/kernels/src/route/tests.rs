@@ -4,6 +4,7 @@ use burn::tensor::Device;
 use proptest::prelude::*;
 
 use super::*;
+use crate::device::test_device;
 use crate::dispatch::{combine, dispatch};
 
 mod einsum;
@@ -82,7 +83,7 @@ fn cases() -> impl Strategy<Value = Case> {
 proptest! {
     #[test]
     fn plans_keep_their_promises(case in cases()) {
-        let device = Device::flex();
+        let device = test_device();
         let routing = case.route(case.logits(&device));
         let slots = host::integers(&routing.plan.token_of_slot);
         let used = host::integers(&routing.plan.rows_used);
@@ -125,7 +126,7 @@ proptest! {
     #[test]
     fn tokens_are_dropped_only_from_full_experts_and_leave_exactly_zero(case in cases()) {
         let case = Case { router: Kind::Top1, ..case };
-        let device = Device::flex();
+        let device = test_device();
         let routing = case.route(case.logits(&device));
         let choice = host::integers(&routing.choice);
         let slots = host::integers(&routing.plan.token_of_slot);
@@ -160,7 +161,7 @@ proptest! {
     #[test]
     fn dispatch_then_combine_is_the_identity_when_nothing_drops(case in cases()) {
         let case = Case { router: Kind::Top1, capacity: case.tokens, mask: vec![1; case.len()], ..case };
-        let device = Device::flex();
+        let device = test_device();
         let x = random([case.len(), D], 3, &device);
         let routing = case.route(case.logits(&device));
         let back = combine(dispatch(x.clone(), &routing.plan), routing.gates.ones_like(), &routing.plan, None);
@@ -169,7 +170,7 @@ proptest! {
 
     #[test]
     fn without_a_capacity_nothing_drops_and_the_fullest_expert_has_no_free_slot(case in cases()) {
-        let device = Device::flex();
+        let device = test_device();
         let mask = host::int_tensor(case.mask.clone(), [case.len()], &device);
         let logits = case.logits(&device);
         let roomy = RouteOptions { token_mask: Some(mask), ..options(case.groups, case.tokens) };
@@ -194,7 +195,7 @@ proptest! {
 
     #[test]
     fn a_widened_routing_is_that_of_more_slots(case in cases()) {
-        let device = Device::flex().autodiff();
+        let device = test_device().autodiff();
         let roomy = case.groups * case.tokens;
         let weights = random([case.experts, roomy], 5, &device).reshape([case.experts * roomy]);
         let route = |capacity: Option<usize>| {
@@ -230,14 +231,14 @@ proptest! {
 
     #[test]
     fn ties_go_to_the_lowest_expert(experts in 2_usize..9, tokens in 1_usize..20) {
-        let routing = route_top1(Tensor::zeros([tokens, experts], &Device::flex()), options(1, tokens));
+        let routing = route_top1(Tensor::zeros([tokens, experts], &test_device()), options(1, tokens));
         prop_assert!(host::integers(&routing.choice).iter().all(|&expert| expert == 0));
     }
 }
 
 #[test]
 fn a_group_without_tokens_has_no_losses_and_no_gradient() {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     for router in ROUTERS {
         let case = Case {
             router,
@@ -262,7 +263,7 @@ fn a_group_without_tokens_has_no_losses_and_no_gradient() {
 
 #[test]
 fn uniform_routing_has_a_balance_of_one() {
-    let device = Device::flex();
+    let device = test_device();
     let logits = Tensor::<2>::from_data([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0], [0.0, 4.0]], &device);
     let routing = route_top1(logits, options(1, 4));
     let balance: f32 = (routing.fraction * routing.mean_probability).sum().into_scalar();
@@ -271,7 +272,7 @@ fn uniform_routing_has_a_balance_of_one() {
 
 #[test]
 fn top2_gates_sum_to_one_and_their_gradient_equals_finite_differences() {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let logits = random([7, 5], 11, &device).require_grad();
     let routing = route_top2(logits.clone(), options(1, 7));
     let total: f32 = routing.gates.clone().sum().into_scalar();
@@ -294,7 +295,7 @@ fn top2_gates_sum_to_one_and_their_gradient_equals_finite_differences() {
 
 #[test]
 fn second_choices_wait_for_all_first_choices() {
-    let device = Device::flex();
+    let device = test_device();
     // Tokens 0 and 1 prefer expert 0 and then 1; token 2 prefers expert 1 and then 0.
     let logits = Tensor::<2>::from_data([[3.0, 2.0, 0.0], [3.0, 2.0, 0.0], [2.0, 3.0, 0.0]], &device);
     let plan = route_top2(logits, options(1, 2)).plan;
@@ -303,7 +304,7 @@ fn second_choices_wait_for_all_first_choices() {
 
 #[test]
 fn expert_choice_fills_every_expert_with_its_likeliest_tokens() {
-    let device = Device::flex();
+    let device = test_device();
     let logits = Tensor::<2>::from_data([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0], [0.5, 1.0]], &device);
     let routing = route_expert_choice(logits, options(1, 2));
     assert_eq!(host::integers(&routing.plan.token_of_slot), [2, 1, 0, 3]);
@@ -312,7 +313,7 @@ fn expert_choice_fills_every_expert_with_its_likeliest_tokens() {
 
 #[test]
 fn forced_balance_gives_every_expert_the_same_load() {
-    let device = Device::flex();
+    let device = test_device();
     let balanced = RouteOptions { force_balanced: true, ..options(1, 16) };
     let plan = route_top1(random([16, 4], 1, &device), balanced).plan;
     assert_eq!(host::integers(&plan.rows_used), [4, 4, 4, 4]);

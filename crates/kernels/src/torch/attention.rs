@@ -20,24 +20,26 @@ impl Core {
         let position = |n: i64| Tensor::arange(n, (Kind::Int64, q.device()));
         if let Some(bias) = bias {
             let column = position(t).unsqueeze(0) - position(s).unsqueeze(1) + (s - 1);
-            scores += wide(bias).index_select(1, &column.view([-1])).view([1, heads, s, t]);
+            scores = scores + wide(bias).index_select(1, &column.view([-1])).view([1, heads, s, t]);
         }
+        let mut hidden = Tensor::zeros([1, 1, s, t], (Kind::Bool, q.device()));
         if let Some(mask) = &self.key_mask {
-            let hidden = mask.in_torch().view([batch, 1, 1, t]).eq(0);
-            scores = scores.masked_fill(&hidden, HIDDEN);
+            hidden = hidden.logical_or(&mask.in_torch().view([batch, 1, 1, t]).eq(0));
         }
         if let Some([queries, keys]) = &self.segments {
-            let other =
-                queries.in_torch().view([batch, 1, s, 1]).ne_tensor(&keys.in_torch().view([batch, 1, 1, t]));
-            scores = scores.masked_fill(&other, HIDDEN);
+            let [queries, keys] =
+                [queries.in_torch().view([batch, 1, s, 1]), keys.in_torch().view([batch, 1, 1, t])];
+            hidden = hidden.logical_or(&queries.ne_tensor(&keys));
         }
         if rules.causal {
             let last = position(s).unsqueeze(1) + rules.query_offset as i64;
-            scores = scores.masked_fill(&position(t).unsqueeze(0).gt_tensor(&last), HIDDEN);
+            hidden = hidden.logical_or(&position(t).unsqueeze(0).gt_tensor(&last));
         }
+        // Adding swallows the score and lets its gradient pass, which counts where a query sees nothing.
+        let scores = scores + hidden.to_kind(Kind::Float) * HIDDEN;
         let mut probabilities = scores.softmax(-1, Kind::Float);
         if rules.dropout > 0.0 {
-            probabilities *= self.dropout_factors(q.device());
+            probabilities = probabilities * self.dropout_factors(q.device());
         }
         // What the kernels multiply is rounded as the activations are.
         let probabilities = wide(&probabilities.to_kind(q.kind()));

@@ -47,7 +47,7 @@ impl Fused {
         }
     }
 
-    fn compute(
+    fn composed(
         &self,
         hidden: &Tensor,
         head: &Tensor,
@@ -67,7 +67,9 @@ impl Fused {
         let loss = &log_z - &target_logit;
         let correct = target_logit.ge_tensor(&largest).to_kind(Kind::Float);
         let weights = self.weights.in_torch().view([-1, 1]);
-        let sum = (&weights * (&loss + log_z.square() * rules.z_coefficient)).sum(Kind::Double);
+        // What does not count stays out, also where it is not a number.
+        let terms = &weights * (&loss + log_z.square() * rules.z_coefficient);
+        let sum = terms.masked_fill(&weights.eq(0.0), 0.0).sum(Kind::Double);
         let gradients = tracked.then(|| {
             let through =
                 (log_z.shallow_clone() * (2.0 * rules.z_coefficient) + 1.0) * &weights * rules.loss_scale;
@@ -92,7 +94,7 @@ impl Operation<LibTorch, 2, 3> for Fused {
     type Saved = Saved;
 
     fn forward(&self, [hidden, head]: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 3], Saved) {
-        let (outputs, gradients) = no_grad(|| self.compute(&hidden.tensor, &head.tensor, tracked));
+        let (outputs, gradients) = no_grad(|| self.composed(&hidden.tensor, &head.tensor, tracked));
         (outputs.map(TchTensor::new), Saved { gradients: Mutex::new(gradients) })
     }
 

@@ -30,11 +30,11 @@ impl FeedForward {
         let rows = x.view([matrices, -1, shape[2]]);
         let mut hidden = activated(self.activation, &wide(&rows.matmul(wi)));
         if let Some(gate) = gate {
-            hidden *= wide(&rows.matmul(gate));
+            hidden = hidden * wide(&rows.matmul(gate));
         }
         let factors = self.factors(shape[0] as usize, shape[1] as usize, wi.size()[2] as usize, x);
         if let Some(factors) = factors {
-            hidden *= factors.view_as(&hidden);
+            hidden = &hidden * factors.view_as(&hidden);
         }
         let hidden = hidden.to_kind(x.kind());
         let out = match residual {

@@ -10,6 +10,7 @@ mod cross_entropy;
 mod dispatch;
 mod embedding;
 mod feed_forward;
+mod gpu;
 mod noise;
 mod norm;
 mod operations;
@@ -21,6 +22,8 @@ use burn::backend::{DispatchDevice, LibTorch};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_tch::TchTensor;
 use tch::Kind;
+
+pub(crate) use gpu::gpu;
 
 use crate::cross_entropy::HeadLayout;
 use crate::host::ValuesMut;

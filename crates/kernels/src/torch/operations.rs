@@ -1,7 +1,7 @@
 //! The small ones: the router's product, seeds of a backward pass, and maps that are computed elsewhere.
 
-use burn::backend::LibTorch;
-use burn::tensor::{Shape, TensorMetadata, bf16};
+use burn::backend::{LibTorch, TensorMetadata};
+use burn::tensor::{Shape, TensorData, bf16};
 use burn_tch::{TchElement, TchTensor};
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +15,7 @@ use crate::torch::{ONE_DEVICE, noise, wide};
 composed_operation!(RouterLogits, 2, 2, true, |router, [x, weight]| {
     let mut seen = wide(x);
     if let Some((factor, noise)) = router.jitter {
-        seen *= noise::factors(noise, factor, x);
+        seen = seen * noise::factors(noise, factor, x);
     }
     [seen.to_kind(weight.kind()).matmul(weight), x.shallow_clone()]
 });
@@ -47,7 +47,8 @@ fn mapped<T: TchElement + Copy>(
     let values = Vec::<T>::try_from(&host).expect("values of the format that was asked for");
     match map(&values) {
         Some(values) => {
-            let data = burn::tensor::TensorData::new(values, shape.clone());
+            assert_eq!(values.len(), shape.num_elements(), "a linear map returns the values of its shape");
+            let data = TensorData::new(values, shape.clone());
             TchTensor::from_data::<T>(data, x.tensor.device())
         }
         None => TchTensor::from_existing(x.tensor.reshape(sizes), x.storage.clone()),

@@ -3,6 +3,7 @@
 use burn::tensor::activation;
 
 use super::*;
+use crate::device::test_device;
 
 /// One slot of the reference: position `position` of `expert` in the token's group.
 #[derive(Debug, Clone, Copy)]
@@ -174,7 +175,7 @@ fn einsum(case: &Case, slots: &[Slot], leaves: &[Tensor<2>; 3], device: &Device)
 /// Rows are copied and zeros stay zeros, so with equal gates nothing may differ by a bit; only a
 /// token of several slots has a sum whose order is the matrix product's own affair.
 fn assert_exact(case: &Case, slots: &[Slot], [x, logits, _]: &[Tensor<2>; 3]) {
-    let device = Device::flex();
+    let device = test_device();
     let routing = case.route(logits.clone().inner());
     let token_of_slot = host::integers(&routing.plan.token_of_slot);
     let in_use: Vec<i32> = token_of_slot.into_iter().filter(|&token| token >= 0).collect();
@@ -218,7 +219,7 @@ fn difference(a: Tensor<2>, b: Tensor<2>) -> f32 {
 
 /// Whether the case was compared: rounding may not decide the reference's order.
 fn compare(case: &Case) -> bool {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let leaves = case.leaves(&device);
     let logits = host::with_values(leaves[1].clone(), <[f32]>::to_vec);
     let Some(slots) = case.slots(&logits) else { return false };

@@ -1,0 +1,506 @@
+//! The attention core: scores, relative bias, masks, softmax, dropout, the weighted sum of values, and their
+//! gradients.
+//!
+//! No `[queries, keys]` tensor is written but for dropout, one bit a probability. Everything is read and
+//! written in the layout of projections, so that queries, keys and values may be parts of one packed row.
+
+use crate::address::{Address, Arg, Format};
+use crate::error::CudaError;
+use crate::gpu::{Grid, Queue};
+use crate::noise::{NoiseKey, dropout_args};
+use crate::size::{count, lanes};
+use crate::source::ATTENTION;
+
+/// Sizes and rules of one attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attention {
+    /// Batch rows.
+    pub batch: usize,
+    /// Heads.
+    pub num_heads: usize,
+    /// Values of a head: 64 or 128 in bfloat16, up to 128 in float32.
+    pub d_kv: usize,
+    /// Queries of a batch row.
+    pub queries: usize,
+    /// Keys of a batch row, one at least.
+    pub keys: usize,
+    /// Rows of `k` and `v` that a batch row has room for, of which the first `keys` are keys: as many
+    /// unless they are cached.
+    pub key_room: usize,
+    /// A query sees no key after its own position.
+    pub causal: bool,
+    /// Position of the first query; above 0 when decoding with cached keys.
+    pub query_offset: usize,
+    /// Dropout of the probabilities.
+    pub dropout: f64,
+    /// Of queries, keys, values, the output and their gradients.
+    pub format: Format,
+}
+
+/// Rows of `num_heads * d_kv` values, which may be parts of longer ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadRows {
+    /// The first value of the first row.
+    pub at: Address,
+    /// Values from row to row; in bfloat16 a multiple of 8.
+    pub stride: usize,
+}
+
+/// Documents packed into one batch row: a query sees the keys of its own segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segments {
+    /// Segment of each query. int32 `[batch, queries]`
+    pub queries: Address,
+    /// Segment of each key. int32 `[batch, keys]`
+    pub keys: Address,
+}
+
+/// What attention reads, forward and backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionInputs {
+    /// `[batch * queries, num_heads * d_kv]`
+    pub q: HeadRows,
+    /// `[batch * key_room, num_heads * d_kv]`
+    pub k: HeadRows,
+    /// `[batch * key_room, num_heads * d_kv]`
+    pub v: HeadRows,
+    /// Bias of relative position `key - query = i - (queries - 1) - query_offset` at column `i`, or
+    /// [`Address::NONE`]. float32 `[num_heads, queries + keys - 1]`
+    pub relative_bias: Address,
+    /// 1 where a key may be seen, 0 where not, holes allowed; all may with [`Address::NONE`].
+    /// int32 `[batch, keys]`
+    pub key_mask: Address,
+    /// Packed documents.
+    pub segments: Option<Segments>,
+    /// What [`attention_dropout`] drew; not read without dropout.
+    pub kept: Address,
+}
+
+/// What the forward pass writes and the backward pass reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionOutput {
+    /// `[batch * queries, num_heads * d_kv]`
+    pub out: HeadRows,
+    /// Logarithm of each query's sum of exponentials; minus infinity where it sees nothing.
+    /// float32 `[batch, num_heads, queries]`
+    pub log_sums: Address,
+}
+
+/// Where the backward pass finds and leaves gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionGradients {
+    /// Gradient of the output. `[batch * queries, num_heads * d_kv]`
+    pub out: HeadRows,
+    /// Takes the gradient of `q`. `[batch * queries, num_heads * d_kv]`
+    pub q: HeadRows,
+    /// Takes the gradient of `k`. `[batch * keys, num_heads * d_kv]`
+    pub k: HeadRows,
+    /// Takes the gradient of `v`. `[batch * keys, num_heads * d_kv]`
+    pub v: HeadRows,
+    /// Takes the gradient of the relative bias, unless it is [`Address::NONE`].
+    /// float32 `[num_heads, queries + keys - 1]`
+    pub relative_bias: Address,
+    /// Room for [`attention_workspace`] bytes.
+    pub workspace: Address,
+}
+
+/// Random numbers of the dropout of the probabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionNoise {
+    /// Place and step.
+    pub key: NoiseKey,
+    /// Number of the first batch row within the global batch.
+    pub first_row: u32,
+    /// Number of the first head, where heads are split over devices.
+    pub first_head: usize,
+}
+
+/// Queries and keys of a batch row at most; the kernels' lists of tiles lie in shared memory.
+const LONGEST: usize = 1 << 16;
+
+/// Queries to whose multiple what is kept of every query is padded.
+const PADDING: usize = 128;
+
+/// Rows of a block in float32, and their tiles of columns.
+const PLAIN_ROWS: usize = 32;
+
+impl Attention {
+    /// Queries of a block.
+    fn block_queries(&self) -> usize {
+        match self.format {
+            Format::F32 => PLAIN_ROWS,
+            Format::Bf16 => 128,
+        }
+    }
+
+    /// Keys of a block of the backward pass over keys.
+    fn block_keys(&self) -> usize {
+        match self.format {
+            Format::F32 => PLAIN_ROWS,
+            Format::Bf16 if self.d_kv == 64 => 128,
+            Format::Bf16 => 64,
+        }
+    }
+
+    /// Rows of the tiles in shared memory, bfloat16.
+    fn tile(&self) -> usize {
+        if self.d_kv == 64 { 64 } else { 32 }
+    }
+
+    /// Words of one query's bits of dropout.
+    fn kept_words(&self) -> usize {
+        self.keys.div_ceil(128) * 4
+    }
+
+    /// Values that a block of queries leaves of the gradient of the bias.
+    fn diagonals(&self) -> usize {
+        (self.keys + self.block_queries() - 1).next_multiple_of(4)
+    }
+
+    /// Values of the relative bias of a head.
+    fn bias_count(&self) -> usize {
+        self.queries + self.keys - 1
+    }
+
+    /// Bytes in shared memory of tiles of `tile` rows, two each of two tensors, and of the windows of the
+    /// bias of `rows` rows.
+    fn tiles_and_windows(&self, rows: usize) -> usize {
+        4 * self.tile() * self.d_kv * 2 + 4 * (rows + self.tile() + 16) * 4
+    }
+
+    /// Bytes in shared memory of what is known of each tile of keys.
+    fn key_tiles(&self) -> usize {
+        64 + self.keys.div_ceil(self.tile()) * 12
+    }
+
+    /// `ForwardRoom` of the kernels.
+    fn forward_shared(&self) -> usize {
+        match self.format {
+            Format::F32 => 3 * self.plain_tile() + PLAIN_SCORES,
+            Format::Bf16 => {
+                128 * self.d_kv * 2 + self.tiles_and_windows(128) + 2 * 128 * 8 + self.key_tiles()
+            }
+        }
+    }
+
+    /// `QueriesRoom` of the kernels.
+    fn queries_shared(&self) -> usize {
+        match self.format {
+            Format::F32 => 4 * self.plain_tile() + PLAIN_SCORES,
+            Format::Bf16 => {
+                let before_ring = if self.d_kv == 64 { 0 } else { 2 * 128 * self.d_kv * 2 };
+                let ring = 32 * (256 + 8) * 4;
+                let of_queries = 2 * 128 * 8 + 2 * 128 * 4;
+                before_ring + ring + self.tiles_and_windows(128) + of_queries + self.key_tiles()
+            }
+        }
+    }
+
+    /// `KeysRoom` of the kernels.
+    fn keys_shared(&self) -> usize {
+        match self.format {
+            Format::F32 => 4 * self.plain_tile() + 2 * PLAIN_SCORES,
+            Format::Bf16 => {
+                let (rows, tile) = (self.block_keys(), self.tile());
+                let of_queries = 2 * tile * 8 + 2 * tile * 16;
+                let tiles = 64 + self.queries.div_ceil(tile) * 4;
+                2 * rows * self.d_kv * 2 + self.tiles_and_windows(rows) + of_queries + tiles
+            }
+        }
+    }
+
+    /// Bytes of a tile in float32.
+    fn plain_tile(&self) -> usize {
+        PLAIN_ROWS * (self.d_kv + 1) * 4
+    }
+
+    fn kernel(&self, pass: &str) -> String {
+        match self.format {
+            Format::F32 => format!("attention_{pass}_f32"),
+            Format::Bf16 => {
+                let dropout = if self.dropout > 0.0 { "_dropout" } else { "" };
+                format!("attention_{pass}_{}{dropout}_bf16", self.d_kv)
+            }
+        }
+    }
+
+    /// A grid of `blocks` for each head of each batch row.
+    fn grid(&self, blocks: usize, shared: usize) -> Grid {
+        let threads = match self.format {
+            Format::F32 => 256,
+            Format::Bf16 => 128,
+        };
+        Grid { blocks: [blocks as u32, self.num_heads as u32, self.batch as u32], threads, shared }
+    }
+
+    fn check(&self) -> Result<(), CudaError> {
+        let wrong = |reason| Err(CudaError::Size { operation: "attention", reason });
+        match (self.format, self.d_kv) {
+            (Format::Bf16, 64 | 128) | (Format::F32, 1..=128) => {}
+            (Format::Bf16, d_kv) => return wrong(format!("d_kv is {d_kv}; 64 or 128 will do in bf16")),
+            (Format::F32, d_kv) => return wrong(format!("d_kv is {d_kv}; 1 to 128 will do in f32")),
+        }
+        if self.keys == 0 || self.keys > self.key_room {
+            return wrong(format!(
+                "{} keys in room for {}; there must be one at least, and they must lie in their room",
+                self.keys, self.key_room
+            ));
+        }
+        for (what, size) in [("queries", self.queries), ("keys", self.keys)] {
+            if size > LONGEST {
+                return wrong(format!("a batch row has {size} {what}; up to {LONGEST} will do"));
+            }
+        }
+        // The second and third direction of a grid have 16 bits.
+        for (what, size) in [("batch rows", self.batch), ("heads", self.num_heads)] {
+            if size > usize::from(u16::MAX) {
+                return wrong(format!("there are {size} {what}; up to {} will do", u16::MAX));
+            }
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return wrong(format!("dropout is {}; it must lie in [0, 1)", self.dropout));
+        }
+        count("attention", "the last query's position", self.query_offset + self.queries)?;
+        Ok(())
+    }
+
+    /// The address and the stride of `rows`.
+    fn rows(&self, what: &str, rows: HeadRows) -> Result<[Arg; 2], CudaError> {
+        if self.format == Format::Bf16 {
+            lanes("attention", &format!("stride of {what}"), rows.stride, self.format)?;
+        }
+        let width = self.num_heads * self.d_kv;
+        // Tiles of up to 128 rows must stay within 32 bits of bytes.
+        if rows.stride < width || rows.stride > 1 << 23 {
+            return Err(CudaError::Size {
+                operation: "attention",
+                reason: format!("stride of {what} is {}; it must lie in {width}..=2^23", rows.stride),
+            });
+        }
+        Ok([rows.at.into(), (rows.stride as u32).into()])
+    }
+
+    /// What `GIVEN` of the kernels stands for.
+    fn given(&self, inputs: &AttentionInputs) -> Result<Vec<Arg>, CudaError> {
+        let [q, q_stride] = self.rows("q", inputs.q)?;
+        let [k, k_stride] = self.rows("k", inputs.k)?;
+        let [v, v_stride] = self.rows("v", inputs.v)?;
+        let none = Segments { queries: Address::NONE, keys: Address::NONE };
+        let segments = inputs.segments.unwrap_or(none);
+        let [_, kept_scale] = dropout_args(self.dropout);
+        let kept = if self.dropout > 0.0 { inputs.kept } else { Address::NONE };
+        if self.dropout > 0.0 && kept == Address::NONE {
+            return Err(CudaError::Size {
+                operation: "attention",
+                reason: "dropout without bits; `attention_dropout` draws them".to_owned(),
+            });
+        }
+        Ok(vec![
+            q,
+            k,
+            v,
+            inputs.relative_bias.into(),
+            inputs.key_mask.into(),
+            segments.queries.into(),
+            segments.keys.into(),
+            kept.into(),
+            kept_scale,
+            q_stride,
+            k_stride,
+            v_stride,
+            (self.queries as u32).into(),
+            (self.keys as u32).into(),
+            count("attention", "room for keys", self.key_room)?.into(),
+            u32::from(self.causal).into(),
+            (self.query_offset as u32).into(),
+        ])
+    }
+
+    /// Starts a kernel of so many blocks a head, if that is any.
+    unsafe fn launch(
+        &self,
+        queue: Queue<'_>,
+        pass: &str,
+        blocks: usize,
+        shared: usize,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        let grid = self.grid(blocks, shared);
+        if grid.blocks.contains(&0) {
+            return Ok(());
+        }
+        // SAFETY: passed on.
+        unsafe { queue.gpu.launch(&ATTENTION, &self.kernel(pass), grid, queue.stream, args) }
+    }
+}
+
+/// Bytes in shared memory of a tile of scores in float32.
+const PLAIN_SCORES: usize = PLAIN_ROWS * (PLAIN_ROWS + 1) * 4;
+
+/// Bytes that [`attention_dropout`] writes: a bit for each probability.
+pub fn attention_dropout_bytes(rules: &Attention) -> usize {
+    rules.batch * rules.num_heads * rules.queries * rules.kept_words() * 4
+}
+
+/// Bytes of workspace of [`attention_backward`].
+pub fn attention_workspace(rules: &Attention) -> usize {
+    let heads = rules.batch * rules.num_heads;
+    let of_queries = 2 * rules.queries.next_multiple_of(PADDING);
+    let of_bias = rules.queries.div_ceil(rules.block_queries()) * rules.diagonals();
+    heads * (of_queries + of_bias) * 4
+}
+
+/// Draws which probabilities dropout keeps, for the forward and the backward pass of one step, to `kept`,
+/// [`attention_dropout_bytes`] bytes. Writes nothing without dropout.
+///
+/// # Errors
+/// [`CudaError::Size`] for sizes that the kernels do not have.
+///
+/// # Safety
+/// As the crate's documentation demands.
+pub unsafe fn attention_dropout(
+    queue: Queue<'_>,
+    kept: Address,
+    noise: AttentionNoise,
+    rules: Attention,
+) -> Result<(), CudaError> {
+    rules.check()?;
+    let words = count("attention", "bits of dropout of a head", rules.queries * rules.kept_words())?;
+    let blocks = [words.div_ceil(256), rules.num_heads as u32, rules.batch as u32];
+    if rules.dropout == 0.0 || blocks.contains(&0) {
+        return Ok(());
+    }
+    let [first_kept, _] = dropout_args(rules.dropout);
+    let args: [Arg; 9] = [
+        kept.into(),
+        noise.key.seed.into(),
+        noise.key.site.into(),
+        noise.key.step.into(),
+        noise.first_row.into(),
+        count("attention", "the first head", noise.first_head)?.into(),
+        (rules.queries as u32).into(),
+        (rules.keys as u32).into(),
+        first_kept,
+    ];
+    let grid = Grid { blocks, threads: 256, shared: 0 };
+    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+    unsafe { queue.gpu.launch(&ATTENTION, "attention_dropout", grid, queue.stream, &args) }
+}
+
+/// `softmax(q k^T + bias + mask) v`, scaled by nothing, as in T5. A query that may see nothing yields the
+/// mean of the values.
+///
+/// # Errors
+/// [`CudaError::Size`] for sizes that the kernels do not have.
+///
+/// # Safety
+/// As the crate's documentation demands.
+///
+/// # Source
+/// Dao 2023 (arXiv:2307.08691), with the relative bias of T5 (arXiv:1910.10683, section 2.1) as one vector
+/// a head.
+pub unsafe fn attention(
+    queue: Queue<'_>,
+    inputs: AttentionInputs,
+    to: AttentionOutput,
+    rules: Attention,
+) -> Result<(), CudaError> {
+    rules.check()?;
+    let mut args = rules.given(&inputs)?;
+    args.extend(rules.rows("out", to.out)?);
+    args.push(to.log_sums.into());
+    if rules.format == Format::F32 {
+        args.push((rules.d_kv as u32).into());
+    }
+    let blocks = rules.queries.div_ceil(rules.block_queries());
+    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+    unsafe { rules.launch(queue, "forward", blocks, rules.forward_shared(), &args) }
+}
+
+/// Gradients of queries, keys, values and the relative bias, from the same `inputs` as the forward pass and
+/// what that wrote.
+///
+/// # Errors
+/// [`CudaError::Size`] for sizes that the kernels do not have, or cached keys, which carry no gradient.
+///
+/// # Safety
+/// As the crate's documentation demands.
+///
+/// # Source
+/// As [`attention`]; the sums over keys and over queries are two passes, so that their order is fixed.
+pub unsafe fn attention_backward(
+    queue: Queue<'_>,
+    inputs: AttentionInputs,
+    from: AttentionOutput,
+    to: AttentionGradients,
+    rules: Attention,
+) -> Result<(), CudaError> {
+    rules.check()?;
+    if rules.key_room != rules.keys {
+        let reason =
+            format!("{} keys in room for {}; cached keys carry no gradient", rules.keys, rules.key_room);
+        return Err(CudaError::Size { operation: "attention_backward", reason });
+    }
+    let plain = rules.format == Format::F32;
+    let given = rules.given(&inputs)?;
+    let gradient = rules.rows("the output's gradient", to.out)?;
+    let heads = rules.batch * rules.num_heads;
+    let padded = rules.queries.next_multiple_of(PADDING);
+    let minus_sums = to.workspace;
+    let minus_dots = minus_sums.plus(heads * padded * 4);
+    let diagonals = match to.relative_bias {
+        Address::NONE => Address::NONE,
+        _ => minus_dots.plus(heads * padded * 4),
+    };
+
+    let of_queries: [Arg; 2] = if plain {
+        [minus_dots.into(), (padded as u32).into()]
+    } else {
+        [minus_sums.into(), minus_dots.into()]
+    };
+
+    let mut args = given.clone();
+    args.extend(rules.rows("out", from.out)?);
+    args.extend(gradient);
+    args.push(from.log_sums.into());
+    args.extend(rules.rows("the gradient of q", to.q)?);
+    args.extend(of_queries);
+    args.extend([diagonals.into(), Arg::from(rules.diagonals() as u32)]);
+    if plain {
+        args.push((rules.d_kv as u32).into());
+    }
+    let tiles = rules.queries.div_ceil(rules.block_queries());
+    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+    unsafe { rules.launch(queue, "backward_queries", tiles, rules.queries_shared(), &args)? };
+
+    let mut args = given;
+    args.extend(gradient);
+    args.push(from.log_sums.into());
+    args.extend(of_queries);
+    args.extend(rules.rows("the gradient of k", to.k)?);
+    args.extend(rules.rows("the gradient of v", to.v)?);
+    if plain {
+        args.push((rules.d_kv as u32).into());
+    }
+    let blocks = rules.keys.div_ceil(rules.block_keys());
+    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+    unsafe { rules.launch(queue, "backward_keys", blocks, rules.keys_shared(), &args)? };
+
+    let blocks = [rules.bias_count().div_ceil(32) as u32, rules.num_heads as u32, 1];
+    if to.relative_bias == Address::NONE || blocks.contains(&0) {
+        return Ok(());
+    }
+    let args: [Arg; 8] = [
+        diagonals.into(),
+        to.relative_bias.into(),
+        (rules.batch as u32).into(),
+        (rules.queries as u32).into(),
+        (rules.keys as u32).into(),
+        (rules.block_queries() as u32).into(),
+        (tiles as u32).into(),
+        (rules.diagonals() as u32).into(),
+    ];
+    let grid = Grid { blocks, threads: 256, shared: 0 };
+    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+    unsafe { queue.gpu.launch(&ATTENTION, "attention_bias_gradient", grid, queue.stream, &args) }
+}

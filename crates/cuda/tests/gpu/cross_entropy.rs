@@ -1,0 +1,241 @@
+//! Cross-entropies and their gradients against float64.
+
+use switchyard_cuda::{CrossEntropy, CrossEntropyAt, Format, cross_entropy, cross_entropy_sums};
+
+use crate::support::{Buffer, assert_close, normal, queue};
+
+const Z: f64 = 0.01;
+const LOSS_SCALE: f64 = 0.25;
+
+/// Rows, logits and stride: every share of a row among threads, aligned and not.
+const SIZES: [(usize, usize, usize); 16] = [
+    (1, 8, 8),
+    (5, 2, 2),
+    (9, 7, 7),
+    (40, 100, 100),
+    (3, 101, 128),
+    (4, 1000, 1024),
+    (5, 4096, 4096),
+    (3, 8192, 8192),
+    (3, 16_384, 16_384),
+    (3, 16_385, 16_385),
+    (6, 32_128, 32_128),
+    (6, 32_127, 32_127),
+    (2, 32_768, 32_768),
+    (3, 50_257, 50_257),
+    (2, 70_000, 70_000),
+    (3, 70_001, 70_003),
+];
+
+/// What is expected of each row.
+struct Row {
+    loss: f64,
+    correct: f64,
+    log_z: f64,
+    gradients: Vec<f64>,
+}
+
+fn row(logits: &[f64], target: usize, weight: f64) -> Row {
+    let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = logits.iter().map(|l| (l - largest).exp()).sum();
+    let log_z = largest + total.ln();
+    let factor = weight * LOSS_SCALE * (1.0 + 2.0 * Z * log_z);
+    let mut gradients: Vec<f64> = logits.iter().map(|l| (l - log_z).exp() * factor).collect();
+    gradients[target] -= weight * LOSS_SCALE;
+    Row {
+        loss: log_z - logits[target],
+        correct: f64::from(u8::from(logits[target] >= largest)),
+        log_z,
+        gradients,
+    }
+}
+
+/// Logits of some rows, with ties at the largest, and their targets.
+fn batch(rows: usize, vocab: usize, format: Format) -> (Vec<f64>, Vec<i32>) {
+    let mut logits: Vec<f64> = normal(1, rows * vocab, format).into_iter().map(|l| 4.0 * l).collect();
+    let targets: Vec<i32> = (0..rows).map(|row| ((row * 7919 + vocab - 1) % vocab) as i32).collect();
+    for (i, (logits, &target)) in logits.chunks_mut(vocab).zip(&targets).enumerate() {
+        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        match i % 3 {
+            1 => logits[target as usize] = largest,
+            2 => logits[target as usize] = -100.0,
+            _ => {}
+        }
+        if vocab > 4 && target != 3 {
+            logits[3] = f64::NEG_INFINITY;
+        }
+    }
+    (logits, targets)
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn losses_and_gradients_are_those_of_the_formula() {
+    for format in [Format::F32, Format::Bf16] {
+        for (rows, vocab, stride) in SIZES {
+            let (logits, targets) = batch(rows, vocab, format);
+            let weights: Vec<f32> = (0..rows).map(|row| [1.0, 0.0, 0.5, 2.0][row % 4]).collect();
+            let expected: Vec<Row> = (0..rows)
+                .map(|at| row(&logits[at * vocab..][..vocab], targets[at] as usize, f64::from(weights[at])))
+                .collect();
+            // Between rows stands what belongs to others.
+            let mut padded = vec![12_345.0; rows * stride];
+            for (padded, logits) in padded.chunks_mut(stride).zip(logits.chunks(vocab)) {
+                padded[..vocab].copy_from_slice(logits);
+            }
+            let logits_at = Buffer::floats(&padded, format);
+            let before = logits_at.read_floats(format);
+            let (targets_at, weights_at) = (Buffer::of(&targets), Buffer::of(&weights));
+            let loss_scale = Buffer::of(&[LOSS_SCALE as f32]);
+            let [loss, correct, log_z] = [(); 3].map(|()| Buffer::poisoned(rows, Format::F32));
+            let at = CrossEntropyAt {
+                logits: logits_at.at(),
+                targets: targets_at.at(),
+                weights: weights_at.at(),
+                loss_scale: loss_scale.at(),
+                loss: loss.at(),
+                correct: correct.at(),
+                log_z: log_z.at(),
+            };
+            let mut rules =
+                CrossEntropy { rows, vocab_size: vocab, stride, format, z_coefficient: Z, gradients: false };
+            let what = format!("{rules:?}");
+            let check_rows = || {
+                let column = |pick: fn(&Row) -> f64| expected.iter().map(pick).collect::<Vec<_>>();
+                let found = [&loss, &correct, &log_z].map(|values| values.read_floats(Format::F32));
+                let near = |found: &[f64], expected: &[f64]| {
+                    found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 2e-5)
+                };
+                assert!(near(&found[0], &column(|row| row.loss)), "{what}: losses {:?}", found[0]);
+                assert_eq!(found[1], column(|row| row.correct), "{what}");
+                assert!(near(&found[2], &column(|row| row.log_z)), "{what}: log_z {:?}", found[2]);
+            };
+            // SAFETY: all buffers have the values of `rules`.
+            unsafe { cross_entropy(queue(), at, rules) }.unwrap();
+            check_rows();
+            assert_eq!(logits_at.read_floats(format), before, "{what}");
+
+            rules.gradients = true;
+            // SAFETY: as above.
+            unsafe { cross_entropy(queue(), at, rules) }.unwrap();
+            check_rows();
+            let found = logits_at.read_floats(format);
+            let tolerance = if format == Format::F32 { 1e-4 } else { 1e-3 };
+            for (i, row) in expected.iter().enumerate() {
+                let gradients = &found[i * stride..][..vocab];
+                assert_close(&format!("{what} row {i}"), gradients, &row.gradients, tolerance, format);
+                assert_eq!(
+                    found[i * stride + vocab..(i + 1) * stride],
+                    before[i * stride + vocab..(i + 1) * stride],
+                    "{what} behind row {i}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_chunk_may_begin_anywhere_in_the_rows() {
+    let (rows, vocab, format) = (5, 64, Format::Bf16);
+    let (logits, targets) = batch(rows, vocab, format);
+    let expected: Vec<f64> =
+        (0..rows).map(|at| row(&logits[at * vocab..][..vocab], targets[at] as usize, 1.0).loss).collect();
+    let (logits, targets) = (Buffer::floats(&logits, format), Buffer::of(&targets));
+    let (weights, loss_scale) = (Buffer::of(&[1.0_f32; 5]), Buffer::of(&[1.0_f32]));
+    let [loss, correct, log_z] = [(); 3].map(|()| Buffer::poisoned(rows, Format::F32));
+    for (first, rows) in [(0, 3), (3, 2), (5, 0)] {
+        let at = CrossEntropyAt {
+            logits: logits.at().plus(first * vocab * 2),
+            targets: targets.at().plus(first * 4),
+            weights: weights.at().plus(first * 4),
+            loss_scale: loss_scale.at(),
+            loss: loss.at().plus(first * 4),
+            correct: correct.at().plus(first * 4),
+            log_z: log_z.at().plus(first * 4),
+        };
+        let rules = CrossEntropy {
+            rows,
+            vocab_size: vocab,
+            stride: vocab,
+            format,
+            z_coefficient: 0.0,
+            gradients: true,
+        };
+        // SAFETY: all buffers have the values of `rules` behind their first row.
+        unsafe { cross_entropy(queue(), at, rules) }.unwrap();
+    }
+    assert_close("loss", &loss.read_floats(Format::F32), &expected, 1e-5, Format::F32);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_target_outside_the_vocabulary_shows() {
+    let logits = Buffer::floats(&[1.0; 16], Format::F32);
+    let (targets, weights) = (Buffer::of(&[-1_i32, 8]), Buffer::of(&[1.0_f32; 2]));
+    let loss_scale = Buffer::of(&[1.0_f32]);
+    let [loss, correct, log_z] = [(); 3].map(|()| Buffer::poisoned(2, Format::F32));
+    let at = CrossEntropyAt {
+        logits: logits.at(),
+        targets: targets.at(),
+        weights: weights.at(),
+        loss_scale: loss_scale.at(),
+        loss: loss.at(),
+        correct: correct.at(),
+        log_z: log_z.at(),
+    };
+    let rules = CrossEntropy {
+        rows: 2,
+        vocab_size: 8,
+        stride: 8,
+        format: Format::F32,
+        z_coefficient: 0.0,
+        gradients: true,
+    };
+    // SAFETY: all buffers have the values of `rules`.
+    unsafe { cross_entropy(queue(), at, rules) }.unwrap();
+    assert!(loss.read::<f32>().iter().all(|loss| loss.is_nan()));
+    assert_eq!(correct.read::<f32>(), [0.0; 2]);
+    assert_close("gradient", &logits.read_floats(Format::F32), &[0.125; 16], 1e-6, Format::F32);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn rows_that_count_are_summed() {
+    for rows in [0, 1, 511, 512, 7296] {
+        let [mut loss, mut log_z] = [1, 2].map(|seed| normal(seed, rows, Format::F32));
+        let weights: Vec<f64> = (0..rows).map(|row| [1.0, 0.0, 0.5][row % 3]).collect();
+        let correct: Vec<f64> = (0..rows).map(|row| (row % 2) as f64).collect();
+        for (row, &weight) in weights.iter().enumerate() {
+            if weight == 0.0 {
+                (loss[row], log_z[row]) = (f64::NAN, f64::INFINITY);
+            }
+        }
+        let counted = |value: &dyn Fn(usize) -> f64| -> f64 {
+            (0..rows).filter(|&row| weights[row] != 0.0).map(|row| weights[row] * value(row)).sum()
+        };
+        let expected = [
+            counted(&|row| loss[row] + Z * log_z[row] * log_z[row]),
+            counted(&|row| loss[row]),
+            counted(&|row| correct[row]),
+            counted(&|_| 1.0),
+        ];
+        let [loss, correct, log_z, weights] =
+            [&loss, &correct, &log_z, &weights].map(|values| Buffer::floats(values, Format::F32));
+        let sums = Buffer::poisoned(4, Format::F32);
+        let at = CrossEntropyAt {
+            logits: loss.at(),
+            targets: loss.at(),
+            weights: weights.at(),
+            loss_scale: loss.at(),
+            loss: loss.at(),
+            correct: correct.at(),
+            log_z: log_z.at(),
+        };
+        // SAFETY: the four buffers that are read have `rows` values.
+        unsafe { cross_entropy_sums(queue(), at, rows, Z, sums.at()) }.unwrap();
+        for (found, expected) in sums.read_floats(Format::F32).into_iter().zip(expected) {
+            assert!((found - expected).abs() <= 1e-6 * expected.abs() + 1e-9, "{rows}: {found} {expected}");
+        }
+    }
+}
