@@ -1,9 +1,14 @@
-//! The GPUs that tensors lie on.
+//! The GPUs that tensors lie on, and what kernels take of a tensor.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-use switchyard_cuda::{CudaError, Gpu};
+use switchyard_cuda::{Address, CudaError, Format, Gpu, NoiseKey, Queue, Stream};
+use tch::{Device, Kind, Tensor};
+
+use crate::noise;
 
 /// GPU number `index`, opened when first asked for and kept until the process ends.
 pub(crate) fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
@@ -16,4 +21,107 @@ pub(crate) fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
     let gpu: &'static Gpu = Box::leak(Box::new(Gpu::open(index)?));
     open.insert(index, gpu);
     Ok(gpu)
+}
+
+/// Where LibTorch puts work on this tensor now; `None` on its CPU device.
+///
+/// # Panics
+/// When the GPU cannot run kernels, which [`crate::device`] checks before.
+pub(crate) fn queue(tensor: &Tensor) -> Option<Queue<'static>> {
+    let Device::Cuda(index) = tensor.device() else { return None };
+    let gpu = gpu(index).unwrap_or_else(|error| panic!("{error}"));
+    Some(Queue { gpu, stream: current_stream(index) })
+}
+
+type GetStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
+
+/// LibTorch's current stream of a GPU, through its C interface.
+fn current_stream(index: usize) -> Stream {
+    static GET: OnceLock<GetStream> = OnceLock::new();
+    let get = *GET.get_or_init(|| {
+        let process = libloading::os::unix::Library::this();
+        // SAFETY: the symbol is a C function of this signature in every LibTorch with CUDA (c_shim.h).
+        let found = unsafe { process.get::<GetStream>(b"aoti_torch_get_current_cuda_stream\0") };
+        *found.unwrap_or_else(|error| panic!("this LibTorch has no CUDA: {error}"))
+    });
+    let mut stream = ptr::null_mut();
+    // SAFETY: `stream` takes one pointer.
+    let code = unsafe { get(index as i32, &raw mut stream) };
+    assert_eq!(code, 0, "LibTorch has a current stream for every GPU");
+    Stream(stream.cast())
+}
+
+/// Panics with what keeps a kernel from running: an operation inside automatic differentiation cannot
+/// return an error.
+pub(crate) fn started(launched: Result<(), CudaError>) {
+    if let Err(error) = launched {
+        panic!("{error}");
+    }
+}
+
+/// Where the values of a contiguous tensor lie.
+pub(crate) fn at(tensor: &Tensor) -> Address {
+    assert!(tensor.is_contiguous(), "kernels take contiguous tensors");
+    Address(tensor.data_ptr() as u64)
+}
+
+/// Where the values of a tensor lie that may be absent.
+pub(crate) fn at_optional(tensor: Option<&Tensor>) -> Address {
+    tensor.map_or(Address::NONE, at)
+}
+
+/// The format of a tensor's values.
+pub(crate) fn format(tensor: &Tensor) -> Format {
+    match tensor.kind() {
+        Kind::BFloat16 => Format::Bf16,
+        Kind::Float => Format::F32,
+        other => panic!("no operation takes {other:?}: weights and activations are float32 or bfloat16"),
+    }
+}
+
+/// Room for values of `kind` where `like` is.
+pub(crate) fn room(shape: &[usize], kind: Kind, like: &Tensor) -> Tensor {
+    let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+    Tensor::empty(shape, (kind, like.device()))
+}
+
+/// Room for `bytes` bytes where `like` is.
+pub(crate) fn workspace(bytes: usize, like: &Tensor) -> Tensor {
+    room(&[bytes.max(16)], Kind::Uint8, like)
+}
+
+/// Integers as kernels take them.
+pub(crate) fn narrow(integers: &Tensor) -> Tensor {
+    integers.to_kind(Kind::Int).contiguous()
+}
+
+/// A key of random numbers, whose step lies on the device.
+///
+/// The tensor behind the address lives until another step is asked for on that device.
+pub(crate) fn noise_key(key: noise::NoiseKey, like: &Tensor) -> NoiseKey {
+    static STEPS: Mutex<Option<HashMap<usize, (u32, Tensor)>>> = Mutex::new(None);
+    let Device::Cuda(index) = like.device() else { panic!("keys are for kernels") };
+    let mut steps = STEPS.lock().unwrap_or_else(PoisonError::into_inner);
+    let (step, tensor) = steps
+        .get_or_insert_default()
+        .entry(index)
+        .or_insert_with(|| (key.step, Tensor::from_slice(&[key.step.cast_signed()]).to(like.device())));
+    if *step != key.step {
+        // In the order of the stream: kernels of the step before have read theirs.
+        tensor.copy_(&Tensor::from_slice(&[key.step.cast_signed()]));
+        *step = key.step;
+    }
+    NoiseKey { seed: key.seed, step: at(tensor), site: key.site }
+}
+
+/// Random numbers of a `[tokens, width]` tensor.
+pub(crate) fn token_noise(noise: noise::TokenNoise, like: &Tensor) -> switchyard_cuda::TokenNoise {
+    let columns =
+        noise.columns.map(|columns| switchyard_cuda::Columns { first: columns.first, total: columns.total });
+    switchyard_cuda::TokenNoise {
+        key: noise_key(noise.key, like),
+        first_row: noise.first_row,
+        row_tokens: noise.row_tokens,
+        columns,
+    }
 }

@@ -89,3 +89,8 @@ fn wide(tensor: &tch::Tensor) -> tch::Tensor {
 fn uploaded(values: &[f32], shape: &[i64], like: &tch::Tensor) -> tch::Tensor {
     tch::Tensor::from_slice(values).view(shape).to(like.device())
 }
+
+/// The tensor with its values row by row, in its own memory where they are.
+fn contiguous(tensor: &TchTensor) -> TchTensor {
+    LibTorch::contiguous(tensor.clone())
+}
