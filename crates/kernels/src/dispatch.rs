@@ -13,7 +13,7 @@ use crate::element::Element;
 use crate::host::{self, Held, by_format};
 use crate::math::dot;
 use crate::operation::{Operand, Operation, apply, given};
-use crate::plan::DispatchPlan;
+use crate::plan::{ByToken, DispatchPlan, TokenSlots};
 
 /// Copies tokens `[tokens, d_model]` into their slots `[num_experts, slots, d_model]`; unused slots are 0.
 ///
@@ -51,8 +51,7 @@ pub(crate) struct Indices {
     pub(crate) slots: usize,
     pub(crate) tokens: usize,
     pub(crate) token_of_slot: Held<i32>,
-    offsets: Held<i32>,
-    slots_of_token: Held<i32>,
+    pub(crate) by_token: ByToken,
 }
 
 impl Indices {
@@ -60,16 +59,18 @@ impl Indices {
         Self {
             experts: plan.num_experts,
             slots: plan.slots_per_expert,
-            tokens: plan.slot_offsets.dims()[0] - 1,
+            tokens: plan.num_tokens,
             token_of_slot: Held::integers(&plan.token_of_slot),
-            offsets: Held::integers(&plan.slot_offsets),
-            slots_of_token: Held::integers(&plan.slots_of_token),
+            by_token: plan.by_token.clone(),
         }
     }
 
-    fn slots_of(&self, token: usize) -> &[i32] {
-        let offsets = self.offsets.on_host();
-        &self.slots_of_token.on_host()[offsets[token] as usize..offsets[token + 1] as usize]
+    fn slots_by_token(&self) -> &TokenSlots {
+        match &self.by_token {
+            ByToken::Listed(slots) => slots,
+            #[cfg(feature = "libtorch")]
+            ByToken::Table(_) => panic!("all tensors of an operation lie on one device"),
+        }
     }
 
     /// Row `token_of_slot[s]` of `rows`, times `gates[s]` if given, for every slot `s`.
@@ -98,6 +99,7 @@ impl Indices {
         gates: Option<&[f32]>,
         onto: Option<&[E]>,
     ) -> FlexTensor {
+        let by_token = self.slots_by_token();
         let mut out = host::uninit::<E>(self.tokens * width);
         out.par_chunks_mut(width).enumerate().with_min_len(64).for_each_init(
             || vec![0.0; width],
@@ -105,7 +107,7 @@ impl Indices {
                 let row = |slot: i32| &slots[slot as usize * width..][..width];
                 let gate = |slot: i32| gates.map_or(1.0, |gates| gates[slot as usize]);
                 let onto = onto.map(|onto| &onto[token * width..][..width]);
-                match (self.slots_of(token), onto) {
+                match (by_token.of(token), onto) {
                     ([], Some(onto)) => out.copy_from_slice(onto),
                     ([], None) => out.fill(E::default()),
                     (&[slot], None) => copy_scaled(out, row(slot), gate(slot)),

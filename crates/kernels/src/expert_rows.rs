@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::host;
+use crate::host::Held;
 use crate::noise::{TokenNoise, TokenPlace};
 use crate::plan::DispatchPlan;
 
@@ -18,12 +18,40 @@ pub struct ExpertRows {
     /// Segments of every expert's slots.
     pub segments: usize,
     /// Slots in use of each segment. `[experts * segments]`
-    pub used: Vec<usize>,
+    pub used: SlotsInUse,
     /// Place of the token in each slot, any where none is: what dropout is keyed by. Needed for
     /// dropout alone. `[experts * slots]`
-    pub places: Option<Arc<Vec<TokenPlace>>>,
+    pub places: Option<TokenPlaces>,
     /// What the backward pass makes of the weights.
     pub weight_gradients: WeightGradients,
+}
+
+/// Numbers of slots in use, in main memory or where the experts are.
+#[derive(Debug, Clone)]
+pub struct SlotsInUse(pub(crate) Held<i32>);
+
+impl From<Vec<usize>> for SlotsInUse {
+    fn from(used: Vec<usize>) -> Self {
+        Self(Held::Host(Arc::new(used.into_iter().map(|used| used as i32).collect())))
+    }
+}
+
+/// Places of the tokens in slots.
+#[derive(Debug, Clone)]
+pub struct TokenPlaces(pub(crate) Places);
+
+#[derive(Debug, Clone)]
+pub(crate) enum Places {
+    /// Slot `s` holds token `s`.
+    InOrder(TokenNoise),
+    /// Pairs of batch row and position, where the experts are on a GPU.
+    Listed(Held<TokenPlace>),
+}
+
+impl From<Vec<TokenPlace>> for TokenPlaces {
+    fn from(places: Vec<TokenPlace>) -> Self {
+        Self(Places::Listed(Held::Host(Arc::new(places))))
+    }
 }
 
 /// How the gradients of an expert's weights come out of the backward pass.
@@ -42,28 +70,41 @@ pub enum WeightGradients {
 impl ExpertRows {
     /// The slots of a plan whose experts all live on this device; `noise`, if given, places its tokens.
     pub fn local(plan: &DispatchPlan, noise: Option<TokenNoise>) -> Self {
-        let place = |noise: TokenNoise| {
-            let tokens = host::integers(&plan.token_of_slot);
-            Arc::new(tokens.into_iter().map(|token| noise.place(token.max(0) as usize)).collect())
-        };
+        let token_of_slot = noise.map(|noise| (noise, Held::integers(&plan.token_of_slot)));
+        let places = token_of_slot.map(|(noise, token_of_slot)| {
+            TokenPlaces(Places::Listed(match token_of_slot {
+                Held::Host(tokens) => Held::Host(Arc::new(
+                    tokens.iter().map(|&token| noise.place(token.max(0) as usize)).collect(),
+                )),
+                #[cfg(feature = "libtorch")]
+                Held::Torch(tokens) => Held::Torch(crate::torch::places(&tokens, noise)),
+            }))
+        });
         Self {
             first_expert: 0,
             segments: 1,
-            used: host::integers(&plan.rows_used).into_iter().map(|rows| rows as usize).collect(),
-            places: noise.map(place),
+            used: SlotsInUse(Held::integers(&plan.rows_used)),
+            places,
             weight_gradients: WeightGradients::Summed,
         }
     }
 
     /// One expert that all of `tokens` tokens visit.
     pub(crate) fn dense(tokens: usize, noise: Option<TokenNoise>) -> Self {
-        let place = |noise: TokenNoise| Arc::new((0..tokens).map(|token| noise.place(token)).collect());
         Self {
             first_expert: 0,
             segments: 1,
-            used: vec![tokens],
-            places: noise.map(place),
+            used: vec![tokens].into(),
+            places: noise.map(|noise| TokenPlaces(Places::InOrder(noise))),
             weight_gradients: WeightGradients::Summed,
+        }
+    }
+
+    /// Place of the token in a slot, counted over all experts.
+    pub(crate) fn place(&self, slot: usize) -> TokenPlace {
+        match &self.places.as_ref().expect("rows come with places where dropout needs them").0 {
+            Places::InOrder(noise) => noise.place(slot),
+            Places::Listed(places) => places.on_host()[slot],
         }
     }
 
@@ -86,16 +127,25 @@ impl ExpertRows {
     /// Runs of slots in use of `expert`, which has `slots` of them; none is empty.
     pub(crate) fn runs(&self, expert: usize, slots: usize) -> impl Iterator<Item = Range<usize>> + '_ {
         let length = slots / self.segments;
-        let used = &self.used[expert * self.segments..][..self.segments];
-        let runs = used.iter().enumerate().filter(|&(_, &used)| used > 0);
-        runs.map(move |(segment, &used)| segment * length..segment * length + used)
+        let used = &self.used.0.on_host()[expert * self.segments..][..self.segments];
+        let runs = used.iter().map(|&used| used as usize).enumerate().filter(|&(_, used)| used > 0);
+        runs.map(move |(segment, used)| segment * length..segment * length + used)
     }
 
-    /// Panics unless these are rows of `experts` experts with `slots` slots each.
+    /// Panics unless these are rows of `experts` experts with `slots` slots each. What lies on a GPU is
+    /// not looked at.
     pub(crate) fn check(&self, experts: usize, slots: usize) {
-        let (segments, used) = (self.segments, &self.used);
+        let segments = self.segments;
         assert!(segments > 0 && slots.is_multiple_of(segments), "segments divide the slots of an expert");
-        assert!(used.len() == experts * segments, "a count for every segment");
-        assert!(used.iter().all(|&used| used <= slots / segments), "a segment holds no more than its slots");
+        let counts = match &self.used.0 {
+            Held::Host(used) => {
+                let most = (slots / segments) as i32;
+                assert!(used.iter().all(|&used| used <= most), "a segment holds no more than its slots");
+                used.len()
+            }
+            #[cfg(feature = "libtorch")]
+            Held::Torch(used) => used.tensor.numel(),
+        };
+        assert!(counts == experts * segments, "a count for every segment");
     }
 }

@@ -14,7 +14,7 @@ use crate::activation::Activation;
 use crate::element::Element;
 use crate::expert_rows::ExpertRows;
 use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
-use crate::host::{self, by_format};
+use crate::host::{self, Held, by_format};
 use crate::noise::{Columns, Factor, NoiseKey, TokenNoise};
 use crate::operation::{Operand, Operation, apply, given};
 
@@ -125,7 +125,12 @@ const EXPERTS_PER_THREAD: usize = 8;
 
 /// Who shares a product: many experts with tokens keep the threads busy without.
 fn threads(rows: &ExpertRows) -> Threads {
-    let busy = rows.used.iter().filter(|&&used| used > 0).count() / rows.segments.max(1);
+    let used = match &rows.used.0 {
+        Held::Host(used) => used,
+        #[cfg(feature = "libtorch")]
+        Held::Torch(_) => return Threads::All,
+    };
+    let busy = used.iter().filter(|&&used| used > 0).count() / rows.segments.max(1);
     if busy >= EXPERTS_PER_THREAD * rayon::current_num_threads() { Threads::One } else { Threads::All }
 }
 
@@ -191,7 +196,7 @@ impl Run {
 
 impl FeedForward {
     /// Whether the backward pass can do with the activations that the outputs were computed from.
-    fn keeps_activated(&self) -> bool {
+    pub(crate) fn keeps_activated(&self) -> bool {
         self.activation == Activation::Relu && !self.gated
     }
 
@@ -215,12 +220,11 @@ impl FeedForward {
         }
         let HiddenDropout { rate, key, columns } = self.dropout;
         let factor = Factor::Dropout { rate: rate as f32 };
-        let places = self.rows.places.as_ref().expect("rows come with places where dropout needs them");
-        let places = &places[run.expert * sizes.c + run.slots.start + first..];
+        let first = run.expert * sizes.c + run.slots.start + first;
         let expert = (self.rows.first_expert + run.expert) as u32;
         let mut words = vec![0; sizes.f];
-        for (hidden, place) in hidden.chunks_exact_mut(sizes.f).zip(places) {
-            place.fill(key, expert, columns, &mut words);
+        for (row, hidden) in hidden.chunks_exact_mut(sizes.f).enumerate() {
+            self.rows.place(first + row).fill(key, expert, columns, &mut words);
             for (value, &word) in hidden.iter_mut().zip(&words) {
                 *value = E::round(value.widen() * factor.of(word));
             }

@@ -194,7 +194,7 @@ fn experts_some_without_tokens() {
         let rows = ExpertRows {
             first_expert: 0,
             segments: 1,
-            used: vec![5, 0, 2],
+            used: vec![5, 0, 2].into(),
             places: None,
             weight_gradients: WeightGradients::Summed,
         };

@@ -161,11 +161,7 @@ where
 {
     #[cfg(feature = "libtorch")]
     if matches!(inputs[0], Operand::Torch(_)) {
-        let inputs = inputs.map(|input| match input {
-            Operand::Torch(tensor) => tensor,
-            Operand::Flex(_) => panic!("all inputs of an operation lie on one device"),
-        });
-        return run::<LibTorch, O, N, M>(operation, inputs).map(Operand::Torch);
+        return apply_in_torch(operation, inputs);
     }
     let inputs = inputs.map(|input| match input {
         Operand::Flex(tensor) => tensor,
@@ -173,6 +169,22 @@ where
         Operand::Torch(_) => panic!("all inputs of an operation lie on one device"),
     });
     run::<Flex, O, N, M>(operation, inputs).map(Operand::Flex)
+}
+
+/// [`apply`] for operations that LibTorch alone has a form of.
+#[cfg(feature = "libtorch")]
+pub(crate) fn apply_in_torch<O, const N: usize, const M: usize>(
+    operation: O,
+    inputs: [Operand; N],
+) -> [Operand; M]
+where
+    O: Operation<LibTorch, N, M>,
+{
+    let inputs = inputs.map(|input| match input {
+        Operand::Torch(tensor) => tensor,
+        Operand::Flex(_) => panic!("all inputs of an operation lie on one device"),
+    });
+    run::<LibTorch, O, N, M>(operation, inputs).map(Operand::Torch)
 }
 
 fn run<B, O, const N: usize, const M: usize>(operation: O, inputs: [Followed<B>; N]) -> [Followed<B>; M]

@@ -1,5 +1,7 @@
 //! Which token sits in which slot of which expert.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::host;
@@ -17,14 +19,62 @@ pub struct DispatchPlan {
     /// Whether that follows from sizes alone, so that ranks with batches of one shape agree on it. If
     /// not, the fullest expert of this device decides.
     pub fixed_capacity: bool,
+    /// Tokens, with a slot or without.
+    pub num_tokens: usize,
     /// Token of each slot, -1 for none. `[num_experts * slots_per_expert]`
     pub token_of_slot: Tensor<1, Int>,
-    /// Where each token's slots begin in `slots_of_token`. `[tokens + 1]`
-    pub slot_offsets: Tensor<1, Int>,
-    /// Slots that hold a token, by token. `[assigned slots]`
-    pub slots_of_token: Tensor<1, Int>,
     /// Slots in use of each expert. `[num_experts]`
     pub rows_used: Tensor<1, Int>,
+    pub(crate) by_token: ByToken,
+}
+
+/// The same assignment seen from the tokens, where it was made.
+#[derive(Debug, Clone)]
+pub(crate) enum ByToken {
+    Listed(Arc<TokenSlots>),
+    /// On a GPU: the slots of each token in the order of its choices, -1 for none. int32 `[tokens, choices]`
+    #[cfg(feature = "libtorch")]
+    Table(burn_tch::TchTensor),
+}
+
+/// Slots that hold a token, by token, in main memory.
+#[derive(Debug, PartialEq, Eq)]
+pub struct TokenSlots {
+    /// Where each token's slots begin in `slots`. `[tokens + 1]`
+    offsets: Vec<usize>,
+    slots: Vec<i32>,
+}
+
+impl TokenSlots {
+    fn new(token_of_slot: &[i32], tokens: usize) -> Self {
+        let assigned = || {
+            token_of_slot.iter().enumerate().filter_map(|(slot, &t)| Some((slot, usize::try_from(t).ok()?)))
+        };
+        let mut offsets = vec![0; tokens + 1];
+        for (_, token) in assigned() {
+            offsets[token + 1] += 1;
+        }
+        for token in 0..tokens {
+            offsets[token + 1] += offsets[token];
+        }
+        let mut next = offsets.clone();
+        let mut slots = vec![0; offsets[tokens]];
+        for (slot, token) in assigned() {
+            slots[next[token]] = slot as i32;
+            next[token] += 1;
+        }
+        Self { offsets, slots }
+    }
+
+    /// The slots of one token, the lowest first.
+    pub fn of(&self, token: usize) -> &[i32] {
+        &self.slots[self.offsets[token]..self.offsets[token + 1]]
+    }
+
+    /// The slots of every token.
+    pub fn iter(&self) -> impl Iterator<Item = &[i32]> {
+        self.offsets.windows(2).map(|pair| &self.slots[pair[0]..pair[1]])
+    }
 }
 
 impl DispatchPlan {
@@ -37,34 +87,33 @@ impl DispatchPlan {
         tokens: usize,
         device: &Device,
     ) -> Self {
-        let mut offsets = vec![0_i32; tokens + 1];
-        for &token in token_of_slot.iter().filter(|&&token| token >= 0) {
-            offsets[token as usize + 1] += 1;
-        }
-        for token in 0..tokens {
-            offsets[token + 1] += offsets[token];
-        }
-        let mut next = offsets.clone();
-        let mut slots = vec![0; offsets[tokens] as usize];
-        for (slot, &token) in token_of_slot.iter().enumerate().filter(|&(_, &token)| token >= 0) {
-            slots[next[token as usize] as usize] = slot as i32;
-            next[token as usize] += 1;
-        }
+        let by_token = ByToken::Listed(Arc::new(TokenSlots::new(&token_of_slot, tokens)));
         let used = token_of_slot
             .chunks(slots_per_expert.max(1))
             .map(|slots| slots.iter().take_while(|&&token| token >= 0).count() as i32)
             .collect();
-        let assigned = slots.len();
         Self {
             num_experts,
             slots_per_expert,
             fixed_capacity,
+            num_tokens: tokens,
             token_of_slot: host::int_tensor(token_of_slot, [num_experts * slots_per_expert], device),
-            slot_offsets: host::int_tensor(offsets, [tokens + 1], device),
-            slots_of_token: host::int_tensor(slots, [assigned], device),
             rows_used: host::int_tensor(used, [num_experts], device),
+            by_token,
         }
     }
+
+    /// The slots of every token; of a plan made on a GPU this waits for the GPU.
+    pub fn token_slots(&self) -> Arc<TokenSlots> {
+        match &self.by_token {
+            ByToken::Listed(slots) => Arc::clone(slots),
+            #[cfg(feature = "libtorch")]
+            ByToken::Table(_) => {
+                Arc::new(TokenSlots::new(&host::integers(&self.token_of_slot), self.num_tokens))
+            }
+        }
+    }
+
     /// The same assignment with at least `slots` slots an expert.
     #[must_use]
     pub fn widened(self, slots: usize) -> Self {
@@ -72,23 +121,12 @@ impl DispatchPlan {
         if slots <= narrow {
             return self;
         }
-        let device = self.token_of_slot.device();
         let mut token_of_slot = vec![-1; self.num_experts * slots];
         let held = host::integers(&self.token_of_slot);
         for (wide, held) in token_of_slot.chunks_mut(slots).zip(held.chunks(narrow.max(1))) {
             wide[..narrow].copy_from_slice(held);
         }
-        let moved = |slot: i32| {
-            let slot = slot as usize;
-            (slot / narrow * slots + slot % narrow) as i32
-        };
-        let slots_of_token: Vec<i32> = host::integers(&self.slots_of_token).into_iter().map(moved).collect();
-        let assigned = slots_of_token.len();
-        Self {
-            slots_per_expert: slots,
-            token_of_slot: host::int_tensor(token_of_slot, [self.num_experts * slots], &device),
-            slots_of_token: host::int_tensor(slots_of_token, [assigned], &device),
-            ..self
-        }
+        let device = self.token_of_slot.device();
+        Self::new(token_of_slot, self.num_experts, slots, self.fixed_capacity, self.num_tokens, &device)
     }
 }

@@ -74,6 +74,10 @@ impl Routing {
 /// # Source
 /// Switch Transformer, section 2.1 (arXiv:2101.03961).
 pub fn route_top1(logits: Tensor<2>, options: RouteOptions) -> Routing {
+    #[cfg(feature = "libtorch")]
+    if let Some(routing) = crate::torch::route(&logits, &options, 1) {
+        return routing;
+    }
     let scores = Scores::new(&logits, options);
     let assignment = scores.assign(&[&scores.best]);
     scores.finish(logits, assignment, GateRule::Probability)
@@ -86,6 +90,10 @@ pub fn route_top1(logits: Tensor<2>, options: RouteOptions) -> Routing {
 /// # Source
 /// GShard, section 2.2 (arXiv:2006.16668); second choices are always sent, as Mesh's policy "all".
 pub fn route_top2(logits: Tensor<2>, options: RouteOptions) -> Routing {
+    #[cfg(feature = "libtorch")]
+    if let Some(routing) = crate::torch::route(&logits, &options, 2) {
+        return routing;
+    }
     let scores = Scores::new(&logits, options);
     let second = scores.second_best();
     let assignment = scores.assign(&[&scores.best, &second]);

@@ -111,8 +111,8 @@ impl TokenDispatcher for AllToAllDispatcher {
         let rows = ExpertRows {
             first_expert: self.group.rank() * local,
             segments,
-            used,
-            places: noise.map(|noise| Arc::new(self.places(plan, noise, &counts))),
+            used: used.into(),
+            places: noise.map(|noise| self.places(plan, noise, &counts).into()),
             weight_gradients,
         };
         Dispatched { slots_lcd, rows, counts }

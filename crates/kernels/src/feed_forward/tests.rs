@@ -1,7 +1,5 @@
 //! Feed-forward layers beside the same mathematics composed of tensor operations.
 
-use std::sync::Arc;
-
 use burn::tensor::{Distribution, activation};
 
 use super::*;
@@ -171,7 +169,7 @@ fn slots_of_several_senders_equal_the_composed_reference() {
     let rows = ExpertRows {
         first_expert: 2,
         segments: 2,
-        used: held.iter().flatten().map(|held| held.len()).collect(),
+        used: held.iter().flatten().map(|held| held.len()).collect::<Vec<_>>().into(),
         places: Some(places.clone().into()),
         weight_gradients: WeightGradients::Summed,
     };
@@ -237,8 +235,8 @@ fn run_segments(
     let rows = ExpertRows {
         first_expert: 2,
         segments: segments.len(),
-        used: USED.iter().flat_map(|used| used[segments.clone()].to_vec()).collect(),
-        places: Some(Arc::new(places.collect())),
+        used: USED.iter().flat_map(|used| used[segments.clone()].to_vec()).collect::<Vec<_>>().into(),
+        places: Some(places.collect::<Vec<_>>().into()),
         weight_gradients: WeightGradients::PerSegment,
     };
     let x = leaf(&chosen(x), [2, slots, d]);

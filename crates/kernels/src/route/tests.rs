@@ -66,6 +66,11 @@ impl Case {
     }
 }
 
+/// Whether two ways to the same numbers, on a GPU by different kernels, have found them.
+fn alike<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> bool {
+    a.dims() == b.dims() && (a - b).abs().max().into_scalar::<f32>() < 1e-6
+}
+
 fn options(groups: usize, expert_capacity: usize) -> RouteOptions {
     let expert_capacity = Some(expert_capacity);
     RouteOptions { groups, expert_capacity, token_mask: None, force_balanced: false }
@@ -113,12 +118,8 @@ proptest! {
         prop_assert!(visits.iter().all(|&visits| visits <= most));
 
         // The plan's two directions agree.
-        let offsets = host::integers(&routing.plan.slot_offsets);
-        for (token, pair) in offsets.windows(2).enumerate() {
-            prop_assert_eq!((pair[1] - pair[0]) as usize, visits[token]);
-        }
-        for (token, pair) in offsets.windows(2).enumerate() {
-            let own = &host::integers(&routing.plan.slots_of_token)[pair[0] as usize..pair[1] as usize];
+        for (token, own) in routing.plan.token_slots().iter().enumerate() {
+            prop_assert_eq!(own.len(), visits[token]);
             prop_assert!(own.iter().all(|&slot| slots[slot as usize] == token as i32));
         }
     }
@@ -188,9 +189,9 @@ proptest! {
         prop_assert_eq!(used.into_iter().fold(1, i32::max) as usize, fitted.plan.slots_per_expert);
         let x = random([case.len(), D], 3, &device);
         let out = |routing: &Routing| {
-            combine(dispatch(x.clone(), &routing.plan), routing.gates.clone(), &routing.plan, None).into_data()
+            combine(dispatch(x.clone(), &routing.plan), routing.gates.clone(), &routing.plan, None)
         };
-        prop_assert_eq!(out(&fitted), out(&roomy));
+        prop_assert!(alike(out(&fitted), out(&roomy)));
     }
 
     #[test]
@@ -209,24 +210,22 @@ proptest! {
             };
             prop_assert_eq!(routing.plan.fixed_capacity, capacity.is_some());
             let routing = routing.widened(roomy);
-            let gates = host::with_values(routing.gates.clone(), <[f32]>::to_vec);
-            let gradients = (routing.gates * weights.clone()).sum().backward();
-            let gradient = logits.grad(&gradients).expect("leaf").into_data();
-            Ok((routing.plan, gates, gradient))
+            let gradients = (routing.gates.clone() * weights.clone()).sum().backward();
+            let gradient = logits.grad(&gradients).expect("leaf");
+            Ok((routing.plan, routing.gates.inner(), gradient))
         };
         let ((wide, gates, gradient), (plan, other_gates, other_gradient)) =
             (route(None)?, route(Some(case.tokens))?);
         prop_assert_eq!((wide.num_experts, wide.slots_per_expert), (case.experts, roomy));
         for of in [
             |plan: &DispatchPlan| host::integers(&plan.token_of_slot),
-            |plan: &DispatchPlan| host::integers(&plan.slot_offsets),
-            |plan: &DispatchPlan| host::integers(&plan.slots_of_token),
             |plan: &DispatchPlan| host::integers(&plan.rows_used),
         ] {
             prop_assert_eq!(of(&wide), of(&plan));
         }
-        prop_assert_eq!(gates, other_gates);
-        prop_assert_eq!(gradient, other_gradient);
+        prop_assert_eq!(wide.token_slots(), plan.token_slots());
+        prop_assert!(alike(gates, other_gates));
+        prop_assert!(alike(gradient, other_gradient));
     }
 
     #[test]

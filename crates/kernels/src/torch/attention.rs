@@ -1,13 +1,103 @@
 //! [`crate::attention`].
 
+use burn::backend::LibTorch;
+use burn_tch::TchTensor;
+use switchyard_cuda::{
+    Address, Attention, AttentionGradients, AttentionInputs, AttentionNoise, AttentionOutput, Format,
+    HeadRows, Queue, Segments, attention_backward, attention_dropout, attention_dropout_bytes,
+    attention_workspace,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::Core;
+use crate::host::Held;
 use crate::noise::Factor;
-use crate::torch::composed::composed_operation;
-use crate::torch::{uploaded, wide};
+use crate::operation::{Operation, given};
+use crate::torch::composed::{Graph, composed};
+use crate::torch::gpu::{at, at_optional, format, narrow, noise_key, queue, room, started, workspace};
+use crate::torch::{contiguous, uploaded, wide};
 
 const HIDDEN: f64 = f32::MIN as f64;
+
+/// What the backward pass needs.
+#[derive(Debug)]
+pub(crate) enum Saved {
+    Composed(Graph),
+    Kernel(Box<Launched>),
+}
+
+/// What kernels read and the forward pass wrote.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    rules: Attention,
+    q: TchTensor,
+    k: TchTensor,
+    v: TchTensor,
+    /// In float32, and the format it came in.
+    bias: Option<(TchTensor, Kind)>,
+    key_mask: Option<TchTensor>,
+    /// Of queries and of keys.
+    segments: Option<[TchTensor; 2]>,
+    /// Which probabilities dropout keeps, a bit each.
+    kept: Option<TchTensor>,
+    out: TchTensor,
+    log_sums: TchTensor,
+}
+
+impl Launched {
+    /// Rows of all heads.
+    fn rows(&self, tensor: &Tensor) -> HeadRows {
+        HeadRows { at: at(tensor), stride: self.rules.num_heads * self.rules.d_kv }
+    }
+
+    fn inputs(&self) -> AttentionInputs {
+        let optional = |tensor: Option<&TchTensor>| at_optional(tensor.map(|tensor| &tensor.tensor));
+        AttentionInputs {
+            q: self.rows(&self.q.tensor),
+            k: self.rows(&self.k.tensor),
+            v: self.rows(&self.v.tensor),
+            relative_bias: optional(self.bias.as_ref().map(|(bias, _)| bias)),
+            key_mask: optional(self.key_mask.as_ref()),
+            segments: self
+                .segments
+                .as_ref()
+                .map(|[queries, keys]| Segments { queries: at(&queries.tensor), keys: at(&keys.tensor) }),
+            kept: optional(self.kept.as_ref()),
+        }
+    }
+
+    fn output(&self) -> AttentionOutput {
+        AttentionOutput { out: self.rows(&self.out.tensor), log_sums: at(&self.log_sums.tensor) }
+    }
+
+    fn launch(&self, queue: Queue<'_>) {
+        // SAFETY: all tensors have the sizes of the rules, which `Core::launch` checked.
+        started(unsafe { switchyard_cuda::attention(queue, self.inputs(), self.output(), self.rules) });
+    }
+
+    /// Gradients of queries, keys, values and, if it is wanted, the bias.
+    fn launch_backward(&self, gradient: &Tensor, bias_wanted: bool) -> [Option<TchTensor>; 4] {
+        let of_out = |tensor: &Tensor| (tensor.size(), tensor.kind());
+        assert_eq!(of_out(gradient), of_out(&self.out.tensor), "gradients are like what they belong to");
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| x.tensor.empty_like());
+        let bias = self.bias.as_ref().filter(|_| bias_wanted);
+        let bias = bias.map(|(bias, kind)| (bias.tensor.empty_like(), *kind));
+        let scratch = workspace(attention_workspace(&self.rules), gradient);
+        let to = AttentionGradients {
+            out: self.rows(gradient),
+            q: self.rows(&q),
+            k: self.rows(&k),
+            v: self.rows(&v),
+            relative_bias: bias.as_ref().map_or(Address::NONE, |(bias, _)| at(bias)),
+            workspace: at(&scratch),
+        };
+        let queue = queue(gradient).expect("kernels were chosen on a GPU");
+        // SAFETY: all tensors have the sizes of the rules; scratch memory is reused in the order of the stream.
+        started(unsafe { attention_backward(queue, self.inputs(), self.output(), to, self.rules) });
+        let bias = bias.map(|(bias, kind)| bias.to_kind(kind));
+        [Some(q), Some(k), Some(v), bias].map(|gradient| gradient.map(TchTensor::new))
+    }
+}
 
 impl Core {
     fn composed(&self, [q, k, v]: [&Tensor; 3], bias: Option<&Tensor>) -> Tensor {
@@ -20,7 +110,7 @@ impl Core {
         let position = |n: i64| Tensor::arange(n, (Kind::Int64, q.device()));
         if let Some(bias) = bias {
             let column = position(t).unsqueeze(0) - position(s).unsqueeze(1) + (s - 1);
-            scores = scores + wide(bias).index_select(1, &column.view([-1])).view([1, heads, s, t]);
+            scores = &scores + wide(bias).index_select(1, &column.view([-1])).view([1, heads, s, t]);
         }
         let mut hidden = Tensor::zeros([1, 1, s, t], (Kind::Bool, q.device()));
         if let Some(mask) = &self.key_mask {
@@ -39,7 +129,7 @@ impl Core {
         let scores = scores + hidden.to_kind(Kind::Float) * HIDDEN;
         let mut probabilities = scores.softmax(-1, Kind::Float);
         if rules.dropout > 0.0 {
-            probabilities = probabilities * self.dropout_factors(q.device());
+            probabilities = &probabilities * self.dropout_factors(q.device());
         }
         // What the kernels multiply is rounded as the activations are.
         let probabilities = wide(&probabilities.to_kind(q.kind()));
@@ -57,7 +147,147 @@ impl Core {
         let shape = [rules.batch, rules.num_heads, rules.queries, rules.keys].map(|n| n as i64);
         uploaded(&factors, &shape, &Tensor::empty([0], (Kind::Float, device)))
     }
+
+    /// The rules as kernels take them.
+    fn kernel_rules(&self, q: &Tensor) -> Attention {
+        let rules = &self.rules;
+        let (_, width) = q.size2().expect("activations are matrices");
+        Attention {
+            batch: rules.batch,
+            num_heads: rules.num_heads,
+            d_kv: width as usize / rules.num_heads,
+            queries: rules.queries,
+            keys: rules.keys,
+            key_room: rules.key_room,
+            causal: rules.causal,
+            query_offset: rules.query_offset,
+            dropout: rules.dropout,
+            format: format(q),
+        }
+    }
+
+    /// Where kernels run on these queries, and their rules; `None` where there are none.
+    fn kernels(&self, q: &Tensor) -> Option<(Queue<'static>, Attention)> {
+        let queue = queue(q)?;
+        let rules = self.kernel_rules(q);
+        let has_kernel = match rules.format {
+            Format::Bf16 => matches!(rules.d_kv, 64 | 128),
+            Format::F32 => (1..=128).contains(&rules.d_kv),
+        };
+        (has_kernel && rules.keys > 0).then_some((queue, rules))
+    }
+
+    fn launch(
+        &self,
+        queue: Queue<'_>,
+        rules: Attention,
+        [q, k, v]: [&TchTensor; 3],
+        bias: Option<&TchTensor>,
+    ) -> ([TchTensor; 1], Saved) {
+        let [q, k, v] = [q, k, v].map(contiguous);
+        let Attention { batch, num_heads, queries, keys, .. } = rules;
+        let width = num_heads * rules.d_kv;
+        let assert_shape = |tensor: &TchTensor, rows: usize, width: usize| {
+            assert_eq!(
+                tensor.tensor.size(),
+                [rows as i64, width as i64],
+                "tensors have the sizes of the rules"
+            );
+        };
+        assert!([&k, &v].iter().all(|x| x.tensor.kind() == q.tensor.kind()), "one format for all three");
+        assert_shape(&q, batch * queries, width);
+        assert_shape(&k, batch * rules.key_room, width);
+        assert_shape(&v, batch * rules.key_room, width);
+        let bias = bias.map(|bias| {
+            assert_shape(bias, num_heads, queries + keys - 1);
+            let (bias, kind) = (contiguous(bias), bias.tensor.kind());
+            (if kind == Kind::Float { bias } else { TchTensor::new(wide(&bias.tensor)) }, kind)
+        });
+        let integers = |held: &Held<i32>, of_row: usize| {
+            let integers = TchTensor::new(narrow(held.in_torch()));
+            assert_shape(&integers, batch, of_row);
+            integers
+        };
+        let key_mask = self.key_mask.as_ref().map(|mask| integers(mask, keys));
+        let segments = self.segments.as_ref();
+        let segments =
+            segments.map(|[of_queries, of_keys]| [integers(of_queries, queries), integers(of_keys, keys)]);
+        let out = TchTensor::new(q.tensor.empty_like());
+        let log_sums = TchTensor::new(room(&[batch, num_heads, queries], Kind::Float, &q.tensor));
+        let kept = (rules.dropout > 0.0).then(|| self.draw(queue, rules, &q.tensor));
+        let launched = Launched { rules, q, k, v, bias, key_mask, segments, kept, out, log_sums };
+        launched.launch(queue);
+        ([launched.out.clone()], Saved::Kernel(Box::new(launched)))
+    }
+
+    /// Which probabilities dropout keeps.
+    fn draw(&self, queue: Queue<'_>, rules: Attention, like: &Tensor) -> TchTensor {
+        let kept = workspace(attention_dropout_bytes(&rules), like);
+        let noise = AttentionNoise {
+            key: noise_key(self.rules.noise, like),
+            first_row: self.rules.first_row,
+            first_head: self.rules.first_head,
+        };
+        // SAFETY: the bits have room.
+        started(unsafe { attention_dropout(queue, at(&kept), noise, rules) });
+        TchTensor::new(kept)
+    }
 }
 
-composed_operation!(Core, 3, 1, false, |core, [q, k, v]| [core.composed([q, k, v], None)]);
-composed_operation!(Core, 4, 1, false, |core, [q, k, v, bias]| [core.composed([q, k, v], Some(bias))]);
+impl Operation<LibTorch, 3, 1> for Core {
+    type Saved = Saved;
+
+    fn forward(&self, inputs: &[TchTensor; 3], tracked: bool) -> ([TchTensor; 1], Saved) {
+        if let Some((queue, rules)) = self.kernels(&inputs[0].tensor) {
+            return self.launch(queue, rules, inputs.each_ref(), None);
+        }
+        let (out, graph) = composed(inputs, tracked, |inputs| [self.composed(inputs, None)]);
+        (out, Saved::Composed(graph))
+    }
+
+    fn backward(
+        &self,
+        saved: &Saved,
+        gradients: [Option<TchTensor>; 1],
+        wanted: [bool; 3],
+    ) -> [Option<TchTensor>; 3] {
+        match saved {
+            Saved::Composed(graph) => graph.gradients(gradients, wanted),
+            Saved::Kernel(launched) => {
+                let [gradient] = given(gradients);
+                let [q, k, v, _] = launched.launch_backward(&gradient.tensor, false);
+                [q, k, v]
+            }
+        }
+    }
+}
+
+impl Operation<LibTorch, 4, 1> for Core {
+    type Saved = Saved;
+
+    fn forward(&self, inputs: &[TchTensor; 4], tracked: bool) -> ([TchTensor; 1], Saved) {
+        if let Some((queue, rules)) = self.kernels(&inputs[0].tensor) {
+            let [q, k, v, bias] = inputs;
+            return self.launch(queue, rules, [q, k, v], Some(bias));
+        }
+        let (out, graph) =
+            composed(inputs, tracked, |[q, k, v, bias]| [self.composed([q, k, v], Some(bias))]);
+        (out, Saved::Composed(graph))
+    }
+
+    fn backward(
+        &self,
+        saved: &Saved,
+        gradients: [Option<TchTensor>; 1],
+        wanted: [bool; 4],
+    ) -> [Option<TchTensor>; 4] {
+        match saved {
+            Saved::Composed(graph) => graph.gradients(gradients, wanted),
+            Saved::Kernel(launched) => {
+                let [gradient] = given(gradients);
+                let [.., bias_wanted] = wanted;
+                launched.launch_backward(&gradient.tensor, bias_wanted)
+            }
+        }
+    }
+}

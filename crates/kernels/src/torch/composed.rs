@@ -61,8 +61,14 @@ impl Graph {
             .filter(|&(_, wanted)| wanted)
             .map(|(leaf, _)| &leaf.tensor)
             .collect();
-        let mut computed = Tensor::run_backward(&[total], &leaves, true, false).into_iter();
-        wanted.map(|wanted| wanted.then(|| computed.next().map(TchTensor::new)).flatten())
+        let mut computed: Vec<TchTensor> = Vec::with_capacity(leaves.len());
+        for gradient in Tensor::run_backward(&[total], &leaves, true, false) {
+            // A sum hands the same memory to both of its summands.
+            let gradient = sharing(gradient, &computed);
+            computed.push(gradient);
+        }
+        let mut computed = computed.into_iter();
+        wanted.map(|wanted| wanted.then(|| computed.next()).flatten())
     }
 }
 

@@ -1,10 +1,30 @@
 //! [`crate::embedding`] and its relatives.
 
+use burn::backend::LibTorch;
+use burn_tch::TchTensor;
+use switchyard_cuda::{LookedUp, Queue, Table, embedding_backward, embedding_workspace};
 use tch::{Kind, Tensor};
 
 use crate::embedding::{ELSEWHERE, Embedding, Embeddings};
 use crate::host::Held;
-use crate::torch::composed::composed_operation;
+use crate::operation::{Operation, given};
+use crate::torch::composed::{Graph, composed};
+use crate::torch::contiguous;
+use crate::torch::gpu::{at, format, in_pieces, narrow, queue, room, started, workspace};
+
+/// What the backward pass of so many lists of ids needs.
+#[derive(Debug)]
+pub(crate) enum Saved<const LISTS: usize> {
+    Composed(Graph),
+    /// The table's sizes, and ids as kernels take them.
+    Kernel {
+        sizes: Table,
+        ids: [TchTensor; LISTS],
+    },
+}
+
+/// Rows of the largest table whose gradient has kernels.
+const MOST_ROWS: usize = 1 << 18;
 
 fn lookup(table: &Tensor, ids: &Held<i32>) -> Tensor {
     let ids = ids.in_torch();
@@ -12,11 +32,156 @@ fn lookup(table: &Tensor, ids: &Held<i32>) -> Tensor {
     table.index_select(0, &ids.clamp_min(0).to_kind(Kind::Int64)) * here
 }
 
-composed_operation!(Embedding, 1, 1, false, |embedding, [table]| [lookup(table, &embedding.ids)]);
-composed_operation!(Embeddings, 1, 2, true, |embeddings, [table]| {
-    embeddings.ids.each_ref().map(|ids| lookup(table, ids))
-});
-composed_operation!(Embeddings, 1, 3, true, |embeddings, [table]| {
-    let [a, b] = embeddings.ids.each_ref().map(|ids| lookup(table, ids));
-    [a, b, table.shallow_clone()]
-});
+/// Where kernels run on this table, and how they see it; `None` where there are none.
+fn kernels(table: &Tensor) -> Option<(Queue<'static>, Table)> {
+    let queue = queue(table)?;
+    let (rows, width) = table.size2().expect("tables are matrices");
+    // An id that lives elsewhere is no number of a row, which kernels take for just that.
+    let sizes = Table { rows: rows as usize, first_row: 0, width: width as usize, format: format(table) };
+    (in_pieces(sizes.width, sizes.format) && sizes.rows <= MOST_ROWS).then_some((queue, sizes))
+}
+
+/// The rows of each list, and the lists for the backward pass.
+fn launch<const LISTS: usize>(
+    queue: Queue<'_>,
+    sizes: Table,
+    table: &TchTensor,
+    lists: [&Held<i32>; LISTS],
+) -> ([TchTensor; LISTS], Saved<LISTS>) {
+    let table = contiguous(table).tensor;
+    let ids = lists.map(|ids| TchTensor::new(narrow(ids.in_torch())));
+    let rows = ids.each_ref().map(|TchTensor { tensor: ids, .. }| {
+        let tokens = ids.numel();
+        let out = room(&[tokens, sizes.width], table.kind(), &table);
+        // SAFETY: all tensors have the sizes given.
+        started(unsafe {
+            switchyard_cuda::embedding(queue, [at(&table), at(ids), at(&out)], tokens, sizes, None)
+        });
+        TchTensor::new(out)
+    });
+    (rows, Saved::Kernel { sizes, ids })
+}
+
+fn assert_sizes(gradient: &Tensor, rows: usize, sizes: Table) {
+    let same = gradient.size() == [rows as i64, sizes.width as i64] && format(gradient) == sizes.format;
+    assert!(same, "gradients have the sizes and the format of what they belong to");
+}
+
+/// The gradient of the table from those of the rows that were looked up, added `onto` another if there is one.
+fn launch_backward<const LISTS: usize>(
+    sizes: Table,
+    ids: &[TchTensor; LISTS],
+    gradients: [&Tensor; LISTS],
+    onto: Option<TchTensor>,
+) -> TchTensor {
+    let like = gradients[0];
+    let mut lists = [LookedUp::NONE; 2];
+    for (list, (ids, gradient)) in lists.iter_mut().zip(ids.iter().zip(gradients)) {
+        let tokens = ids.tensor.numel();
+        assert_sizes(gradient, tokens, sizes);
+        *list = LookedUp { ids: at(&ids.tensor), gradient: at(gradient), tokens };
+    }
+    let scratch = workspace(embedding_workspace(&sizes, lists.iter().map(|list| list.tokens).sum()), like);
+    let adds = onto.is_some();
+    let table = match onto {
+        Some(gradient) if gradient.can_mut() => gradient,
+        Some(shared) => TchTensor::new(shared.tensor.copy()),
+        None => TchTensor::new(room(&[sizes.rows, sizes.width], like.kind(), like)),
+    };
+    assert_sizes(&table.tensor, sizes.rows, sizes);
+    let queue = queue(like).expect("kernels were chosen on a GPU");
+    // SAFETY: all tensors have the sizes given; the table is this function's alone; scratch memory is reused in
+    // the order of the stream.
+    started(unsafe { embedding_backward(queue, lists, at(&table.tensor), at(&scratch), sizes, adds) });
+    table
+}
+
+impl Operation<LibTorch, 1, 1> for Embedding {
+    type Saved = Saved<1>;
+
+    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 1], Saved<1>) {
+        if let Some((queue, sizes)) = kernels(&inputs[0].tensor) {
+            return launch(queue, sizes, &inputs[0], [&self.ids]);
+        }
+        let (out, graph) = composed(inputs, tracked, |[table]| [lookup(table, &self.ids)]);
+        (out, Saved::Composed(graph))
+    }
+
+    fn backward(
+        &self,
+        saved: &Saved<1>,
+        gradients: [Option<TchTensor>; 1],
+        wanted: [bool; 1],
+    ) -> [Option<TchTensor>; 1] {
+        match saved {
+            Saved::Composed(graph) => graph.gradients(gradients, wanted),
+            Saved::Kernel { sizes, ids } => {
+                let [gradient] = given(gradients);
+                [Some(launch_backward(*sizes, ids, [&gradient.tensor], None))]
+            }
+        }
+    }
+}
+
+impl Operation<LibTorch, 1, 2> for Embeddings {
+    type Saved = Saved<2>;
+
+    const TOGETHER: bool = true;
+
+    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 2], Saved<2>) {
+        if let Some((queue, sizes)) = kernels(&inputs[0].tensor) {
+            return launch(queue, sizes, &inputs[0], self.ids.each_ref());
+        }
+        let (out, graph) =
+            composed(inputs, tracked, |[table]| self.ids.each_ref().map(|ids| lookup(table, ids)));
+        (out, Saved::Composed(graph))
+    }
+
+    fn backward(
+        &self,
+        saved: &Saved<2>,
+        gradients: [Option<TchTensor>; 2],
+        wanted: [bool; 1],
+    ) -> [Option<TchTensor>; 1] {
+        match saved {
+            Saved::Composed(graph) => graph.gradients(gradients, wanted),
+            Saved::Kernel { sizes, ids } => {
+                let [a, b] = given(gradients);
+                [Some(launch_backward(*sizes, ids, [&a.tensor, &b.tensor], None))]
+            }
+        }
+    }
+}
+
+impl Operation<LibTorch, 1, 3> for Embeddings {
+    type Saved = Saved<2>;
+
+    const TOGETHER: bool = true;
+
+    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 3], Saved<2>) {
+        if let Some((queue, sizes)) = kernels(&inputs[0].tensor) {
+            let ([a, b], saved) = launch(queue, sizes, &inputs[0], self.ids.each_ref());
+            return ([a, b, inputs[0].clone()], saved);
+        }
+        let (out, graph) = composed(inputs, tracked, |[table]| {
+            let [a, b] = self.ids.each_ref().map(|ids| lookup(table, ids));
+            [a, b, table.shallow_clone()]
+        });
+        (out, Saved::Composed(graph))
+    }
+
+    fn backward(
+        &self,
+        saved: &Saved<2>,
+        gradients: [Option<TchTensor>; 3],
+        wanted: [bool; 1],
+    ) -> [Option<TchTensor>; 1] {
+        match saved {
+            Saved::Composed(graph) => graph.gradients(gradients, wanted),
+            Saved::Kernel { sizes, ids } => {
+                let [a, b, table] = given(gradients);
+                [Some(launch_backward(*sizes, ids, [&a.tensor, &b.tensor], Some(table)))]
+            }
+        }
+    }
+}

@@ -1,15 +1,65 @@
 //! [`crate::feed_forward`] and [`crate::expert_feed_forward`].
+//!
+//! On a GPU the products are LibTorch's, over all slots of every expert; kernels do the pointwise half and
+//! make hidden values of empty slots 0, so that nothing else must know which slots hold a token.
+
+use std::sync::Arc;
 
 use burn::backend::LibTorch;
 use burn_tch::TchTensor;
-use tch::Tensor;
+use switchyard_cuda::{
+    ActivationGradients, Columns, ExpertNoise, Hidden, HiddenDropout, Queue, UsedRows, activate,
+    activate_backward,
+};
+use tch::{Kind, Tensor, no_grad};
 
 use crate::activation::Activation;
+use crate::expert_rows::{ExpertRows, Places, SlotsInUse, TokenPlaces, WeightGradients};
 use crate::feed_forward::FeedForward;
-use crate::noise::Factor;
-use crate::operation::Operation;
+use crate::host::Held;
+use crate::noise::{Factor, TokenNoise, TokenPlace};
+use crate::operation::{Operation, given};
 use crate::torch::composed::{Graph, composed};
-use crate::torch::{uploaded, wide};
+use crate::torch::gpu::{at, at_optional, format, in_pieces, narrow, noise_key, queue, started, token_noise};
+use crate::torch::{contiguous, uploaded, wide};
+
+/// Batch row and position of the token in each slot, any where none is. int32 `[slots, 2]`
+pub(crate) fn places(token_of_slot: &TchTensor, noise: TokenNoise) -> TchTensor {
+    no_grad(|| {
+        let tokens = narrow(&token_of_slot.tensor).clamp_min(0);
+        let row_tokens = noise.row_tokens as i64;
+        let rows = tokens.floor_divide_scalar(row_tokens) + i64::from(noise.first_row);
+        TchTensor::new(Tensor::stack(&[rows, tokens.remainder(row_tokens)], 1))
+    })
+}
+
+/// The integers of a tensor on any device.
+fn downloaded(tensor: &Tensor) -> Vec<i32> {
+    let flat = tensor.to_kind(Kind::Int).contiguous().view([-1]);
+    Vec::try_from(&flat).expect("one dimension of this kind")
+}
+
+/// Integers in main memory where `like` is; nothing waits for the device.
+fn uploaded_integers(values: &[i32], like: &Tensor) -> TchTensor {
+    TchTensor::new(Tensor::from_slice(values).to_device_(like.device(), Kind::Int, true, false))
+}
+
+/// The same rows with their numbers in main memory.
+fn on_host(rows: &ExpertRows) -> ExpertRows {
+    let used = match &rows.used.0 {
+        Held::Torch(used) => SlotsInUse(Held::Host(Arc::new(downloaded(&used.tensor)))),
+        Held::Host(_) => rows.used.clone(),
+    };
+    let places = rows.places.as_ref().map(|places| match &places.0 {
+        Places::Listed(Held::Torch(places)) => {
+            let words = downloaded(&places.tensor);
+            let place = |pair: &[i32]| TokenPlace { row: pair[0] as u32, token: pair[1] as u32 };
+            TokenPlaces::from(words.chunks_exact(2).map(place).collect::<Vec<_>>())
+        }
+        _ => places.clone(),
+    });
+    ExpertRows { used, places, ..*rows }
+}
 
 fn activated(activation: Activation, x: &Tensor) -> Tensor {
     match activation {
@@ -30,7 +80,7 @@ impl FeedForward {
         let rows = x.view([matrices, -1, shape[2]]);
         let mut hidden = activated(self.activation, &wide(&rows.matmul(wi)));
         if let Some(gate) = gate {
-            hidden = hidden * wide(&rows.matmul(gate));
+            hidden = &hidden * wide(&rows.matmul(gate));
         }
         let factors = self.factors(shape[0] as usize, shape[1] as usize, wi.size()[2] as usize, x);
         if let Some(factors) = factors {
@@ -46,32 +96,39 @@ impl FeedForward {
 
     /// 0 for hidden values of slots that hold no token, and dropout of the others; `None` where all are 1.
     fn factors(&self, experts: usize, slots: usize, width: usize, like: &Tensor) -> Option<Tensor> {
-        let used = |expert| self.rows.runs(expert, slots).map(|run| run.len()).sum::<usize>();
+        let rows = on_host(&self.rows);
+        let used = |expert| rows.runs(expert, slots).map(|run| run.len()).sum::<usize>();
         if self.dropout.rate == 0.0 && (0..experts).all(|expert| used(expert) == slots) {
             return None;
         }
         let mut factors = vec![0.0; experts * slots * width];
         for (expert, factors) in factors.chunks_mut((slots * width).max(1)).enumerate().take(experts) {
-            for run in self.rows.runs(expert, slots) {
+            for run in rows.runs(expert, slots) {
                 let part = &mut factors[run.start * width..run.end * width];
                 part.fill(1.0);
-                self.drop_factors(expert * slots + run.start, expert, width, part);
+                self.drop_factors(&rows, expert * slots + run.start, expert, width, part);
             }
         }
         Some(uploaded(&factors, &[experts as i64, slots as i64, width as i64], like))
     }
 
-    fn drop_factors(&self, first: usize, expert: usize, width: usize, factors: &mut [f32]) {
+    fn drop_factors(
+        &self,
+        rows: &ExpertRows,
+        first: usize,
+        expert: usize,
+        width: usize,
+        factors: &mut [f32],
+    ) {
         let dropout = self.dropout;
         if dropout.rate == 0.0 {
             return;
         }
         let factor = Factor::Dropout { rate: dropout.rate as f32 };
-        let places = self.rows.places.as_ref().expect("rows come with places where dropout needs them");
-        let expert = (self.rows.first_expert + expert) as u32;
+        let expert = (rows.first_expert + expert) as u32;
         let mut words = vec![0; width];
-        for (factors, place) in factors.chunks_exact_mut(width).zip(&places[first..]) {
-            place.fill(dropout.key, expert, dropout.columns, &mut words);
+        for (row, factors) in factors.chunks_exact_mut(width).enumerate() {
+            rows.place(first + row).fill(dropout.key, expert, dropout.columns, &mut words);
             factors.iter_mut().zip(&words).for_each(|(value, &word)| *value = factor.of(word));
         }
     }
@@ -89,22 +146,258 @@ impl FeedForward {
     }
 }
 
+/// What the backward pass needs.
+#[derive(Debug)]
+pub(crate) enum Saved {
+    Composed(Graph),
+    Kernel(Kept),
+}
+
+/// What the backward pass on a GPU needs.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    x: TchTensor,
+    wo: TchTensor,
+    wi: Vec<TchTensor>,
+    /// `x wi` of every input matrix; of an ungated ReLU layer the hidden values instead.
+    projected: Vec<TchTensor>,
+    rows: DeviceRows,
+    has_residual: bool,
+}
+
+/// What kernels read of the rows.
+#[derive(Debug)]
+struct DeviceRows {
+    /// Absent where every slot holds a token.
+    used: Option<TchTensor>,
+    /// Absent without dropout, and where slots hold the tokens in order.
+    places: Option<TchTensor>,
+}
+
+/// Whether the kernels have hidden values as wide as these matrices make them.
+fn has_kernel(inputs: &[TchTensor]) -> bool {
+    let [x, _, wi, ..] = inputs else { return false };
+    in_pieces(wi.tensor.size()[2] as usize, format(&x.tensor))
+}
+
+/// Products of the matrices of two stacks.
+///
+/// Of the second stack each may serve several of the first. `apart` multiplies them one by one, so that the
+/// bits of a product do not depend on how many others there are.
+#[derive(Debug, Clone, Copy)]
+struct Products {
+    apart: bool,
+}
+
+impl Products {
+    fn of(self, a: &Tensor, b: &Tensor) -> Tensor {
+        let (count, served) = (a.size()[0], a.size()[0] / b.size()[0]);
+        if count == 1 {
+            return a.select(0, 0).mm(&b.select(0, 0)).unsqueeze(0);
+        }
+        if !self.apart {
+            return a.bmm(b);
+        }
+        let out = Tensor::empty([count, a.size()[1], b.size()[2]], (a.kind(), a.device()));
+        for i in 0..count {
+            let _ = a.select(0, i).mm_out(&out.select(0, i), &b.select(0, i / served));
+        }
+        out
+    }
+
+    fn add_to(self, onto: &mut Tensor, a: &Tensor, b: &Tensor) {
+        let (count, served) = (a.size()[0], a.size()[0] / b.size()[0]);
+        if count > 1 && !self.apart {
+            let _ = onto.baddbmm_(a, b);
+            return;
+        }
+        for i in 0..count {
+            let _ = onto.select(0, i).addmm_(&a.select(0, i), &b.select(0, i / served));
+        }
+    }
+}
+
+fn transposed(matrices: &Tensor) -> Tensor {
+    matrices.transpose(1, 2)
+}
+
+impl FeedForward {
+    fn products(&self) -> Products {
+        Products { apart: self.rows.weight_gradients == WeightGradients::PerSegment }
+    }
+
+    /// Rows of slots as one matrix for each gradient of an expert's weights.
+    fn by_gradient(&self, slots: &Tensor) -> Tensor {
+        let (size, parts) = (slots.size(), self.rows.gradients() as i64);
+        slots.view([size[0] * parts, size[1] / parts, size[2]])
+    }
+
+    fn device_rows(&self, x: &Tensor) -> DeviceRows {
+        let segment_rows = x.size()[1] / self.rows.segments as i64;
+        let used = match &self.rows.used.0 {
+            Held::Torch(used) => Some(TchTensor::from_existing(narrow(&used.tensor), used.storage.clone())),
+            Held::Host(used) if used.iter().all(|&used| i64::from(used) == segment_rows) => None,
+            Held::Host(used) => Some(uploaded_integers(used, x)),
+        };
+        let places = match self.rows.places.as_ref().map(|places| &places.0) {
+            Some(Places::Listed(places)) if self.dropout.rate > 0.0 => Some(match places {
+                Held::Torch(places) => places.clone(),
+                Held::Host(places) => {
+                    let words = places.iter().flat_map(|place| [place.row as i32, place.token as i32]);
+                    uploaded_integers(&words.collect::<Vec<_>>(), x)
+                }
+            }),
+            _ => None,
+        };
+        DeviceRows { used, places }
+    }
+
+    /// The hidden values as the kernels see them.
+    fn pointwise(&self, x: &Tensor, wi: &Tensor, rows: &DeviceRows) -> Hidden {
+        let (size, d_ff) = (x.size(), wi.size()[2] as usize);
+        let slots = size[1] as usize;
+        let segment_rows = (slots / self.rows.segments).max(1);
+        Hidden {
+            rows: size[0] as usize * slots,
+            d_ff,
+            format: format(x),
+            activation: match self.activation {
+                Activation::Relu => switchyard_cuda::Activation::Relu,
+                Activation::GeluTanh => switchyard_cuda::Activation::GeluTanh,
+                Activation::Gelu => switchyard_cuda::Activation::Gelu,
+                Activation::Silu => switchyard_cuda::Activation::Silu,
+            },
+            stride: d_ff,
+            used: rows.used.as_ref().map(|used| UsedRows { counts: at(&used.tensor), segment_rows }),
+            dropout: (self.dropout.rate > 0.0).then(|| self.drawn(x, rows, slots)),
+        }
+    }
+
+    fn drawn(&self, x: &Tensor, rows: &DeviceRows, slots: usize) -> HiddenDropout {
+        let crate::feed_forward::HiddenDropout { rate, key, columns } = self.dropout;
+        let places = self.rows.places.as_ref().expect("rows come with places where dropout needs them");
+        if let Places::InOrder(noise) = places.0 {
+            return HiddenDropout::Tokens(rate, token_noise(TokenNoise { key, columns, ..noise }, x));
+        }
+        let noise = ExpertNoise {
+            key: noise_key(key, x),
+            places: at_optional(rows.places.as_ref().map(|places| &places.tensor)),
+            slots,
+            first_expert: self.rows.first_expert as u32,
+            columns: columns.map(|columns| Columns { first: columns.first, total: columns.total }),
+        };
+        HiddenDropout::Experts(rate, noise)
+    }
+
+    fn launch(&self, queue: Queue<'_>, inputs: &[TchTensor], tracked: bool) -> (TchTensor, Kept) {
+        let mut inputs = inputs.iter().map(contiguous);
+        let mut next = || inputs.next().expect("a layer has three tensors at least");
+        let (x, wo, mut wi) = (next(), next(), vec![next()]);
+        if self.gated {
+            wi.push(next());
+        }
+        let residual = inputs.next();
+        let (products, rows) = (self.products(), self.device_rows(&x.tensor));
+        let pointwise = self.pointwise(&x.tensor, &wi[0].tensor, &rows);
+        let x_by_gradient = self.by_gradient(&x.tensor);
+        let projected: Vec<Tensor> = wi.iter().map(|wi| products.of(&x_by_gradient, &wi.tensor)).collect();
+        let in_place = self.keeps_activated() || !tracked;
+        let hidden = if in_place { projected[0].shallow_clone() } else { projected[0].empty_like() };
+        // SAFETY: all tensors have the sizes of `pointwise`; the hidden values may be written where they are read.
+        started(unsafe {
+            activate(queue, at(&projected[0]), at_optional(projected.get(1)), at(&hidden), pointwise)
+        });
+        let out = match &residual {
+            Some(residual) => {
+                let mut out =
+                    self.by_gradient(&residual.tensor).to_dtype(residual.tensor.kind(), false, true);
+                products.add_to(&mut out, &hidden, &wo.tensor);
+                out
+            }
+            None => products.of(&hidden, &wo.tensor),
+        };
+        let out = TchTensor::new(out.view_as(&x.tensor));
+        let projected = projected.into_iter().map(TchTensor::new).collect();
+        (out, Kept { x, wo, wi, projected, rows, has_residual: residual.is_some() })
+    }
+
+    /// Gradients of `x`, `wo` and every `wi`.
+    fn launch_backward(&self, kept: &Kept, gradient: &Tensor) -> Vec<TchTensor> {
+        let Kept { x, wo, wi, projected, rows, .. } = kept;
+        let queue = queue(gradient).expect("kernels were chosen on a GPU");
+        let products = self.products();
+        let mut pointwise = self.pointwise(&x.tensor, &wi[0].tensor, rows);
+        let (before, linear) = (&projected[0].tensor, projected.get(1).map(|linear| &linear.tensor));
+        let hidden = if self.keeps_activated() {
+            before.shallow_clone()
+        } else {
+            let hidden = before.empty_like();
+            // SAFETY: as in the forward pass.
+            started(unsafe { activate(queue, at(before), at_optional(linear), at(&hidden), pointwise) });
+            hidden
+        };
+        let gradient = self.by_gradient(gradient);
+        let of_wo = products.of(&transposed(&hidden), &gradient);
+        drop(hidden);
+
+        let of_hidden = products.of(&gradient, &transposed(&wo.tensor));
+        let of_linear = linear.map(Tensor::empty_like);
+        if self.keeps_activated() {
+            pointwise.dropout = Some(HiddenDropout::Done(self.dropout.rate));
+        }
+        let addresses = ActivationGradients {
+            gradient: at(&of_hidden),
+            x: at(before),
+            linear: at_optional(linear),
+            x_gradient: at(&of_hidden),
+            linear_gradient: at_optional(of_linear.as_ref()),
+        };
+        // SAFETY: all tensors have the sizes of `pointwise`; a gradient may be written where it is read.
+        started(unsafe { activate_backward(queue, addresses, pointwise) });
+
+        let rows_of_x = self.by_gradient(&x.tensor);
+        let mut of_x = products.of(&of_hidden, &transposed(&wi[0].tensor));
+        let mut of_weights = vec![of_wo, products.of(&transposed(&rows_of_x), &of_hidden)];
+        if let Some(of_linear) = &of_linear {
+            products.add_to(&mut of_x, of_linear, &transposed(&wi[1].tensor));
+            of_weights.push(products.of(&transposed(&rows_of_x), of_linear));
+        }
+        let of_x = of_x.view_as(&x.tensor);
+        std::iter::once(of_x).chain(of_weights).map(TchTensor::new).collect()
+    }
+}
+
 macro_rules! operation {
     ($inputs:literal) => {
         impl Operation<LibTorch, $inputs, 1> for FeedForward {
-            type Saved = Graph;
+            type Saved = Saved;
 
-            fn forward(&self, inputs: &[TchTensor; $inputs], tracked: bool) -> ([TchTensor; 1], Graph) {
-                composed(&self.repeated(inputs), tracked, |inputs| [self.composed(&inputs)])
+            fn forward(&self, inputs: &[TchTensor; $inputs], tracked: bool) -> ([TchTensor; 1], Saved) {
+                if let Some(queue) = queue(&inputs[0].tensor).filter(|_| has_kernel(inputs)) {
+                    let (out, kept) = no_grad(|| self.launch(queue, inputs, tracked));
+                    return ([out], Saved::Kernel(kept));
+                }
+                let (out, graph) =
+                    composed(&self.repeated(inputs), tracked, |inputs| [self.composed(&inputs)]);
+                (out, Saved::Composed(graph))
             }
 
             fn backward(
                 &self,
-                saved: &Graph,
+                saved: &Saved,
                 gradients: [Option<TchTensor>; 1],
                 wanted: [bool; $inputs],
             ) -> [Option<TchTensor>; $inputs] {
-                saved.gradients(gradients, wanted)
+                match saved {
+                    Saved::Composed(graph) => graph.gradients(gradients, wanted),
+                    Saved::Kernel(kept) => {
+                        let [gradient] = given(gradients);
+                        let computed = no_grad(|| self.launch_backward(kept, &gradient.tensor));
+                        let residual = kept.has_residual.then_some(gradient);
+                        let mut all = computed.into_iter().chain(residual);
+                        std::array::from_fn(|_| all.next())
+                    }
+                }
             }
         }
     };
@@ -113,3 +406,41 @@ macro_rules! operation {
 operation!(3);
 operation!(4);
 operation!(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::noise::NoiseKey;
+
+    #[test]
+    fn places_are_those_of_the_noise() {
+        let key = NoiseKey { seed: 0, step: 0, site: 0 };
+        let noise = TokenNoise { key, first_row: 3, row_tokens: 5, columns: None };
+        let slots = [7_i64, 0, -1, 24];
+        let found = downloaded(&places(&TchTensor::new(Tensor::from_slice(&slots)), noise).tensor);
+        for (pair, token) in found.chunks(2).zip(slots) {
+            let place = TokenPlace { row: pair[0] as u32, token: pair[1] as u32 };
+            assert_eq!(place, noise.place(token.max(0) as usize));
+        }
+    }
+
+    #[test]
+    fn products_one_by_one_are_those_of_the_stack() {
+        let random = |shape: [i64; 3]| Tensor::randn(shape, (Kind::Float, tch::Device::Cpu));
+        let near = |a: &Tensor, b: &Tensor| a.allclose(b, 1e-5, 1e-5, false);
+        for (count, weights) in [(6, 6), (6, 3), (1, 1)] {
+            let (a, b) = (random([count, 4, 5]), random([weights, 7, 5]));
+            let repeated = transposed(&b.repeat_interleave_self_int(count / weights, 0, None));
+            let apart = Products { apart: true };
+            let product = apart.of(&a, &transposed(&b));
+            assert!(near(&product, &a.bmm(&repeated)));
+            let batched = Products { apart: false }.of(&a, &repeated);
+            assert!(near(&product, &batched));
+            for products in [apart, Products { apart: false }] {
+                let mut sum = product.ones_like();
+                products.add_to(&mut sum, &a, &repeated);
+                assert!(near(&sum, &(&product + 1.0)));
+            }
+        }
+    }
+}

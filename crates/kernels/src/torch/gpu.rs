@@ -79,6 +79,11 @@ pub(crate) fn format(tensor: &Tensor) -> Format {
     }
 }
 
+/// Whether rows of `width` values are whole pieces of 16 bytes, as most kernels take them.
+pub(crate) fn in_pieces(width: usize, format: Format) -> bool {
+    width.is_multiple_of(16 / format.bytes())
+}
+
 /// Room for values of `kind` where `like` is.
 pub(crate) fn room(shape: &[usize], kind: Kind, like: &Tensor) -> Tensor {
     let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
@@ -102,13 +107,14 @@ pub(crate) fn noise_key(key: noise::NoiseKey, like: &Tensor) -> NoiseKey {
     static STEPS: Mutex<Option<HashMap<usize, (u32, Tensor)>>> = Mutex::new(None);
     let Device::Cuda(index) = like.device() else { panic!("keys are for kernels") };
     let mut steps = STEPS.lock().unwrap_or_else(PoisonError::into_inner);
+    let word = i64::from(key.step.cast_signed());
     let (step, tensor) = steps
         .get_or_insert_default()
         .entry(index)
-        .or_insert_with(|| (key.step, Tensor::from_slice(&[key.step.cast_signed()]).to(like.device())));
+        .or_insert_with(|| (key.step, Tensor::full([1], word, (Kind::Int, like.device()))));
     if *step != key.step {
         // In the order of the stream: kernels of the step before have read theirs.
-        tensor.copy_(&Tensor::from_slice(&[key.step.cast_signed()]));
+        let _ = tensor.fill_(word);
         *step = key.step;
     }
     NoiseKey { seed: key.seed, step: at(tensor), site: key.site }

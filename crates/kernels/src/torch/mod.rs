@@ -11,6 +11,8 @@ mod dispatch;
 mod embedding;
 mod feed_forward;
 mod gpu;
+#[cfg(test)]
+mod kernel_tests;
 mod noise;
 mod norm;
 mod operations;
@@ -23,7 +25,9 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_tch::TchTensor;
 use tch::Kind;
 
+pub(crate) use feed_forward::places;
 pub(crate) use gpu::gpu;
+pub(crate) use route::route;
 
 use crate::cross_entropy::HeadLayout;
 use crate::host::ValuesMut;

@@ -3,22 +3,114 @@
 use burn::backend::{LibTorch, TensorMetadata};
 use burn::tensor::{Shape, TensorData, bf16};
 use burn_tch::{TchElement, TchTensor};
-use tch::{Device, Kind, Tensor};
+use switchyard_cuda::{Format, TokenTensor, jitter};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::linear_map::Mapped;
+use crate::noise::Factor;
 use crate::operation::{Followed, Operand, Operation, given};
 use crate::router_logits::RouterLogits;
 use crate::seed::Seed;
-use crate::torch::composed::composed_operation;
-use crate::torch::{ONE_DEVICE, noise, wide};
+use crate::torch::composed::{Graph, composed};
+use crate::torch::gpu::{at, format, in_pieces, queue, started, token_noise};
+use crate::torch::{ONE_DEVICE, contiguous, noise, wide};
 
-composed_operation!(RouterLogits, 2, 2, true, |router, [x, weight]| {
-    let mut seen = wide(x);
-    if let Some((factor, noise)) = router.jitter {
-        seen = seen * noise::factors(noise, factor, x);
+/// What the backward pass of [`RouterLogits`] needs.
+#[derive(Debug)]
+pub(crate) enum RouterSaved {
+    Composed(Graph),
+    OnGpu { x: TchTensor, weight: TchTensor },
+}
+
+impl RouterLogits {
+    fn composed(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        let mut seen = wide(x);
+        if let Some((factor, noise)) = self.jitter {
+            seen = &seen * noise::factors(noise, factor, x);
+        }
+        seen.to_kind(weight.kind()).matmul(weight)
     }
-    [seen.to_kind(weight.kind()).matmul(weight), x.shallow_clone()]
-});
+
+    /// Whether this runs on a GPU without LibTorch's automatic differentiation.
+    fn has_kernel(&self, x: &Tensor) -> bool {
+        let whole = || in_pieces(x.size()[1] as usize, Format::Bf16);
+        queue(x).is_some() && (self.jitter.is_none() || whole())
+    }
+
+    /// Writes `x`, `[tokens, d_model]`, times the router's noise to `out`, which may be `x`.
+    fn multiply_by_jitter(&self, x: &Tensor, out: &Tensor) {
+        let Some((Factor::Jitter { epsilon }, noise)) = self.jitter else { return };
+        let (tokens, width) = x.size2().expect("activations are matrices");
+        let sizes = TokenTensor { tokens: tokens as usize, width: width as usize, format: format(x) };
+        let queue = queue(x).expect("kernels were chosen on a GPU");
+        let noise = token_noise(noise, x);
+        // SAFETY: both tensors have the sizes given.
+        started(unsafe { jitter(queue, at(x), at(out), sizes, f64::from(epsilon), noise) });
+    }
+
+    /// What the router sees of `x`, in the format of its weight.
+    fn seen_on_gpu(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        if self.jitter.is_none() {
+            return x.to_kind(weight.kind());
+        }
+        let (wide, out) = if x.kind() == Kind::Float || x.kind() == weight.kind() {
+            (x.shallow_clone(), x.empty_like())
+        } else {
+            let wide = x.to_kind(weight.kind());
+            (wide.shallow_clone(), wide)
+        };
+        self.multiply_by_jitter(&wide, &out);
+        out.to_kind(weight.kind())
+    }
+
+    /// Gradients of `x` and the weight; `beside` is what else flows into `x`.
+    fn gradients_on_gpu(&self, [x, weight]: [&Tensor; 2], logits: &Tensor, beside: &Tensor) -> [Tensor; 2] {
+        let of_weight = self.seen_on_gpu(x, weight).tr().mm(logits);
+        if self.jitter.is_none() && x.kind() == weight.kind() {
+            return [beside.addmm(logits, &weight.tr()), of_weight];
+        }
+        let through = logits.mm(&weight.tr());
+        self.multiply_by_jitter(&through, &through);
+        let of_x = x.empty_like();
+        // Computed in the wider format, rounded once.
+        let _ = through.add_out(&of_x, beside);
+        [of_x, of_weight]
+    }
+}
+
+impl Operation<LibTorch, 2, 2> for RouterLogits {
+    type Saved = RouterSaved;
+
+    const TOGETHER: bool = true;
+
+    fn forward(&self, inputs: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 2], RouterSaved) {
+        if self.has_kernel(&inputs[0].tensor) {
+            let [x, weight] = inputs.each_ref().map(contiguous);
+            let logits = no_grad(|| self.seen_on_gpu(&x.tensor, &weight.tensor).mm(&weight.tensor));
+            return ([TchTensor::new(logits), inputs[0].clone()], RouterSaved::OnGpu { x, weight });
+        }
+        let (out, graph) =
+            composed(inputs, tracked, |[x, weight]| [self.composed(x, weight), x.shallow_clone()]);
+        (out, RouterSaved::Composed(graph))
+    }
+
+    fn backward(
+        &self,
+        saved: &RouterSaved,
+        gradients: [Option<TchTensor>; 2],
+        wanted: [bool; 2],
+    ) -> [Option<TchTensor>; 2] {
+        match saved {
+            RouterSaved::Composed(graph) => graph.gradients(gradients, wanted),
+            RouterSaved::OnGpu { x, weight } => {
+                let [logits, beside] = given(gradients);
+                let inputs = [&x.tensor, &weight.tensor];
+                let computed = no_grad(|| self.gradients_on_gpu(inputs, &logits.tensor, &beside.tensor));
+                computed.map(|gradient| Some(TchTensor::new(gradient)))
+            }
+        }
+    }
+}
 
 impl Operation<LibTorch, 1, 1> for Seed {
     type Saved = ();

@@ -32,7 +32,7 @@ impl LayerMetrics {
     pub fn new(output: &RouterOutput) -> Self {
         let routing = &output.routing;
         let [groups, num_experts] = routing.fraction.dims();
-        let (choice, offsets) = (integers(&routing.choice), integers(&routing.plan.slot_offsets));
+        let (choice, slots) = (integers(&routing.choice), routing.plan.token_slots());
         let mut tokens_per_expert = vec![0; num_experts];
         let mut tokens = 0;
         for &choice in &choice {
@@ -41,7 +41,7 @@ impl LayerMetrics {
                 tokens += 1;
             }
         }
-        let dropped = choice.iter().zip(offsets.windows(2)).filter(|(c, o)| **c >= 0 && o[0] == o[1]).count();
+        let dropped = choice.iter().zip(slots.iter()).filter(|(c, own)| **c >= 0 && own.is_empty()).count();
         let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
         let balance = with_values(routing.fraction.clone(), <[f32]>::to_vec);
         let load_balancing_loss = with_values(routing.mean_probability.clone(), |p| {

@@ -51,8 +51,8 @@ impl RouterTable {
             }
             table.logits.extend(logits);
             table.choice.extend(with_ids(&router.routing.choice));
-            let offsets = with_ids(&router.routing.plan.slot_offsets);
-            table.kept.extend(offsets.windows(2).map(|o| if o[1] > o[0] { 1.0 } else { 0.0 }));
+            let slots = router.routing.plan.token_slots();
+            table.kept.extend(slots.iter().map(|own| if own.is_empty() { 0.0 } else { 1.0 }));
         }
         table
     }

@@ -266,7 +266,7 @@ impl Bench<'_> {
             let rows = ExpertRows {
                 first_expert: 0,
                 segments: 1,
-                used: vec![c; e],
+                used: vec![c; e].into(),
                 places: None,
                 weight_gradients: WeightGradients::Summed,
             };
