@@ -33,6 +33,11 @@ impl Compiler {
         Self { architecture: architecture.into(), kept_in }
     }
 
+    /// Whether NVRTC can be loaded, without which only kernels that were kept can be used.
+    pub fn is_there() -> bool {
+        load_nvrtc().is_ok()
+    }
+
     /// Machine code of `source`: what an earlier call kept, else compiled now.
     ///
     /// # Errors

@@ -121,6 +121,26 @@ impl Gpu {
         })
     }
 
+    /// Name, capability, memory, and whether kernels can be compiled for it.
+    ///
+    /// # Errors
+    /// When the driver does not answer.
+    pub fn describe(&self) -> Result<String, CudaError> {
+        let (free, total) = self.context.mem_get_info().map_err(failed("asking for memory"))?;
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        let (major, minor) = self.capability;
+        let compiler = match Compiler::is_there() {
+            true => "NVRTC found",
+            false => "NVRTC not found: put its directory into LD_LIBRARY_PATH",
+        };
+        Ok(format!(
+            "{}, compute capability {major}.{minor}, {:.1} of {:.1} GiB free, {compiler}",
+            self.name,
+            gib(free),
+            gib(total)
+        ))
+    }
+
     /// The device's name, such as `NVIDIA H100 80GB HBM3`.
     pub fn name(&self) -> &str {
         &self.name

@@ -176,6 +176,10 @@ struct Room {
     end: usize,
 }
 
+/// Words of the kernels' `Tensor`, and where the gradient's address stands in it.
+const TENSOR_WORDS: usize = 24;
+const GRADIENT_WORD: usize = 2;
+
 const THREADS: u32 = 256;
 const COLS: usize = 256;
 const SUM_ROWS: usize = 256;
@@ -289,6 +293,19 @@ impl UpdatePlan {
         })?;
         let room = Room::new(&before, sums.count as usize);
         Ok((Self { rules, sums, moments, updates, room }, table))
+    }
+
+    /// Words at the beginning of the table that say where the tensors are.
+    pub fn described_words(&self) -> usize {
+        self.sums.at / size_of::<u32>()
+    }
+
+    /// Writes into the table's [`described_words`](Self::described_words) that the gradient of a tensor, by its
+    /// number among those that are not empty, lies elsewhere now; its format must be the same.
+    pub fn point_gradient(&self, described: &mut [u32], tensor: usize, gradient: Address) {
+        let word = tensor * TENSOR_WORDS + GRADIENT_WORD;
+        described[word] = gradient.0 as u32;
+        described[word + 1] = (gradient.0 >> 32) as u32;
     }
 
     /// Bytes of the workspace.

@@ -1,6 +1,8 @@
 //! Devices by their names.
 
 use burn::tensor::Device;
+#[cfg(feature = "libtorch")]
+use switchyard_cuda::CudaError;
 
 /// Why there is no device of a name.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +22,7 @@ pub enum DeviceError {
     /// The GPU cannot be used.
     #[cfg(feature = "libtorch")]
     #[error(transparent)]
-    Gpu(#[from] switchyard_cuda::CudaError),
+    Gpu(#[from] CudaError),
 
     /// LibTorch was built without CUDA, or does not find the driver that is there.
     #[cfg(feature = "libtorch")]
@@ -29,6 +31,32 @@ pub enum DeviceError {
          launch/install-libtorch.sh installs one with CUDA"
     )]
     TorchWithoutCuda,
+}
+
+/// What `--device` may name here, each with what it is or why it cannot be used.
+pub fn devices() -> Vec<(String, Result<String, DeviceError>)> {
+    let mut devices = vec![("cpu".to_owned(), Ok("kernels in Rust".to_owned()))];
+    #[cfg(not(feature = "libtorch"))]
+    devices.push(("cuda".to_owned(), Err(DeviceError::NotInThisBuild("cuda".to_owned()))));
+    #[cfg(feature = "libtorch")]
+    {
+        devices.push(("libtorch".to_owned(), Ok("LibTorch's CPU device".to_owned())));
+        for index in 0.. {
+            let described =
+                device(&format!("cuda:{index}")).and_then(|_| Ok(crate::torch::gpu(index)?.describe()?));
+            let none_there =
+                matches!(&described, Err(DeviceError::Gpu(CudaError::NoDevice { .. }))) && index > 0;
+            if none_there {
+                break;
+            }
+            let ends = described.is_err();
+            devices.push((format!("cuda:{index}"), described));
+            if ends {
+                break;
+            }
+        }
+    }
+    devices
 }
 
 /// The device called `name`: `cpu`, or in builds with LibTorch also `libtorch`, its CPU device, `cuda` and

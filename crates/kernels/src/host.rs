@@ -10,6 +10,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use crate::DeviceValues;
 use crate::element::{Element, bf16, round_all};
 
 /// Runs `$body` with `$E` the format of the tensor's values.
@@ -225,11 +226,17 @@ pub enum Values {
     F32(Vec<f32>),
     /// bfloat16.
     Bf16(Vec<bf16>),
+    /// On a GPU, in either format.
+    Device(DeviceValues),
 }
 
 impl Values {
-    /// Takes the values out of `tensor`, without a copy when nothing shares its buffer.
+    /// Takes the values out of `tensor`, without a copy when nothing shares its buffer; those on a GPU stay
+    /// there.
     pub fn of<const D: usize>(tensor: Tensor<D>) -> Self {
+        if let Some(values) = DeviceValues::of(&tensor) {
+            return Self::Device(values);
+        }
         const FORMATS: &str = "weights and their gradients are float32 or bfloat16";
         let data = tensor.into_data();
         match data.dtype() {
@@ -243,6 +250,16 @@ impl Values {
         match self {
             Self::F32(values) => values.len(),
             Self::Bf16(values) => values.len(),
+            Self::Device(values) => values.len(),
+        }
+    }
+
+    /// The same values in main memory.
+    #[must_use]
+    pub fn into_host(self) -> Self {
+        match self {
+            Self::Device(values) => values.to_host(),
+            held => held,
         }
     }
 
@@ -254,6 +271,7 @@ impl Values {
     /// The same numbers as float32, without a copy where they are.
     pub fn into_f32(self) -> Vec<f32> {
         match self {
+            Self::Device(values) => values.to_host().into_f32(),
             Self::F32(values) => values,
             Self::Bf16(values) => {
                 let mut wide = uninit(values.len());
@@ -272,7 +290,7 @@ impl Values {
 pub fn update_in_place<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(ValuesMut<'_>)) -> Tensor<D> {
     #[cfg(feature = "libtorch")]
     if crate::torch::is_here(&tensor.device()) {
-        return crate::torch::update(tensor, update);
+        return crate::torch::update_in_place(tensor, update);
     }
     let mut primitive = contiguous(&on_host(tensor));
     match primitive.dtype() {

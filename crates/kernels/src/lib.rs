@@ -30,6 +30,8 @@ mod math;
 mod memory;
 #[cfg(test)]
 mod narrow_tests;
+#[cfg(not(feature = "libtorch"))]
+mod no_device;
 mod noise;
 mod norm;
 mod operation;
@@ -46,7 +48,7 @@ mod vocabulary;
 pub use activation::Activation;
 pub use attention::{Attention, AttentionInputs, Segments, attention};
 pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy};
-pub use device::{DeviceError, device};
+pub use device::{DeviceError, device, devices};
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};
 pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_two};
@@ -57,6 +59,8 @@ pub use host::{Values, ValuesMut, copy_into, int_tensor, integers, update_in_pla
 pub use linear_map::{LinearMap, linear_map};
 pub use logits::logits;
 pub use memory::CacheLines;
+#[cfg(not(feature = "libtorch"))]
+pub use no_device::{DeviceOptimizer, DeviceValues};
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};
 pub use norm::{rms_norm, rms_norm_beside};
 pub use plan::{DispatchPlan, TokenSlots};
@@ -64,4 +68,6 @@ pub use projection::{add, project, project_onto, project_three, project_two};
 pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_top2};
 pub use router_logits::router_logits;
 pub use seed::with_gradient;
+#[cfg(feature = "libtorch")]
+pub use torch::update::{DeviceOptimizer, DeviceValues};
 pub use vocabulary::{VocabularyGroup, VocabularyShard};

@@ -25,7 +25,7 @@ pub fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> Tensor<
     if crate::torch::is_here(&hidden.device()) {
         return crate::torch::logits(hidden, head, layout);
     }
-    let [hidden, head] = [hidden, head].map(|tensor| host::on_host(tensor));
+    let [hidden, head] = [hidden, head].map(host::on_host);
     let (hidden, head) = (host::contiguous(&hidden), host::contiguous(&head));
     let few = layout == HeadLayout::VocabularyByModel && rows <= FEW_ROWS;
     let out = by_format!(hidden, E => if few {

@@ -3,12 +3,12 @@
 //! A module's field path *is* the logical name of the parameter table, which the constructors
 //! check by asking the table for every name.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients, Tensor};
-use switchyard_kernels::{Values, ValuesMut, update_in_place, with_values};
+use switchyard_kernels::{DeviceValues, Values, ValuesMut, update_in_place, with_values};
 
 use crate::init::{leaf, of_values};
 use crate::model::SwitchTransformer;
@@ -140,6 +140,21 @@ impl SwitchTransformer {
             }
         }
         Module::visit(self, &mut Named::new(Take(gradients, take)));
+    }
+
+    /// The parameters that are on a GPU, by name: what is written into them is what the model then has.
+    pub fn device_parameters(&self) -> BTreeMap<String, DeviceValues> {
+        struct OnDevice(BTreeMap<String, DeviceValues>);
+        impl OnParameter for OnDevice {
+            fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
+                if let Some(values) = DeviceValues::of(&param.val()) {
+                    self.0.insert(name.to_owned(), values);
+                }
+            }
+        }
+        let mut found = Named::new(OnDevice(BTreeMap::new()));
+        Module::visit(self, &mut found);
+        found.on.0
     }
 
     /// Calls `read` with the name and values of every `wanted` parameter, widened to float32.

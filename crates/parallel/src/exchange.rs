@@ -157,6 +157,7 @@ impl OwnerExchange {
     ) -> Result<(), CommError> {
         for (lane, segments) in [(&self.dense, 1), (&self.expert, segments)] {
             if lane.group.size() > 1 || segments > 1 {
+                local = local.into_iter().map(|(name, values)| (name, values.into_host())).collect();
                 lane.reduce::<f32>(&mut local, segments, into, self)?;
                 lane.reduce::<bf16>(&mut local, segments, into, self)?;
                 continue;
@@ -185,6 +186,7 @@ impl OwnerExchange {
                 Some(Values::Bf16(values)) => {
                     squares.extend(values.chunks(unit.matrix_len()).map(sum_of_squares));
                 }
+                Some(Values::Device(values)) => squares.extend(values.squares(unit.matrix_len())),
                 None => squares.resize(squares.len() + unit.matrices(), 0.0),
             }
         }

@@ -37,6 +37,10 @@ impl SumFormats {
             return;
         };
         match gradient {
+            Values::Device(gradient) => match sum {
+                Values::Device(sum) => sum.add(&gradient, self.is_narrow(name)),
+                _ => self.add(sums, name, gradient.to_host()),
+            },
             Values::Bf16(gradient) if self.is_narrow(name) => add_assign(bf16::of(sum), &gradient),
             Values::Bf16(gradient) => add_assign(f32::of(sum), &gradient),
             Values::F32(gradient) => add_assign(f32::of(sum), &gradient),
@@ -60,7 +64,7 @@ impl Summand for f32 {
         }
         match values {
             Values::F32(values) => values,
-            Values::Bf16(_) => unreachable!("just widened"),
+            _ => unreachable!("just widened"),
         }
     }
 
@@ -73,7 +77,7 @@ impl Summand for bf16 {
     fn of(values: &mut Values) -> &mut Vec<Self> {
         match values {
             Values::Bf16(values) => values,
-            Values::F32(_) => unreachable!("gradients of bfloat16 weights are bfloat16"),
+            _ => unreachable!("gradients of bfloat16 weights are bfloat16, and in main memory to be sent"),
         }
     }
 

@@ -33,6 +33,7 @@ pub(crate) fn first_non_finite(
         let broken = |name: &&String| match gradients.get(*name) {
             Some(Values::F32(values)) => !all_finite(values),
             Some(Values::Bf16(values)) => !all_finite(values),
+            Some(Values::Device(values)) => !values.all_finite(),
             None => false,
         };
         let found = first_of(mesh, &names, names.iter().find(broken))?;

@@ -6,8 +6,10 @@ use switchyard_config::RunPlan;
 use switchyard_config::parameters::parameters;
 use switchyard_config::partition::Part;
 use switchyard_config::plan::{OptimizerKind, OptimizerPlan};
-use switchyard_kernels::optimizer::{Adafactor, AdafactorState, Adamw, AdamwState, adafactor, adamw};
-use switchyard_kernels::{Element, Values, ValuesMut, bf16};
+use switchyard_kernels::optimizer::{
+    Adafactor, AdafactorState, Adamw, AdamwState, DeviceTensor, OptimizerRules, adafactor, adamw,
+};
+use switchyard_kernels::{DeviceOptimizer, Element, Values, ValuesMut, bf16};
 use switchyard_model::{SwitchTransformer, fresh_parameter};
 use switchyard_parallel::{Gradients, Owned, Unit};
 
@@ -21,6 +23,9 @@ pub(crate) struct Optimizer {
     masters: Owned,
     /// Updates done; steps that were skipped do not count.
     updates: u64,
+    /// Masters and moments on the device of the model, once it has updated there; then those here are as old
+    /// as the last [`settle`](Self::settle).
+    on_device: Option<DeviceOptimizer>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -61,7 +66,70 @@ impl Optimizer {
             masters: units.iter().filter_map(fresh).collect(),
             units: units.clone(),
             updates: 0,
+            on_device: None,
         }
+    }
+
+    /// The norm of gradients that are all on the device of `model`; `None` when they are in main memory.
+    pub(crate) fn norm_on_device(&mut self, model: &SwitchTransformer, gradients: &Gradients) -> Option<f64> {
+        if gradients.is_empty() || !gradients.values().all(|values| matches!(values, Values::Device(_))) {
+            return None;
+        }
+        if self.on_device.is_none() {
+            self.on_device = self.move_to_device(model);
+        }
+        self.on_device.as_mut().map(|optimizer| optimizer.gradient_norm(gradients))
+    }
+
+    /// Clips the gradients of the last [`norm_on_device`](Self::norm_on_device) to `max_norm`, if that is above
+    /// 0, and updates the model where it is. False when the state is in main memory.
+    pub(crate) fn step_on_device(&mut self, learning_rate: f64, max_norm: f64) -> bool {
+        let Some(optimizer) = &mut self.on_device else { return false };
+        optimizer.update(learning_rate, max_norm);
+        self.updates += 1;
+        true
+    }
+
+    fn move_to_device(&self, model: &SwitchTransformer) -> Option<DeviceOptimizer> {
+        let rules = Rules { plan: &self.plan, learning_rate: 0.0, gradient_scale: 1.0, update: 0 };
+        let tensors = model.device_parameters().into_iter().filter_map(|(name, parameter)| {
+            let (unit, state) = (self.units.get(&name)?, self.states.get(&name)?);
+            let master = self.masters.get(&name).map(Vec::as_slice);
+            let moments = match state {
+                State::Adamw(AdamwState { m, v }) => [Some(m.as_slice()), Some(v.as_slice())],
+                State::Adafactor(AdafactorState::Full(v)) => [Some(v.as_slice()), None],
+                State::Adafactor(AdafactorState::Factored { row, col }) => {
+                    [Some(row.as_slice()), Some(col.as_slice())]
+                }
+            };
+            Some(DeviceTensor { name, shape: unit.part.shape.clone(), parameter, master, moments })
+        });
+        DeviceOptimizer::new(rules.of(self.plan.kind), tensors.collect(), self.updates)
+    }
+
+    /// Brings masters and moments back from the device, if they are there, for whoever reads them here.
+    pub(crate) fn settle(&mut self) {
+        let Some(optimizer) = &self.on_device else { return };
+        let (masters, states) = (&mut self.masters, &mut self.states);
+        optimizer.read(|name, master, moments| {
+            if let (Some(values), Some(master)) = (master, masters.get_mut(name)) {
+                *master = values;
+            }
+            match (states.get_mut(name), moments) {
+                (Some(State::Adamw(state)), [Some(m), Some(v)]) => *state = AdamwState { m, v },
+                (Some(State::Adafactor(state)), [Some(row), Some(col)]) => {
+                    *state = AdafactorState::Factored { row, col };
+                }
+                (Some(State::Adafactor(state)), [Some(v), None]) => *state = AdafactorState::Full(v),
+                _ => {}
+            }
+        });
+    }
+
+    /// Lets go of what is on the device: parameters or state are about to be replaced here.
+    pub(crate) fn leave_device(&mut self) {
+        self.settle();
+        self.on_device = None;
     }
 
     /// Updates every owned matrix that has a gradient.
@@ -76,7 +144,7 @@ impl Optimizer {
         gradient_scale: f64,
     ) -> SwitchTransformer {
         self.updates += 1;
-        let Self { plan, units, states, masters, updates } = self;
+        let Self { plan, units, states, masters, updates, .. } = self;
         let rules = Rules { plan, learning_rate, gradient_scale: gradient_scale as f32, update: *updates };
         let elsewhere = masters.iter_mut().filter(|(name, _)| units[*name].in_held.is_none());
         for (name, values) in elsewhere {
@@ -139,6 +207,35 @@ struct Rules<'a> {
     update: u64,
 }
 
+impl Rules<'_> {
+    fn of(self, kind: OptimizerKind) -> OptimizerRules {
+        let Rules { plan, learning_rate, gradient_scale, update } = self;
+        let parameter_scale = plan.parameter_scale.then_some(plan.eps2);
+        match kind {
+            OptimizerKind::Adamw => OptimizerRules::Adamw(Adamw {
+                learning_rate,
+                gradient_scale,
+                beta1: plan.beta1,
+                beta2: plan.beta2,
+                eps: plan.eps,
+                weight_decay: plan.weight_decay,
+                parameter_scale,
+                update,
+            }),
+            OptimizerKind::Adafactor => OptimizerRules::Adafactor(Adafactor {
+                learning_rate,
+                gradient_scale,
+                decay_exponent: plan.decay_exponent,
+                eps: plan.eps,
+                update_clip: plan.update_clip,
+                weight_decay: plan.weight_decay,
+                parameter_scale,
+                update,
+            }),
+        }
+    }
+}
+
 impl State {
     fn new(kind: OptimizerKind, unit: &Unit) -> Self {
         match kind {
@@ -159,6 +256,7 @@ impl State {
         rounded: &mut [bf16],
     ) {
         match gradient {
+            Values::Device(gradient) => self.update(values, &gradient.to_host(), unit, rules, rounded),
             Values::F32(gradient) => self.update_by(values, gradient, unit, rules, rounded),
             Values::Bf16(gradient) => self.update_by(values, gradient, unit, rules, rounded),
         }
@@ -172,34 +270,14 @@ impl State {
         rules: Rules<'_>,
         rounded: &mut [bf16],
     ) {
-        let Rules { plan, learning_rate, gradient_scale, update } = rules;
-        match self {
-            Self::Adamw(state) => {
-                let rules = Adamw {
-                    learning_rate,
-                    gradient_scale,
-                    beta1: plan.beta1,
-                    beta2: plan.beta2,
-                    eps: plan.eps,
-                    weight_decay: plan.weight_decay,
-                    parameter_scale: plan.parameter_scale.then_some(plan.eps2),
-                    update,
-                };
+        match (self, rules.of(rules.plan.kind)) {
+            (Self::Adamw(state), OptimizerRules::Adamw(rules)) => {
                 adamw(values, gradient, state, unit.matrix_len(), rules, rounded);
             }
-            Self::Adafactor(state) => {
-                let rules = Adafactor {
-                    learning_rate,
-                    gradient_scale,
-                    decay_exponent: plan.decay_exponent,
-                    eps: plan.eps,
-                    update_clip: plan.update_clip,
-                    weight_decay: plan.weight_decay,
-                    parameter_scale: plan.parameter_scale.then_some(plan.eps2),
-                    update,
-                };
+            (Self::Adafactor(state), OptimizerRules::Adafactor(rules)) => {
                 adafactor(values, gradient, &unit.part.shape, state, rules, rounded);
             }
+            _ => unreachable!("states are made for the plan's optimizer"),
         }
     }
 

@@ -50,6 +50,7 @@ pub(crate) fn load_parts(
         })
     })?;
     let optimizer = learner.optimizer_mut();
+    optimizer.leave_device();
     optimizer.set_updates(updates);
     let units = optimizer.units().clone();
     for (name, values) in optimizer.masters_mut() {
@@ -95,6 +96,7 @@ impl Snapshot {
             part: unit.part.clone(),
             values,
         };
+        learner.optimizer_mut().settle();
         let (units, masters) = (learner.optimizer().units(), learner.optimizer().masters());
         let beside = masters.iter().map(|(name, values)| part_of(name, &units[name], copy_of(values)));
         let mut parameters: Vec<TensorPart> = beside.collect();

@@ -97,6 +97,7 @@ impl Learner {
     ///
     /// Weights in bfloat16 come back from their masters at the next update.
     pub fn model_mut(&mut self) -> &mut SwitchTransformer {
+        self.optimizer.leave_device();
         self.model.as_mut().expect("every method that takes the model puts it back")
     }
 
@@ -105,6 +106,7 @@ impl Learner {
         &mut self,
         change: impl FnOnce(SwitchTransformer) -> Result<SwitchTransformer, E>,
     ) -> Result<(), E> {
+        self.optimizer.leave_device();
         let model = self.model.take().expect("every method that takes the model puts it back");
         self.model = Some(change(model)?);
         Ok(())
@@ -112,6 +114,7 @@ impl Learner {
 
     /// What this rank owns of one moment of the optimizer, such as `lm_head/v`.
     pub fn moment(&mut self, name: &str) -> Option<&[f32]> {
+        self.optimizer.settle();
         self.optimizer.moment(name)
     }
 
@@ -164,10 +167,15 @@ impl Learner {
             self.exchange.reduce(local, 1, &mut gradients)?;
         }
         let MicroLoss { loss, total_loss } = gathered(&self.mesh, &losses, &mut moe)?;
+        let model = self.model.as_ref().expect("every method that takes the model puts it back");
+        let grad_norm = match self.optimizer.norm_on_device(model, &gradients) {
+            Some(norm) => norm,
+            None => self.exchange.sum_of_squares(&gradients)?.sqrt(),
+        };
         let mut outcome = StepOutcome {
             loss,
             total_loss,
-            grad_norm: self.exchange.sum_of_squares(&gradients)?.sqrt(),
+            grad_norm,
             learning_rate: plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1),
             skipped: None,
             tokens,
@@ -222,6 +230,9 @@ impl Learner {
         outcome: &StepOutcome,
     ) -> Result<(), TrainError> {
         let clip = plan.optimizer.clip_norm;
+        if self.optimizer.step_on_device(outcome.learning_rate, clip) {
+            return Ok(());
+        }
         let scale = if clip > 0.0 { (clip / outcome.grad_norm.max(f64::MIN_POSITIVE)).min(1.0) } else { 1.0 };
         let model = self.model.take().expect("every method that takes the model puts it back");
         let model = self.optimizer.step(model, gradients, outcome.learning_rate, scale);

@@ -51,6 +51,7 @@ fn steps(root: &Path) -> anyhow::Result<Vec<Step>> {
         step("generated pages", "cargo xtask docs --check"),
         step("tests", test_command(&readme)?),
         step("long tests", "cargo xtask test -- fifty_kills -- --ignored"),
+        step("tests on LibTorch", "cargo xtask test --libtorch"),
         step("clippy", "cargo clippy --release --all-targets -- -D warnings"),
         step(
             "clippy with MPI",

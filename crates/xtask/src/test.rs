@@ -1,5 +1,6 @@
 //! Every test of the repository, those under mpirun included.
 
+use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -20,6 +21,10 @@ pub(crate) struct Options {
     /// Leave out MPI: nothing but Rust and a C++ compiler is needed then.
     #[arg(long)]
     without_mpi: bool,
+    /// Test the operations, the model and training on LibTorch's CPU device instead, and that all CUDA sources
+    /// compile; LibTorch is installed into target/libtorch unless LIBTORCH names one.
+    #[arg(long, conflicts_with = "without_mpi")]
+    libtorch: bool,
     /// Arguments for `cargo test`, such as the name of a test.
     #[arg(last = true)]
     arguments: Vec<String>,
@@ -27,6 +32,9 @@ pub(crate) struct Options {
 
 /// Runs the tests; installs what MPI needs where that is allowed.
 pub(crate) fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
+    if options.libtorch {
+        return with_libtorch(root, &options.arguments);
+    }
     let mut command = Command::new("cargo");
     command.args(["test", "--release"]).current_dir(root);
     if !options.without_mpi {
@@ -36,6 +44,36 @@ pub(crate) fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
     let status = command.args(&options.arguments).status().context("cannot start cargo")?;
     ensure!(status.success(), "some tests failed");
     Ok(())
+}
+
+/// The tests that have a device to choose, on LibTorch's CPU device, and those of the CUDA sources.
+fn with_libtorch(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
+    let home = libtorch(root)?;
+    let libraries = env::join_paths([home.join("lib"), home.join("../nvidia/cu13/lib")])?;
+    let test = |packages: &[&str], arguments: &[&str], more: &[String]| {
+        let mut command = Command::new("cargo");
+        command.args(["test", "--release"]).args(packages).args(arguments).args(more).current_dir(root);
+        command.env("LIBTORCH", &home).env("LD_LIBRARY_PATH", &libraries);
+        let status =
+            command.env("SWITCHYARD_TEST_DEVICE", "libtorch").status().context("cannot start cargo")?;
+        ensure!(status.success(), "some tests failed");
+        Ok(())
+    };
+    test(&["-p", "switchyard-cuda"], &["--test", "compile", "--", "--ignored"], &[])?;
+    let packages = ["-p", "switchyard-kernels", "-p", "switchyard-model", "-p", "switchyard-train"];
+    test(&packages, &["--features", "switchyard-kernels/libtorch"], arguments)
+}
+
+/// The LibTorch that LIBTORCH names, else one that launch/install-libtorch.sh installs.
+fn libtorch(root: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(home) = env::var_os("LIBTORCH") {
+        return Ok(home.into());
+    }
+    let script = root.join("launch/install-libtorch.sh");
+    let installed = Command::new(&script).stderr(Stdio::inherit()).output();
+    let installed = installed.with_context(|| format!("cannot start {}", script.display()))?;
+    ensure!(installed.status.success(), "{} failed", script.display());
+    Ok(root.join("target/libtorch/torch"))
 }
 
 /// Makes sure that Open MPI and libclang are there.

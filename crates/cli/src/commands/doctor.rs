@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use switchyard_comm::{Choice, Communicator, ReduceOp};
-use switchyard_kernels::CpuPath;
+use switchyard_kernels::{CpuPath, devices};
 use switchyard_parallel::gather_text;
 
 use super::output;
@@ -45,7 +45,10 @@ fn examine(job: &Job) -> anyhow::Result<Value> {
     let ranks: Vec<Value> = ranks.iter().map(|text| serde_json::from_str(text)).collect::<Result<_, _>>()?;
     Ok(json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "devices": ["cpu"],
+        "devices": devices().into_iter().map(|(name, found)| match found {
+            Ok(what) => json!({"name": name, "what": what}),
+            Err(error) => json!({"name": name, "unusable": error.to_string()}),
+        }).collect::<Vec<_>>(),
         "vector_instructions": vector_instructions(),
         "matrix_products": CpuPath::best().name(),
         "mpi": cfg!(feature = "mpi"),
@@ -88,7 +91,13 @@ fn show(found: &Value) -> anyhow::Result<()> {
     let row = |name: &str, text: String| output::line(format!("{name:<12} {text}"));
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     row("version", text(&found["version"]))?;
-    row("devices", "cpu; others are not in this build".to_owned())?;
+    for device in found["devices"].as_array().map_or(&[][..], Vec::as_slice) {
+        let what = match device["what"].as_str() {
+            Some(what) => what.to_owned(),
+            None => format!("not usable: {}", text(&device["unusable"])),
+        };
+        row("device", format!("{}: {what}", text(&device["name"])))?;
+    }
     row("vectors", text(&found["vector_instructions"]))?;
     row("products", text(&found["matrix_products"]))?;
     let ranks = found["ranks"].as_array().map_or(&[][..], Vec::as_slice);

@@ -2,8 +2,10 @@
 
 mod adafactor;
 mod adamw;
+mod device;
 mod parallel;
 
 pub use adafactor::{Adafactor, AdafactorState, adafactor};
 pub use adamw::{Adamw, AdamwState, adamw};
+pub use device::{DeviceTensor, OptimizerRules};
 pub use parallel::{add_assign, root_mean_square, sum_of_squares};

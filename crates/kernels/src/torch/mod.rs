@@ -18,6 +18,7 @@ mod norm;
 mod operations;
 mod projection;
 mod route;
+pub(crate) mod update;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{DispatchDevice, LibTorch};
@@ -58,7 +59,10 @@ pub(crate) fn floats<const D: usize>(tensor: Tensor<D>) -> TchTensor {
 }
 
 /// Calls `update` with a copy of the values in main memory, which then replace those on the device.
-pub(crate) fn update<const D: usize>(tensor: Tensor<D>, update: impl FnOnce(ValuesMut<'_>)) -> Tensor<D> {
+pub(crate) fn update_in_place<const D: usize>(
+    tensor: Tensor<D>,
+    update: impl FnOnce(ValuesMut<'_>),
+) -> Tensor<D> {
     const FORMATS: &str = "weights are float32 or bfloat16";
     let (shape, device) = (tensor.dims(), tensor.device().inner());
     let data = tensor.inner().into_data();

@@ -1,6 +1,7 @@
 //! Decoding token by token with cached keys and values equals decoding all at once.
 
-use burn::tensor::{Device, Tensor};
+use crate::test_device;
+use burn::tensor::Tensor;
 use switchyard_config::plan::{RouterKind, RoutingConfig};
 use switchyard_config::{Activation, ModelConfig};
 use switchyard_kernels::int_tensor;
@@ -37,7 +38,7 @@ fn all_at_once(model: &SwitchTransformer, batch: &Seq2SeqBatch, context: &Forwar
 fn assert_cache_changes_nothing(config: &ModelConfig, routing: &RoutingConfig) {
     // More than the first room for keys and the first bias.
     const LENGTH: usize = 70;
-    let device = Device::flex();
+    let device = test_device();
     let model = SwitchTransformer::new(config, 11, &device);
     let context = unlimited(config, routing);
     let labels = random_ids(ROWS * LENGTH, config.vocab_size, 6);
@@ -82,7 +83,7 @@ fn cached_steps_equal_the_whole_sequence() {
 #[test]
 fn greedy_takes_the_likeliest_id_of_the_whole_prefix() {
     const STEPS: usize = 8;
-    let device = Device::flex();
+    let device = test_device();
     let (config, routing) = (small_model(), paper_routing());
     let context = unlimited(&config, &routing);
     for seed in 0..4 {
@@ -112,7 +113,7 @@ fn greedy_takes_the_likeliest_id_of_the_whole_prefix() {
 
 #[test]
 fn greedy_stops_when_told() {
-    let device = Device::flex();
+    let device = test_device();
     let (config, routing) = (small_model(), paper_routing());
     let model = SwitchTransformer::new(&config, 1, &device);
     let batch = Seq2SeqBatch::from_ids(ROWS, inputs(40), vec![0; ROWS], vec![2; ROWS], 0, &device);

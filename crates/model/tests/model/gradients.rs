@@ -1,8 +1,9 @@
 //! Gradients and losses of the whole model.
 
+use crate::test_device;
 use std::collections::BTreeMap;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use switchyard_config::plan::{PrecisionMode, RouterKind, RoutingConfig, RoutingSemantics};
 use switchyard_config::{MeshShape, ModelConfig};
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
@@ -27,7 +28,7 @@ pub(super) fn gradients(model: &SwitchTransformer, loss: &Tensor<1>) -> BTreeMap
 
 #[test]
 fn an_expert_without_tokens_gets_a_zero_gradient() {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let config = ModelConfig { num_experts: 16, ..small_model() };
     let routing = paper_routing();
     for router in [RouterKind::Top1, RouterKind::Top2] {
@@ -55,7 +56,7 @@ fn an_expert_without_tokens_gets_a_zero_gradient() {
 
 #[test]
 fn gradients_equal_finite_differences() {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     for gated in [false, true] {
         let config = ModelConfig { gated, router_bias: true, tie_word_embeddings: !gated, ..small_model() };
         let routing = RoutingConfig { router: RouterKind::Top2, ..paper_routing() };
@@ -87,7 +88,7 @@ fn gradients_equal_finite_differences() {
 /// A model with everything that draws noise or is in doubt, in some precision.
 fn eventful(precision: PrecisionMode) -> (ModelConfig, SwitchTransformer) {
     let config = ModelConfig { router_bias: true, tie_word_embeddings: true, ..small_model() };
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let at = MeshShape::SOLO.coordinates(0);
     let model = SwitchTransformer::part(&config, 5, &device, MeshShape::SOLO, at, precision);
     (config, model)
@@ -148,7 +149,7 @@ fn selective_gradients_point_where_float32_ones_do() {
 
 #[test]
 fn padding_columns_change_nothing() {
-    let device = Device::flex();
+    let device = test_device();
     let (config, routing) = (small_model(), paper_routing());
     let context =
         ForwardContext { capacity: Capacity::Unlimited, ..ForwardContext::evaluation(&config, &routing) };
@@ -174,7 +175,7 @@ fn padding_columns_change_nothing() {
 
 #[test]
 fn only_the_router_sees_jitter() {
-    let device = Device::flex();
+    let device = test_device();
     let routing = paper_routing();
     let batch = random_batch(2, 6, 5, 40);
     let loss_sum = |config: &ModelConfig, jitter: f64| {
@@ -191,7 +192,7 @@ fn only_the_router_sees_jitter() {
 
 #[test]
 fn dropped_tokens_leave_a_sparse_layer_as_zeros() {
-    let device = Device::flex();
+    let device = test_device();
     let config = small_model();
     // All four experts together hold half of the tokens.
     let routing = RoutingConfig { eval_capacity_factor: 0.5, min_expert_capacity: 1, ..paper_routing() };

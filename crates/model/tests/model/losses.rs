@@ -1,6 +1,7 @@
 //! Router losses of hand-made layers, under both semantics.
 
-use burn::tensor::{Device, Tensor};
+use crate::test_device;
+use burn::tensor::Tensor;
 use switchyard_config::plan::{RouterKind, RoutingConfig, RoutingSemantics};
 use switchyard_kernels::{RouteOptions, int_tensor, route_top1};
 use switchyard_model::moe::{RouterOutput, router_losses};
@@ -9,7 +10,7 @@ use super::{paper_routing, scalar};
 
 /// Routes two experts by the log-odds of expert 0, one number a token.
 fn layer(layer: usize, log_odds: &[f32], groups: usize, mask: Option<Vec<i32>>) -> RouterOutput {
-    let device = Device::flex();
+    let device = test_device();
     let n = log_odds.len();
     let logits: Vec<f32> = log_odds.iter().flat_map(|&l| [l, 0.0]).collect();
     let logits_ne = Tensor::<1>::from_data(logits.as_slice(), &device).reshape([n, 2]);

@@ -7,6 +7,12 @@ use switchyard_kernels::with_values;
 use switchyard_model::Seq2SeqBatch;
 use switchyard_random::Philox;
 
+/// Where these tests compute: what `SWITCHYARD_TEST_DEVICE` names, else the CPU.
+fn test_device() -> Device {
+    let name = std::env::var("SWITCHYARD_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    switchyard_kernels::device(&name).unwrap_or_else(|error| panic!("SWITCHYARD_TEST_DEVICE: {error}"))
+}
+
 mod decoding;
 mod gradients;
 mod losses;
@@ -70,7 +76,7 @@ fn random_ids(count: usize, vocab_size: usize, seed: u64) -> Vec<i32> {
 fn random_batch(rows: usize, inputs: usize, targets: usize, vocab_size: usize) -> Seq2SeqBatch {
     let ids = random_ids(rows * inputs, vocab_size, 1);
     let labels = random_ids(rows * targets, vocab_size, 2);
-    Seq2SeqBatch::from_ids(rows, ids, shift_right(&labels, targets), labels, 0, &Device::flex())
+    Seq2SeqBatch::from_ids(rows, ids, shift_right(&labels, targets), labels, 0, &test_device())
 }
 
 fn shift_right(labels: &[i32], length: usize) -> Vec<i32> {

@@ -1,12 +1,13 @@
 //! Router metrics on examples small enough to count by hand.
 
-use burn::tensor::{Device, Tensor};
+use crate::test_device;
+use burn::tensor::Tensor;
 use switchyard_kernels::{RouteOptions, int_tensor, route_top1};
 use switchyard_model::moe::{LayerMetrics, RouterOutput};
 
 /// Tokens 0 to 2 prefer expert 0, token 3 expert 2; token 4 is padding. Capacity 2.
 fn example() -> LayerMetrics {
-    let device = Device::flex();
+    let device = test_device();
     let logits_ne = Tensor::<2>::from_data(
         [[2.0, 0.0, 0.0], [1.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 9.0, 0.0]],
         &device,

@@ -1,9 +1,10 @@
 //! The modules hold exactly the parameters of the table, counted without drawing a value.
 
+use crate::test_device;
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use switchyard_config::parameters::parameters;
 use switchyard_config::partition::held_part;
 use switchyard_config::plan::PrecisionMode;
@@ -36,7 +37,7 @@ impl ModuleVisitor for Shapes {
 
 fn assert_equals_table(config: &ModelConfig, name: &str) {
     let mut shapes = Shapes::default();
-    SwitchTransformer::new(config, 0, &Device::flex()).visit(&mut shapes);
+    SwitchTransformer::new(config, 0, &test_device()).visit(&mut shapes);
     let table: BTreeMap<_, _> = parameters(config).into_iter().map(|spec| (spec.name, spec.shape)).collect();
     assert_eq!(shapes.found, table, "{name}");
     let count: u64 =
@@ -56,7 +57,7 @@ fn the_modules_of_every_preset_hold_the_parameters_of_the_table() {
 
 #[test]
 fn the_model_of_a_rank_is_its_part_of_the_whole_model() {
-    let device = Device::flex();
+    let device = test_device();
     let sparse = ModelConfig { num_heads: 4, init: Initialization::Paper, ..small_model() };
     let gated = ModelConfig { gated: true, tie_word_embeddings: false, router_bias: true, ..sparse.clone() };
     for config in [sparse, gated] {
@@ -86,7 +87,7 @@ fn the_model_of_a_rank_is_its_part_of_the_whole_model() {
 fn known_counts() {
     let count = |name: &str| {
         let config = preset(name).unwrap();
-        SwitchTransformer::new(&config, 0, &Device::flex()).num_params()
+        SwitchTransformer::new(&config, 0, &test_device()).num_params()
     };
     assert_eq!(count("t5-small"), 60_506_624);
     assert_eq!(count("mt5-small"), 300_176_768);
@@ -114,7 +115,7 @@ fn structure_switches_add_and_remove_parameters() {
 
 #[test]
 fn parameters_are_replaced_by_name() {
-    let mut model = SwitchTransformer::new(&small_model(), 3, &Device::flex());
+    let mut model = SwitchTransformer::new(&small_model(), 3, &test_device());
     let name = "encoder.block.1.moe.router";
     let values: Vec<f32> = (0..64).map(|i| i as f32).collect();
     model.set_parameter(name, values.clone()).unwrap();
@@ -133,7 +134,7 @@ fn parameters_are_replaced_by_name() {
 
 #[test]
 fn fresh_values_follow_seed_and_name_only() {
-    let draw = |seed, config: &ModelConfig| SwitchTransformer::new(config, seed, &Device::flex());
+    let draw = |seed, config: &ModelConfig| SwitchTransformer::new(config, seed, &test_device());
     let deeper = ModelConfig { num_layers: 4, ..small_model() };
     let name = "encoder.block.1.moe.experts.wi";
     let first = draw(3, &small_model()).parameter(name).unwrap();

@@ -1,9 +1,10 @@
 //! What the seams promise to devices that hold a part, and what routing asks of its callers.
 
+use crate::test_device;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingConfig;
 use switchyard_kernels::{Columns, DispatchPlan, TokenNoise, VocabularyShard, int_tensor};
@@ -54,7 +55,7 @@ impl TensorParallel for Part {
 
 #[test]
 fn embeddings_of_a_split_vocabulary_add_up() {
-    let device = Device::flex();
+    let device = test_device();
     let (config, routing) = (small_model(), paper_routing());
     let context = ForwardContext::evaluation(&config, &routing);
     let whole = SwitchTransformer::new(&config, 3, &device);
@@ -73,7 +74,7 @@ fn embeddings_of_a_split_vocabulary_add_up() {
 
 #[test]
 fn gates_cross_the_border_before_they_meet_the_experts() {
-    let device = Device::flex();
+    let device = test_device();
     let (config, routing) = (small_model(), paper_routing());
     let context = ForwardContext::evaluation(&config, &routing);
     let model = SwitchTransformer::new(&config, 3, &device);
@@ -95,7 +96,7 @@ fn gates_cross_the_border_before_they_meet_the_experts() {
 
 fn encode_three_rows_in_groups_of_two(capacity: Capacity) -> usize {
     let (config, routing) = (small_model(), RoutingConfig { group_rows: 2, ..paper_routing() });
-    let model = SwitchTransformer::new(&config, 3, &Device::flex());
+    let model = SwitchTransformer::new(&config, 3, &test_device());
     let context = ForwardContext { capacity, ..ForwardContext::evaluation(&config, &routing) };
     let batch = random_batch(3, 8, 4, 40);
     model.encode(batch.input_ids, batch.input_mask, &context).routers.len()
@@ -148,7 +149,7 @@ impl TokenDispatcher for Beside {
 /// Each row's ids and the number of steps that `greedy` reported, when told to stop at `stop_after`.
 fn decode(dispatcher: &dyn TokenDispatcher, stop_after: usize, limit: usize) -> (Vec<Vec<i32>>, usize) {
     let (config, routing) = (small_model(), paper_routing());
-    let model = SwitchTransformer::new(&config, 3, &Device::flex());
+    let model = SwitchTransformer::new(&config, 3, &test_device());
     let capacity = Capacity::Unlimited;
     let context = ForwardContext { capacity, dispatcher, ..ForwardContext::evaluation(&config, &routing) };
     let batch = random_batch(2, 8, 4, 40);

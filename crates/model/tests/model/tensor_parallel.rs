@@ -1,5 +1,6 @@
 //! Two tensor-parallel ranks, as threads, compute what one rank computes.
 
+use crate::test_device;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Barrier, Mutex};
@@ -170,7 +171,7 @@ fn loss_and_gradients(
 }
 
 fn assert_split_changes_nothing(config: &ModelConfig, routing: &RoutingConfig) {
-    let device = Device::flex().autodiff();
+    let device = test_device().autodiff();
     let batch = random_batch(3, 7, 5, config.vocab_size);
     let whole = SwitchTransformer::new(config, 6, &device);
     let (loss, whole) = loss_and_gradients(&whole, &batch, &noisy(config, routing, &WholeTensors));
@@ -231,7 +232,7 @@ fn split_dense_models_have_the_loss_and_the_gradients_of_the_whole() {
 
 #[test]
 fn ranks_that_split_a_model_decode_what_the_whole_decodes() {
-    let device = Device::flex();
+    let device = test_device();
     let (config, routing) = (ModelConfig { num_heads: 4, ..small_model() }, paper_routing());
     let batch = random_batch(3, 7, 1, config.vocab_size);
     let decode = |model: &SwitchTransformer, parallel: &dyn TensorParallel| {

@@ -10,6 +10,12 @@ use switchyard_parallel::Mesh;
 use switchyard_random::Philox;
 use switchyard_train::{Learner, StepOutcome};
 
+/// Where these tests compute: what `SWITCHYARD_TEST_DEVICE` names, else the CPU.
+fn test_device() -> Device {
+    let name = std::env::var("SWITCHYARD_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    switchyard_kernels::device(&name).unwrap_or_else(|error| panic!("SWITCHYARD_TEST_DEVICE: {error}"))
+}
+
 mod fixture;
 mod golden;
 mod hf_names;
@@ -73,7 +79,7 @@ fn batch(plan: &RunPlan, seed: u64) -> HostBatch {
 
 /// A learner that is alone.
 fn solo(plan: &RunPlan) -> Learner {
-    Learner::new(plan, &Device::flex().autodiff(), Arc::new(Mesh::solo()))
+    Learner::new(plan, &test_device().autodiff(), Arc::new(Mesh::solo()))
 }
 
 /// One step of a learner that is alone.

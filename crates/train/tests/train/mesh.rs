@@ -1,10 +1,10 @@
 //! The same maths on any mesh: whole steps on rank threads against one rank with as many groups.
 
+use crate::test_device;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use burn::tensor::Device;
 use switchyard_comm::threads;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::{Part, held_part, owners};
@@ -102,7 +102,7 @@ fn joined<'a>(spec: &ParameterSpec, parts: impl Iterator<Item = &'a (Part, Vec<f
 fn train_rank(plan: &RunPlan, mesh: Arc<Mesh>, steps: u64) -> RankTrained {
     let (shape, at) = (mesh.shape(), mesh.at());
     let specs = parameters(&plan.model);
-    let mut learner = Learner::new(plan, &Device::flex().autodiff(), Arc::clone(&mesh));
+    let mut learner = Learner::new(plan, &test_device().autodiff(), Arc::clone(&mesh));
     let share = Share { index: at.data, of: shape.data, micro_batch_rows: plan.data.micro_batch_rows };
     let mut outcomes = Vec::new();
     let mut moments = Vec::new();
@@ -186,7 +186,7 @@ fn the_last_bit_of_weights_moves_gradients_as_far_as_split_tensors_do() {
     let specs = parameters(&plan.model);
     let world = threads(1, Duration::from_secs(60)).remove(0);
     let mesh = Arc::new(Mesh::new(world, MeshShape::SOLO, false).unwrap());
-    let mut learner = Learner::new(&plan, &Device::flex().autodiff(), Arc::clone(&mesh));
+    let mut learner = Learner::new(&plan, &test_device().autodiff(), Arc::clone(&mesh));
     let every_other = |values: ValuesMut<'_>| {
         let ValuesMut::F32(values) = values else { panic!("float32 weights") };
         values.iter_mut().step_by(2).for_each(|v| *v = v.next_up());
@@ -327,7 +327,7 @@ fn a_step_that_is_not_finite_is_skipped_on_all_ranks_alike() {
         let plan = plan.clone();
         thread::spawn(move || {
             let mesh = Arc::new(Mesh::new(world, shape, false).unwrap());
-            let mut learner = Learner::new(&plan, &Device::flex().autodiff(), Arc::clone(&mesh));
+            let mut learner = Learner::new(&plan, &test_device().autodiff(), Arc::clone(&mesh));
             let share = Share { index: mesh.at().data, of: 2, micro_batch_rows: 2 };
             let micro_batches = batch(&plan, 0).micro_batches(share);
             if mesh.world().rank() == 3 {

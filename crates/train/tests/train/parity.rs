@@ -1,8 +1,9 @@
 //! What transformers computed, beside what this program computes with the same weights.
 
+use crate::test_device;
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use switchyard_checkpoint::TensorSource;
 use switchyard_config::plan::{OptimizerKind, OptimizerPlan};
 use switchyard_config::{RunPlan, StackKind};
@@ -32,7 +33,7 @@ const COMPARED_BELOW: [&str; 4] = ["grad.", "grad_ce.", "paper_grad.", "train_"]
 fn assert_verified(fixture: &Fixture, not_compared: &[&str]) {
     let (config, routing) = (fixture.directory.model(), fixture.directory.routing());
     let tolerances = Tolerances { absolute: fixture.suggested("hidden"), loss: fixture.suggested("loss") };
-    let model = fixture.model(&Device::flex());
+    let model = fixture.model(&test_device());
     let result = verify(&model, config, routing, &fixture.arrays, tolerances).unwrap();
     let mut worst = BTreeMap::from([("ids", 0.0_f64), ("arrays", 0.0), ("logits", 0.0), ("losses", 0.0)]);
     for array in &result.compared {
@@ -59,9 +60,9 @@ fn assert_verified(fixture: &Fixture, not_compared: &[&str]) {
 
 /// Gradients of `loss`, by logical name.
 fn gradients(fixture: &Fixture, loss: impl Fn(&LossOutput) -> Tensor<1>) -> BTreeMap<String, Vec<f32>> {
-    let model = fixture.model(&Device::flex().autodiff());
+    let model = fixture.model(&test_device().autodiff());
     let (config, routing) = (fixture.directory.model(), fixture.directory.routing());
-    let batch = fixture_batch(&fixture.arrays, config, &Device::flex()).unwrap();
+    let batch = fixture_batch(&fixture.arrays, config, &test_device()).unwrap();
     let output = model.loss(&batch, 0.0, &ForwardContext::evaluation(config, routing));
     let targets: f32 = batch.weights.iter().sum();
     let total = output.cross_entropy.loss_sum.clone() / f64::from(targets) + loss(&output);
@@ -151,7 +152,7 @@ fn assert_all_gradients(fixture: &Fixture) {
     });
     let met = assert_gradients(fixture, "grad.", &total);
     let config = fixture.directory.model();
-    let mut names = fixture.model(&Device::flex()).parameter_names().into_iter().collect::<BTreeSet<_>>();
+    let mut names = fixture.model(&test_device()).parameter_names().into_iter().collect::<BTreeSet<_>>();
     assert_eq!(total.keys().cloned().collect::<BTreeSet<_>>(), names, "every parameter has a gradient");
     for hf in fixture.expected["params_without_grad"].as_array().unwrap() {
         let place = Place::of(hf.as_str().unwrap(), config);

@@ -1,6 +1,6 @@
 //! What `verify` refuses, and what it does not let pass.
 
-use burn::tensor::Device;
+use crate::test_device;
 use switchyard_config::plan::{RouterKind, RoutingSemantics};
 use switchyard_model::SwitchTransformer;
 use switchyard_train::verify::{Array, Arrays, Comparison, FixtureError, Tolerances, verify};
@@ -10,7 +10,7 @@ use super::fixture::Fixture;
 /// A model with 96 ids and its fixture: 3 rows, 16 inputs, 10 targets, 12 greedy steps.
 fn switch() -> (Fixture, SwitchTransformer) {
     let fixture = Fixture::open("switch_step2_drop");
-    let model = fixture.model(&Device::flex());
+    let model = fixture.model(&test_device());
     (fixture, model)
 }
 
@@ -40,7 +40,7 @@ fn a_wrong_weight_or_id_does_not_pass() {
     assert!(names.iter().any(|name| name == "logits"), "{names:?}");
     assert!(!names.iter().any(|name| name.starts_with("encoder")), "{names:?}");
 
-    let model = fixture.model(&Device::flex());
+    let model = fixture.model(&test_device());
     let mut changed = fixture.arrays.clone();
     changed.get_mut("greedy_ids").unwrap().values[3] += 1.0;
     assert_eq!(failed(&fixture, &model, &changed), ["greedy_ids"]);

@@ -1,0 +1,28 @@
+//! What an optimizer on a device is made of.
+
+use super::{Adafactor, Adamw};
+use crate::DeviceValues;
+
+/// Which optimizer; what changes from step to step in its constants does not count here.
+#[derive(Debug, Clone, Copy)]
+pub enum OptimizerRules {
+    /// Adafactor.
+    Adafactor(Adafactor),
+    /// AdamW.
+    Adamw(Adamw),
+}
+
+/// A parameter on a device, and its state in main memory.
+#[derive(Debug)]
+pub struct DeviceTensor<'a> {
+    /// Its name.
+    pub name: String,
+    /// The last two dims are a matrix, the others a stack of those; one dim is a vector.
+    pub shape: Vec<usize>,
+    /// What the model computes with; updates write into it.
+    pub parameter: DeviceValues,
+    /// Float32 values of a parameter that is held in bfloat16.
+    pub master: Option<&'a [f32]>,
+    /// AdamW: first and second moments. Adafactor: row and column means, or the second moments of a vector.
+    pub moments: [Option<&'a [f32]>; 2],
+}

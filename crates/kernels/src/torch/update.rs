@@ -1,0 +1,278 @@
+//! Gradients that stay on a GPU, and the optimizer that meets them there.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use burn_tch::TchTensor;
+use switchyard_cuda::{
+    Address, Format, UpdateControl, UpdateMemory, UpdatePlan, UpdateRules, UpdatedTensor, gradient_squares,
+    parameter_squares, prepare_update, update,
+};
+use tch::{Device, Kind, no_grad};
+
+use crate::host::Values;
+use crate::optimizer::{DeviceTensor, OptimizerRules};
+use crate::torch::gpu::{at, format, queue, started};
+use crate::torch::{floats, is_here};
+
+/// Values on a GPU; a clone is the same memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceValues(TchTensor);
+
+impl DeviceValues {
+    /// The values of `tensor`, if they are on a GPU; not a copy unless they are strided.
+    pub fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        if !is_here(&tensor.device()) {
+            return None;
+        }
+        let tensor = floats(tensor.clone());
+        tensor.tensor.device().is_cuda().then(|| Self(super::contiguous(&tensor)))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.tensor.numel()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A copy in main memory.
+    pub fn to_host(&self) -> Values {
+        let flat = TchTensor::new(self.0.tensor.view([-1]).to(Device::Cpu));
+        const FORMATS: &str = "weights and their gradients are float32 or bfloat16";
+        match self.0.tensor.kind() {
+            Kind::BFloat16 => Values::Bf16(Vec::try_from(&flat).expect(FORMATS)),
+            _ => Values::F32(Vec::try_from(&flat).expect(FORMATS)),
+        }
+    }
+
+    /// Adds values; the sum becomes float32 unless it is to stay `narrow`.
+    pub fn add(&mut self, other: &Self, narrow: bool) {
+        let other = other.0.tensor.view_as(&self.0.tensor);
+        let sum = if narrow || self.0.tensor.kind() == Kind::Float {
+            self.0.tensor.g_add(&other).to_kind(self.0.tensor.kind())
+        } else {
+            self.0.tensor.to_kind(Kind::Float).g_add(&other)
+        };
+        self.0 = TchTensor::new(sum);
+    }
+
+    /// Whether all are finite; waits for the device.
+    pub fn all_finite(&self) -> bool {
+        self.0.tensor.isfinite().all().int64_value(&[]) != 0
+    }
+
+    /// The sum of squares of each run of `len` values; waits for the device.
+    pub fn squares(&self, len: usize) -> Vec<f64> {
+        let rows = self.0.tensor.view([-1, len as i64]).to_kind(Kind::Float);
+        let sums = rows.square().sum_dim_intlist([1_i64].as_slice(), false, Kind::Double);
+        Vec::try_from(sums.to(Device::Cpu)).expect("a flat float64 tensor")
+    }
+}
+
+/// A parameter on the device with all that belongs to it.
+#[derive(Debug)]
+struct Kept {
+    shape: Vec<usize>,
+    /// What the model computes with.
+    parameter: TchTensor,
+    /// Float32 values of a parameter that is held in bfloat16.
+    master: Option<tch::Tensor>,
+    moments: [Option<tch::Tensor>; 2],
+}
+
+/// Masters and moments on a GPU, and updates of all parameters there.
+#[derive(Debug)]
+pub struct DeviceOptimizer {
+    rules: UpdateRules,
+    kept: BTreeMap<String, Kept>,
+    control: tch::Tensor,
+    planned: Option<Planned>,
+}
+
+// SAFETY: tensors are handles whose counts are atomic; whoever has the optimizer is the only one to use
+// those that belong to it, and parameters are written in the order of the stream.
+unsafe impl Send for DeviceOptimizer {}
+// SAFETY: as above; shared references only read.
+unsafe impl Sync for DeviceOptimizer {}
+
+/// The plan for one set of gradients.
+#[derive(Debug)]
+struct Planned {
+    /// Names and formats of the gradients.
+    gradients: Vec<(String, Format)>,
+    plan: UpdatePlan,
+    /// The part of the table that says where gradients are.
+    described: Vec<u32>,
+    table: tch::Tensor,
+    workspace: tch::Tensor,
+}
+
+impl DeviceOptimizer {
+    /// For parameters on a GPU, with the state that they have in main memory; `None` when they are elsewhere.
+    ///
+    /// Of `rules` what changes from step to step does not count.
+    pub fn new(rules: OptimizerRules, tensors: Vec<DeviceTensor<'_>>, updates: u64) -> Option<Self> {
+        let device = tensors.first()?.parameter.0.tensor.device();
+        let upload = |values: &[f32]| tch::Tensor::from_slice(values).to(device);
+        let control = UpdateControl { updates, ..UpdateControl::default() };
+        let kept = tensors.into_iter().map(|tensor| {
+            let DeviceTensor { name, shape, parameter, master, moments } = tensor;
+            let kept = Kept {
+                shape,
+                parameter: parameter.0,
+                master: master.map(upload),
+                moments: moments.map(|moment| moment.map(upload)),
+            };
+            (name, kept)
+        });
+        Some(Self {
+            rules: of_cuda(rules),
+            kept: kept.collect(),
+            control: words(control).to(device),
+            planned: None,
+        })
+    }
+
+    /// The norm of all gradients; waits for the device.
+    ///
+    /// # Panics
+    /// When a gradient is not on the device, or not that of a parameter.
+    pub fn gradient_norm(&mut self, gradients: &BTreeMap<String, Values>) -> f64 {
+        no_grad(|| self.point_at(gradients));
+        let planned = self.planned.as_ref().expect("just planned");
+        let queue = queue(&self.control).expect("the optimizer is on a GPU");
+        // SAFETY: the plan's tensors, table and workspace are kept here; gradients outlive the read below.
+        started(unsafe { gradient_squares(queue, &planned.plan, self.memory(planned)) });
+        self.read_control().squares.sqrt()
+    }
+
+    /// Clips the gradients that [`gradient_norm`](Self::gradient_norm) has seen to `max_norm`, 0 for not at all,
+    /// and updates every parameter.
+    pub fn update(&mut self, learning_rate: f64, max_norm: f64) {
+        let Some(planned) = &self.planned else { return };
+        let queue = queue(&self.control).expect("the optimizer is on a GPU");
+        let rate = tch::Tensor::from_slice(&[learning_rate.to_bits().cast_signed()]);
+        self.control.narrow(0, 0, 1).copy_(&rate);
+        let memory = self.memory(planned);
+        // SAFETY: as above; the caller holds the gradients until the next step.
+        started(unsafe { prepare_update(queue, &planned.plan, memory, max_norm, Address::NONE) });
+        // SAFETY: as above.
+        started(unsafe { update(queue, &planned.plan, memory) });
+    }
+
+    /// Calls `take` with the name, the masters, if there are any, and the moments of every parameter.
+    pub fn read(&self, mut take: impl FnMut(&str, Option<Vec<f32>>, [Option<Vec<f32>>; 2])) {
+        let download = |tensor: &tch::Tensor| -> Vec<f32> {
+            Vec::try_from(tensor.view([-1]).to(Device::Cpu)).expect("masters and moments are float32")
+        };
+        for (name, kept) in &self.kept {
+            let moments = kept.moments.each_ref().map(|moment| moment.as_ref().map(download));
+            take(name, kept.master.as_ref().map(download), moments);
+        }
+    }
+
+    fn memory(&self, planned: &Planned) -> UpdateMemory {
+        UpdateMemory {
+            table: at(&planned.table),
+            workspace: at(&planned.workspace),
+            control: at(&self.control),
+        }
+    }
+
+    fn read_control(&self) -> UpdateControl {
+        let read: Vec<i64> = Vec::try_from(self.control.to(Device::Cpu)).expect("eight words");
+        let words: Vec<u64> = read.into_iter().map(i64::cast_unsigned).collect();
+        UpdateControl::from_words(words.try_into().expect("eight words"))
+    }
+
+    /// Tells the plan where this step's gradients are; makes one when there is none for them.
+    fn point_at(&mut self, gradients: &BTreeMap<String, Values>) {
+        let found: Vec<(&String, &TchTensor)> = gradients
+            .iter()
+            .map(|(name, values)| match values {
+                Values::Device(values) => (name, &values.0),
+                _ => panic!("the gradient of {name} is not on the device"),
+            })
+            .collect();
+        match &mut self.planned {
+            Some(planned) if planned.fits(&found) => {
+                for (index, (_, gradient)) in found.iter().enumerate() {
+                    let address = at(&gradient.tensor);
+                    planned.plan.point_gradient(&mut planned.described, index, address);
+                }
+                let described: Vec<i32> = planned.described.iter().map(|word| word.cast_signed()).collect();
+                let mut start = planned.table.narrow(0, 0, described.len() as i64);
+                start.copy_(&tch::Tensor::from_slice(&described));
+            }
+            _ => self.planned = Some(self.plan(&found)),
+        }
+    }
+
+    fn plan(&self, gradients: &[(&String, &TchTensor)]) -> Planned {
+        let updated: Vec<UpdatedTensor> = gradients
+            .iter()
+            .map(|(name, gradient)| {
+                let kept = self.kept.get(*name).unwrap_or_else(|| panic!("{name} is no parameter"));
+                let own = at(&kept.parameter.tensor);
+                UpdatedTensor {
+                    shape: kept.shape.clone(),
+                    master: kept.master.as_ref().map_or(own, at),
+                    gradient: at(&gradient.tensor),
+                    gradient_format: format(&gradient.tensor),
+                    copy: if kept.master.is_some() { own } else { Address::NONE },
+                    moments: kept.moments.each_ref().map(|moment| moment.as_ref().map_or(Address::NONE, at)),
+                }
+            })
+            .collect();
+        let (plan, words) = UpdatePlan::new(self.rules, &updated).unwrap_or_else(|error| panic!("{error}"));
+        let device = self.control.device();
+        let signed: Vec<i32> = words.iter().map(|word| word.cast_signed()).collect();
+        let described = words[..plan.described_words()].to_vec();
+        let planned = Planned {
+            gradients: gradients.iter().map(|(name, g)| ((*name).clone(), format(&g.tensor))).collect(),
+            workspace: tch::Tensor::zeros([plan.workspace().max(16) as i64], (Kind::Uint8, device)),
+            table: tch::Tensor::from_slice(&signed).to(device),
+            plan,
+            described,
+        };
+        let queue = queue(&self.control).expect("the optimizer is on a GPU");
+        // SAFETY: the plan's tensors are kept by the optimizer, the rest by what is returned.
+        started(unsafe { parameter_squares(queue, &planned.plan, self.memory(&planned)) });
+        planned
+    }
+}
+
+impl Planned {
+    /// Whether these are the gradients of the plan, in their formats.
+    fn fits(&self, gradients: &[(&String, &TchTensor)]) -> bool {
+        let found = gradients.iter().map(|(name, gradient)| (name.as_str(), format(&gradient.tensor)));
+        found.eq(self.gradients.iter().map(|(name, format)| (name.as_str(), *format)))
+    }
+}
+
+fn words(control: UpdateControl) -> tch::Tensor {
+    tch::Tensor::from_slice(&control.to_words().map(u64::cast_signed))
+}
+
+fn of_cuda(rules: OptimizerRules) -> UpdateRules {
+    match rules {
+        OptimizerRules::Adafactor(rules) => UpdateRules::Adafactor {
+            decay_exponent: rules.decay_exponent,
+            eps: rules.eps,
+            update_clip: rules.update_clip,
+            weight_decay: rules.weight_decay,
+            parameter_scale: rules.parameter_scale,
+        },
+        OptimizerRules::Adamw(rules) => UpdateRules::Adamw {
+            beta1: rules.beta1,
+            beta2: rules.beta2,
+            eps: rules.eps,
+            weight_decay: rules.weight_decay,
+            parameter_scale: rules.parameter_scale,
+        },
+    }
+}
