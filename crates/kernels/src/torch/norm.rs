@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use crate::norm::RmsNorm;
 use crate::operation::{Operation, given};
 use crate::torch::composed::{Graph, composed};
-use crate::torch::gpu::{at, at_optional, format, queue, room, started, workspace};
+use crate::torch::gpu::{at, at_optional, format, in_pieces, queue, room, started, workspace};
 use crate::torch::{contiguous, wide};
 
 /// What the backward pass needs.
@@ -16,6 +16,12 @@ use crate::torch::{contiguous, wide};
 pub(crate) enum Saved {
     Composed(Graph),
     Kernel { x: TchTensor, weight: TchTensor, inverse_rms: TchTensor },
+}
+
+/// Where kernels normalise `x`; they take rows of whole 16-byte pieces.
+fn kernels_for(x: &Tensor) -> Option<Queue<'static>> {
+    let width = x.size()[1] as usize;
+    queue(x).filter(|_| in_pieces(width, format(x)) && width * format(x).bytes() <= 32 << 10)
 }
 
 impl RmsNorm {
@@ -89,7 +95,7 @@ impl Operation<LibTorch, 2, 1> for RmsNorm {
     type Saved = Saved;
 
     fn forward(&self, inputs: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 1], Saved) {
-        if let Some(queue) = queue(&inputs[0].tensor) {
+        if let Some(queue) = kernels_for(&inputs[0].tensor) {
             let (out, saved) = self.launch(queue, inputs);
             return ([out], saved);
         }
@@ -120,7 +126,7 @@ impl Operation<LibTorch, 2, 2> for RmsNorm {
     const TOGETHER: bool = true;
 
     fn forward(&self, inputs: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 2], Saved) {
-        if let Some(queue) = queue(&inputs[0].tensor) {
+        if let Some(queue) = kernels_for(&inputs[0].tensor) {
             let (out, saved) = self.launch(queue, inputs);
             return ([inputs[0].clone(), out], saved);
         }
