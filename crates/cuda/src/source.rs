@@ -5,7 +5,7 @@
 pub struct Source {
     /// Its name below `kernels/`, without `.cu`.
     pub name: &'static str,
-    /// CUDA C++, to be compiled behind [`COMMON`].
+    /// CUDA C++, to be compiled behind `kernels/common.cuh`.
     pub text: &'static str,
 }
 

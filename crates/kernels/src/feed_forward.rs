@@ -14,7 +14,7 @@ use crate::activation::Activation;
 use crate::element::Element;
 use crate::expert_rows::ExpertRows;
 use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
-use crate::host::{self, Held, by_format};
+use crate::host::{self, by_format};
 use crate::noise::{Columns, Factor, NoiseKey, TokenNoise};
 use crate::operation::{Operand, Operation, apply, given};
 
@@ -125,11 +125,7 @@ const EXPERTS_PER_THREAD: usize = 8;
 
 /// Who shares a product: many experts with tokens keep the threads busy without.
 fn threads(rows: &ExpertRows) -> Threads {
-    let used = match &rows.used.0 {
-        Held::Host(used) => used,
-        #[cfg(feature = "libtorch")]
-        Held::Torch(_) => return Threads::All,
-    };
+    let Some(used) = rows.used.0.if_on_host() else { return Threads::All };
     let busy = used.iter().filter(|&&used| used > 0).count() / rows.segments.max(1);
     if busy >= EXPERTS_PER_THREAD * rayon::current_num_threads() { Threads::One } else { Threads::All }
 }

@@ -130,6 +130,15 @@ pub(crate) enum Held<T> {
 }
 
 impl<T> Held<T> {
+    /// The values, if they are in main memory.
+    pub(crate) fn if_on_host(&self) -> Option<&Arc<Vec<T>>> {
+        match self {
+            Self::Host(values) => Some(values),
+            #[cfg(feature = "libtorch")]
+            Self::Torch(_) => None,
+        }
+    }
+
     /// The values, for the form of an operation whose inputs are in main memory.
     pub(crate) fn on_host(&self) -> &Arc<Vec<T>> {
         match self {
