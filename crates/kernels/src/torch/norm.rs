@@ -44,7 +44,7 @@ impl RmsNorm {
     }
 
     fn launch(&self, queue: Queue<'_>, [x, weight]: &[TchTensor; 2]) -> (TchTensor, Saved) {
-        let [x, weight] = [x, weight].map(|input| contiguous(input));
+        let [x, weight] = [x, weight].map(contiguous);
         let rules = self.rules(&x.tensor, &weight.tensor);
         let out = x.tensor.empty_like();
         let inverse_rms = room(&[rules.rows], Kind::Float, &out);
