@@ -51,7 +51,7 @@ struct Figures {
     /// Median, smallest and largest.
     step_ms: [f64; 3],
     /// Floating-point operations of a step's matrix products, and the most that this process could do of
-    /// them in a second; not known of other ranks.
+    /// them in a second; not known of other ranks and of GPUs.
     flops: f64,
     peak: Option<f64>,
     loss: f64,
@@ -132,7 +132,8 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
             arguments.inputs_length,
             arguments.targets_length,
         ),
-        peak: (job.ranks() == 1).then(|| peak_flops(plan.precision != PrecisionMode::Fp32, PEAK_ROUNDS)),
+        peak: (job.ranks() == 1 && *device == Device::flex())
+            .then(|| peak_flops(plan.precision != PrecisionMode::Fp32, PEAK_ROUNDS)),
         loss,
         fraction_tokens_dropped: dropped as f64 / routed.max(1) as f64,
     })
