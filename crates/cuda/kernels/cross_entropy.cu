@@ -122,7 +122,6 @@ __device__ __forceinline__ Exponentials join(Exponentials mine) {
 // What is known of a row once its logits have been read.
 struct Position {
   float largest, factor, weight, target_gradient;
-  bool known;
 };
 
 #define LOSS_PARAMETERS                                                                                 \
@@ -132,7 +131,7 @@ struct Position {
 
 // Writes the results of a row and prepares its gradients, e^(logit - largest) factor. A target outside the
 // vocabulary has a loss that is not a number.
-__device__ __forceinline__ Position finish(Exponentials all, float target_logit, bool known,
+__device__ __forceinline__ Position finish(Exponentials all, float target_logit,
                                            const float* weights, const float* loss_scale, float z,
                                            u32 gradients, float* loss, float* correct, float* log_z) {
   u32 row = blockIdx.x;
@@ -145,7 +144,7 @@ __device__ __forceinline__ Position finish(Exponentials all, float target_logit,
   if (!gradients) return {};
   float weight = weights[row] * *loss_scale;
   float factor = weight * (1.f + 2.f * z * logsumexp) / all.total;
-  return {all.largest, factor, weight, exponential(target_logit, all.largest) * factor - weight, known};
+  return {all.largest, factor, weight, exponential(target_logit, all.largest) * factor - weight};
 }
 
 template <class T, bool aligned>
@@ -177,7 +176,7 @@ __device__ __forceinline__ void losses_kept(LOSS_PARAMETERS) {
   for (int i = 0; i < accesses; i++) add_piece<T>(raw[i], largest, totals);
   Exponentials all = join({largest, (totals[0] + totals[1]) + (totals[2] + totals[3])});
   Position position =
-      finish(all, target_logit, known, weights, loss_scale, z, gradients, loss, correct, log_z);
+      finish(all, target_logit, weights, loss_scale, z, gradients, loss, correct, log_z);
   if (!gradients) return;
 #pragma unroll
   for (int i = 0; i < accesses; i++) store_gradients(row, threadIdx.x + i * threads, raw[i], position);
@@ -209,7 +208,7 @@ template <class T, bool aligned> __device__ __forceinline__ void losses_streamed
   }
   Exponentials all = join({largest, (totals[0] + totals[1]) + (totals[2] + totals[3])});
   Position position =
-      finish(all, target_logit, known, weights, loss_scale, z, gradients, loss, correct, log_z);
+      finish(all, target_logit, weights, loss_scale, z, gradients, loss, correct, log_z);
   if (!gradients) return;
   for (u32 first = threadIdx.x; first < pieces; first += accesses * blockDim.x) {
     uint4 raw[accesses];

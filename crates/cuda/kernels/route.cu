@@ -9,6 +9,8 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int TILE = 128;
 // Threads of a block that places a tile's tokens, and experts of one that makes means.
 constexpr int PLACERS = 512, CHUNK = 32;
+// Both choices of a tile are ranked by warps of their own, each with a row of counts.
+static_assert(2 * TILE <= PLACERS && 2 * TILE / 32 <= WARPS, "a row of counts for every warp that ranks");
 constexpr u32 ALL = 0xffffffffu;
 
 extern __shared__ float shared[];

@@ -44,7 +44,7 @@ impl Format {
 
 /// One argument of a kernel: up to eight bytes, the first at the lowest address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Arg(pub(crate) u64);
+pub(crate) struct Arg(pub(crate) u64);
 
 impl From<Address> for Arg {
     fn from(value: Address) -> Self {

@@ -6,7 +6,7 @@
 
 use crate::address::{Address, Arg, Format};
 use crate::error::CudaError;
-use crate::gpu::{Grid, Queue};
+use crate::gpu::{Gpu, Grid, Queue};
 use crate::noise::{NoiseKey, dropout_args};
 use crate::size::{count, lanes};
 use crate::source::ATTENTION;
@@ -316,6 +316,12 @@ impl Attention {
         ])
     }
 
+    /// Whether a block of every pass has room on `gpu`: heads of 128 go backward on an A100 or an H100 only.
+    pub fn fits(&self, gpu: &Gpu) -> bool {
+        let most = self.forward_shared().max(self.queries_shared()).max(self.keys_shared());
+        most <= gpu.shared_per_block()
+    }
+
     /// Starts a kernel of so many blocks a head, if that is any.
     unsafe fn launch(
         &self,
@@ -325,6 +331,16 @@ impl Attention {
         shared: usize,
         args: &[Arg],
     ) -> Result<(), CudaError> {
+        if !self.fits(queue.gpu) {
+            let reason = format!(
+                "{} queries and {} keys in heads of {} need more shared memory than {} has",
+                self.queries,
+                self.keys,
+                self.d_kv,
+                queue.gpu.name()
+            );
+            return Err(CudaError::Size { operation: "attention", reason });
+        }
         let grid = self.grid(blocks, shared);
         if grid.blocks.contains(&0) {
             return Ok(());

@@ -1,6 +1,7 @@
 //! CUDA C++ to machine code, once for each source and architecture.
 
 use std::ffi::{CString, c_char};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::ptr;
 
@@ -135,7 +136,8 @@ fn text_of(bytes: &[c_char]) -> String {
 fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory)?;
-    let draft = path.with_extension(format!("{}.draft", std::process::id()));
-    std::fs::write(&draft, code)?;
-    std::fs::rename(&draft, path)
+    let mut draft = tempfile::NamedTempFile::new_in(directory)?;
+    draft.write_all(code)?;
+    draft.persist(path)?;
+    Ok(())
 }

@@ -46,18 +46,18 @@ pub struct Queue<'a> {
 
 /// Sizes of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Grid {
+pub(crate) struct Grid {
     /// Blocks in each direction.
-    pub blocks: [u32; 3],
+    pub(crate) blocks: [u32; 3],
     /// Threads of a block.
-    pub threads: u32,
+    pub(crate) threads: u32,
     /// Dynamic shared memory of a block, bytes.
-    pub shared: usize,
+    pub(crate) shared: usize,
 }
 
 impl Grid {
     /// `blocks` blocks of `threads` threads without dynamic shared memory.
-    pub const fn new(blocks: u32, threads: u32) -> Self {
+    pub(crate) const fn new(blocks: u32, threads: u32) -> Self {
         Self { blocks: [blocks, 1, 1], threads, shared: 0 }
     }
 }
@@ -68,6 +68,7 @@ pub struct Gpu {
     name: String,
     capability: (i32, i32),
     multiprocessors: u32,
+    shared_per_block: usize,
     compiler: Compiler,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     kernels: Mutex<HashMap<(&'static str, String), Kernel>>,
@@ -110,11 +111,14 @@ impl Gpu {
         }
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(attribute).map_err(failed("counting multiprocessors"))?;
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_per_block = context.attribute(attribute).map_err(failed("asking for shared memory"))?;
         Ok(Self {
             context,
             name,
             capability: (major, minor),
             multiprocessors: multiprocessors as u32,
+            shared_per_block: shared_per_block as usize,
             compiler: Compiler::new(architecture(major, minor), cache_directory()),
             modules: Mutex::default(),
             kernels: Mutex::default(),
@@ -146,14 +150,9 @@ impl Gpu {
         &self.name
     }
 
-    /// Compute capability: major, minor.
-    pub fn capability(&self) -> (i32, i32) {
-        self.capability
-    }
-
-    /// Whether it has the matrix instructions of Hopper (`wgmma`, bulk copies).
-    pub fn is_hopper(&self) -> bool {
-        self.capability.0 == 9
+    /// Shared memory that a block can have, bytes: 227 KiB on an H100, 163 on an A100, 99 on others.
+    pub fn shared_per_block(&self) -> usize {
+        self.shared_per_block
     }
 
     /// Multiprocessors.

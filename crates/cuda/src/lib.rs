@@ -3,7 +3,7 @@
 //! A file of `src/` holds what an operation launches, the file of the same name in `kernels/` what
 //! runs on the device. Nothing here knows of tensors or of automatic differentiation: operations take
 //! device addresses, sizes and a [`Queue`], never wait for the device and never allocate, so that whole
-//! training steps can be captured into a CUDA graph. What changes from step to step (the number of the
+//! training steps can be captured into a CUDA graph, once every operation has been compiled. What changes from step to step (the number of the
 //! step, the learning rate, the factor of clipping) is therefore read from device memory.
 //!
 //! The driver and NVRTC are loaded when a [`Gpu`] is opened: a program with this crate also starts where
@@ -20,7 +20,6 @@ mod attention;
 mod compile;
 mod cross_entropy;
 mod dispatch;
-mod elementwise;
 mod embedding;
 mod error;
 mod gpu;
@@ -35,7 +34,7 @@ pub use activation::{
     Activation, ActivationGradients, ExpertNoise, Hidden, HiddenDropout, UsedRows, activate,
     activate_backward,
 };
-pub use address::{Address, Arg, Format};
+pub use address::{Address, Format};
 pub use attention::{
     Attention, AttentionGradients, AttentionInputs, AttentionNoise, AttentionOutput, HeadRows, Segments,
     attention, attention_backward, attention_dropout, attention_dropout_bytes, attention_workspace,
@@ -43,10 +42,9 @@ pub use attention::{
 pub use compile::{Compiler, cache_directory};
 pub use cross_entropy::{CrossEntropy, CrossEntropyAt, cross_entropy, cross_entropy_sums};
 pub use dispatch::{CombineGradients, Slots, combine, combine_backward, dispatch, dispatch_backward};
-pub use elementwise::{add, narrow, widen};
 pub use embedding::{LookedUp, Table, embedding, embedding_backward, embedding_workspace};
 pub use error::CudaError;
-pub use gpu::{Gpu, Grid, Queue, Stream};
+pub use gpu::{Gpu, Queue, Stream};
 pub use noise::{Columns, Dropout, NoiseKey, TokenNoise, TokenTensor, dropout, jitter};
 pub use norm::{
     ResidualNorm, RmsNorm, RmsNormGradients, residual_rms_norm, rms_norm, rms_norm_backward,

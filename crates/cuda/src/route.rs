@@ -13,8 +13,6 @@ pub enum RouterChoice {
     Top1,
     /// Each token its two likeliest, gates normalised to sum 1 (arXiv:2006.16668, section 2.2).
     Top2,
-    /// Each expert its likeliest tokens (arXiv:2202.09368).
-    ExpertChoice,
 }
 
 /// Sizes and rules of a routed layer.
@@ -119,11 +117,6 @@ impl Sizes {
         let choices = match rules.choice {
             RouterChoice::Top1 => 1,
             RouterChoice::Top2 => 2,
-            RouterChoice::ExpertChoice => {
-                return wrong(
-                    "expert choice has no kernels; choose top-1 or top-2, or train on the CPU".into(),
-                );
-            }
         };
         if !(2..=2048).contains(&experts) {
             return wrong(format!("there are {experts} experts; 2 to 2048 will do"));

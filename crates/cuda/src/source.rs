@@ -26,7 +26,6 @@ sources! {
     ACTIVATION = "activation",
     ATTENTION = "attention",
     CROSS_ENTROPY = "cross_entropy",
-    ELEMENTWISE = "elementwise",
     EMBEDDING = "embedding",
     NOISE = "noise",
     NORM = "norm",

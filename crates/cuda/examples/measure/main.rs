@@ -7,7 +7,6 @@ mod attention;
 mod clock;
 mod cross_entropy;
 mod dispatch;
-mod elementwise;
 mod embedding;
 mod noise;
 mod norm;
@@ -21,7 +20,6 @@ fn main() {
     norm::run(&clock);
     noise::run(&clock);
     embedding::run(&clock);
-    elementwise::run(&clock);
     cross_entropy::run(&clock);
     attention::run(&clock);
     activation::run(&clock);

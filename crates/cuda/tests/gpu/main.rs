@@ -7,7 +7,6 @@ mod activation;
 mod attention;
 mod cross_entropy;
 mod dispatch;
-mod elementwise;
 mod embedding;
 mod noise;
 mod norm;
