@@ -204,8 +204,13 @@ fn cores_of(list: &str) -> Option<usize> {
 fn abort_on_panic(rank: usize) {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        report::line(&format!("rank {rank} panicked; this is a fault of the program"));
-        print(panic);
+        match report::gpu_failure_of(panic) {
+            Some(failure) => report::line(&format!("rank {rank}: {failure}")),
+            None => {
+                report::line(&format!("rank {rank} panicked; this is a fault of the program"));
+                print(panic);
+            }
+        }
         abort(1);
     }));
 }

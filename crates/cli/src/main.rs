@@ -48,6 +48,7 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(failed));
         }
     };
+    report::tell_failures_of_gpus();
     let verbosity = arguments.verbosity;
     match commands::run(&arguments.command, &arguments.device, arguments.launcher.into(), verbosity) {
         Ok(outcome) => outcome.into(),

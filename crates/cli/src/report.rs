@@ -1,9 +1,11 @@
 //! One error on the terminal: what is wrong, where, and the mend.
 
 use std::io::{IsTerminal, Write};
+use std::panic::PanicHookInfo;
 
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 use switchyard_config::ConfigError;
+use switchyard_kernels::gpu_failure;
 
 /// Prints `error` and its causes to standard error.
 pub(crate) fn print(error: &anyhow::Error) {
@@ -19,6 +21,23 @@ pub(crate) fn print(error: &anyhow::Error) {
 pub(crate) fn line(text: &str) {
     // As above.
     let _ = writeln!(std::io::stderr(), "error: {text}");
+}
+
+/// Ends the program with one line when a GPU fails; what else panics is told as ever.
+pub(crate) fn tell_failures_of_gpus() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| match gpu_failure_of(panic) {
+        Some(failure) => {
+            line(&failure);
+            std::process::exit(1);
+        }
+        None => print(panic),
+    }));
+}
+
+/// What to say of a panic that comes from a GPU.
+pub(crate) fn gpu_failure_of(panic: &PanicHookInfo<'_>) -> Option<String> {
+    gpu_failure(panic.payload_as_str()?)
 }
 
 fn renderer() -> Renderer {

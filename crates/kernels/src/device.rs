@@ -84,11 +84,34 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     }
 }
 
-/// Where this crate's tests compute: what `SWITCHYARD_TEST_DEVICE` names, else the CPU.
-#[cfg(test)]
-pub(crate) fn test_device() -> Device {
-    let name = std::env::var("SWITCHYARD_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+/// Where tests compute: what `SWITCHYARD_TEST_DEVICE` names, else LibTorch's CPU device in builds that have it,
+/// else the CPU.
+///
+/// # Panics
+/// When that device is not there.
+#[doc(hidden)]
+pub fn test_device() -> Device {
+    let default = if cfg!(feature = "libtorch") { "libtorch" } else { "cpu" };
+    let name = std::env::var("SWITCHYARD_TEST_DEVICE").unwrap_or_else(|_| default.to_owned());
     device(&name).unwrap_or_else(|error| panic!("SWITCHYARD_TEST_DEVICE: {error}"))
+}
+
+/// How panics begin that come from a GPU: operations inside automatic differentiation cannot return errors.
+pub(crate) const GPU_FAILED: &str = "the GPU failed: ";
+
+/// One line for the user if a panic with this text comes from a GPU and not from a fault of the program.
+pub fn gpu_failure(panic: &str) -> Option<String> {
+    let of_torch = || panic.split_once("Torch(\"").map(|(_, error)| error);
+    let error = panic.strip_prefix(GPU_FAILED).or_else(of_torch)?;
+    let line = error.split('\n').next()?.split("\\n").next()?.trim_end_matches("\")");
+    let memory = line.contains("out of memory");
+    if !(panic.starts_with(GPU_FAILED) || memory || line.contains("CUDA") || line.contains("CUBLAS")) {
+        return None;
+    }
+    // What follows is advice for PyTorch's own settings.
+    let said = line.split(" Of the allocated memory").next()?.trim_end_matches('.');
+    let mend = "; lower data.micro_batch_rows, or set trainer.recompute_activations = true";
+    Some(format!("{GPU_FAILED}{said}{}", if memory { mend } else { "" }))
 }
 
 #[cfg(test)]
@@ -101,6 +124,23 @@ mod tests {
         for name in ["gpu", "", "cpu:1", "cuda:x", "cuda:-1"] {
             let error = device(name).unwrap_err().to_string();
             assert!(error.contains("none of `cpu`"), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn failures_of_a_gpu_are_told_from_faults_of_the_program() {
+        let torch = |text: &str| format!("called `Result::unwrap()` on an `Err` value: Torch(\"{text}\")");
+        let full =
+            "CUDA out of memory. Tried to allocate 1 GiB. Of the allocated memory much\\nframe #0: c10";
+        let said = gpu_failure(&torch(full)).unwrap();
+        assert!(
+            said.starts_with("the GPU failed: CUDA out of memory. Tried to allocate 1 GiB; lower"),
+            "{said}"
+        );
+        let said = gpu_failure(&format!("{GPU_FAILED}CUDA: counting devices: unknown")).unwrap();
+        assert_eq!(said, "the GPU failed: CUDA: counting devices: unknown");
+        for fault in [torch("shapes cannot be multiplied"), "index out of bounds".to_owned(), String::new()] {
+            assert_eq!(gpu_failure(&fault), None);
         }
     }
 

@@ -199,7 +199,7 @@ impl Operation<Flex, 1, 3> for Embeddings {
 mod tests {
 
     use super::*;
-    use crate::device::test_device;
+    use crate::test_device;
 
     #[test]
     fn repeated_rows_add_their_gradients() {

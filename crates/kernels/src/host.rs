@@ -109,7 +109,8 @@ pub(crate) fn writable<E: Element>(tensor: &mut FlexTensor) -> &mut [E] {
 
 /// The integers of a tensor made by [`int_tensor`].
 pub fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Vec<i32> {
-    tensor.clone().inner().into_data().iter::<i32>().collect()
+    let data = tensor.clone().inner().into_data().convert::<i32>();
+    data.try_into_vec().expect("just converted")
 }
 
 /// Integers on `device`, in the format that it computes with.

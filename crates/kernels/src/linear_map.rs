@@ -113,7 +113,7 @@ mod tests {
     use burn::tensor::Device;
 
     use super::*;
-    use crate::device::test_device;
+    use crate::test_device;
 
     /// `y = A x`, or nothing in the directions that are switched off.
     #[derive(Debug)]

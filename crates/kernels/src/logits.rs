@@ -110,7 +110,7 @@ mod tests {
     use burn::tensor::Distribution;
 
     use super::*;
-    use crate::device::test_device;
+    use crate::test_device;
 
     #[test]
     fn few_and_many_rows_agree() {

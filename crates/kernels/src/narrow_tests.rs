@@ -5,8 +5,8 @@
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::device::test_device;
 use crate::host::int_tensor;
+use crate::test_device;
 use crate::*;
 
 /// Numbers between -1 and 1 that bfloat16 holds exactly, without a pattern.

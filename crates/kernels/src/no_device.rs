@@ -17,6 +17,11 @@ impl DeviceValues {
         None
     }
 
+    /// `None`: no tensor is on a GPU.
+    pub fn shared<const D: usize>(_: &Tensor<D>) -> Option<Self> {
+        None
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         match *self {}
@@ -41,11 +46,6 @@ impl DeviceValues {
     pub fn all_finite(&self) -> bool {
         match *self {}
     }
-
-    /// The sum of squares of each run of `len` values.
-    pub fn squares(&self, _: usize) -> Vec<f64> {
-        match *self {}
-    }
 }
 
 /// Masters and moments on a GPU; this build has none.
@@ -64,7 +64,7 @@ impl DeviceOptimizer {
     }
 
     /// Clips and updates.
-    pub fn update(&mut self, _: f64, _: f64) {
+    pub fn update(&mut self, _: &BTreeMap<String, Values>, _: f64, _: f64) {
         match *self {}
     }
 

@@ -199,7 +199,7 @@ impl Operation<Flex, 1, 1> for Scale {
 mod tests {
 
     use super::*;
-    use crate::device::test_device;
+    use crate::test_device;
 
     fn noise(first_row: u32) -> TokenNoise {
         let key = NoiseKey { seed: 1, step: 2, site: 3 };

@@ -185,7 +185,7 @@ mod tests {
     use burn::tensor::Distribution;
 
     use super::*;
-    use crate::device::test_device;
+    use crate::test_device;
 
     fn reference(x: Tensor<2>, weight: Tensor<1>) -> Tensor<2> {
         let mean = x.clone().square().mean_dim(1);

@@ -197,7 +197,7 @@ mod tests {
     use burn::tensor::Distribution;
 
     use super::*;
-    use crate::device::test_device;
+    use crate::test_device;
 
     #[test]
     fn products_of_one_input_equal_separate_ones() {

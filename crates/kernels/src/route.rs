@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use burn::backend::Flex;
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -260,7 +260,10 @@ impl Scores {
 
     fn finish(self, logits: Tensor<2>, token_of_slot: Vec<i32>, rule: GateRule) -> Routing {
         let device = logits.device().inner();
-        let float = |values: Vec<f32>| Tensor::<1>::from_data(values.as_slice(), (&device, DType::F32));
+        let float = |values: Vec<f32>| {
+            let count = values.len();
+            Tensor::<1>::from_data(TensorData::new(values, [count]), (&device, DType::F32))
+        };
         let (groups, experts) = (self.options.groups, self.experts);
         let slots = token_of_slot.len() / experts;
         let mut fraction = vec![0.0; groups * experts];

@@ -176,8 +176,8 @@ mod tests {
     use burn::tensor::{Distribution, Tolerance};
 
     use super::*;
-    use crate::device::test_device;
     use crate::noise::{NoiseKey, jitter};
+    use crate::test_device;
 
     #[test]
     fn logits_and_both_gradients_equal_the_composed_reference() {

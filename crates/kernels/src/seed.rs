@@ -43,7 +43,7 @@ impl Operation<Flex, 1, 1> for Seed {
 mod tests {
 
     use super::*;
-    use crate::device::test_device;
+    use crate::test_device;
 
     #[test]
     fn the_gradient_goes_on_from_there() {

@@ -147,7 +147,7 @@ impl SwitchTransformer {
         struct OnDevice(BTreeMap<String, DeviceValues>);
         impl OnParameter for OnDevice {
             fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
-                if let Some(values) = DeviceValues::of(&param.val()) {
+                if let Some(values) = DeviceValues::shared(&param.val()) {
                     self.0.insert(name.to_owned(), values);
                 }
             }

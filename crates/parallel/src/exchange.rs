@@ -22,6 +22,9 @@ use crate::sums::{Gradients, SumFormats, Summand};
 /// Values of the matrices that a rank owns, by parameter; row-major in their order.
 pub type Owned = BTreeMap<String, Vec<f32>>;
 
+/// One rank alone leaves gradients on a GPU, and its optimizer takes their norm.
+const ON_DEVICE: &str = "gradients on a device do not come here";
+
 /// Values that the fullest owner receives in one bucket.
 const BUCKET_VALUES: usize = 1 << 24;
 
@@ -186,7 +189,7 @@ impl OwnerExchange {
                 Some(Values::Bf16(values)) => {
                     squares.extend(values.chunks(unit.matrix_len()).map(sum_of_squares));
                 }
-                Some(Values::Device(values)) => squares.extend(values.squares(unit.matrix_len())),
+                Some(Values::Device(_)) => unreachable!("{ON_DEVICE}"),
                 None => squares.resize(squares.len() + unit.matrices(), 0.0),
             }
         }

@@ -70,9 +70,11 @@ impl Optimizer {
         }
     }
 
-    /// The norm of gradients that are all on the device of `model`; `None` when they are in main memory.
+    /// The norm of gradients that are all on the device of `model`, as they are on one rank alone; `None` when
+    /// they are in main memory.
     pub(crate) fn norm_on_device(&mut self, model: &SwitchTransformer, gradients: &Gradients) -> Option<f64> {
         if gradients.is_empty() || !gradients.values().all(|values| matches!(values, Values::Device(_))) {
+            self.leave_device();
             return None;
         }
         if self.on_device.is_none() {
@@ -83,9 +85,14 @@ impl Optimizer {
 
     /// Clips the gradients of the last [`norm_on_device`](Self::norm_on_device) to `max_norm`, if that is above
     /// 0, and updates the model where it is. False when the state is in main memory.
-    pub(crate) fn step_on_device(&mut self, learning_rate: f64, max_norm: f64) -> bool {
+    pub(crate) fn step_on_device(
+        &mut self,
+        gradients: &Gradients,
+        learning_rate: f64,
+        max_norm: f64,
+    ) -> bool {
         let Some(optimizer) = &mut self.on_device else { return false };
-        optimizer.update(learning_rate, max_norm);
+        optimizer.update(gradients, learning_rate, max_norm);
         self.updates += 1;
         true
     }
@@ -256,7 +263,7 @@ impl State {
         rounded: &mut [bf16],
     ) {
         match gradient {
-            Values::Device(gradient) => self.update(values, &gradient.to_host(), unit, rules, rounded),
+            Values::Device(_) => unreachable!("the optimizer on the device meets them there"),
             Values::F32(gradient) => self.update_by(values, gradient, unit, rules, rounded),
             Values::Bf16(gradient) => self.update_by(values, gradient, unit, rules, rounded),
         }

@@ -230,7 +230,7 @@ impl Learner {
         outcome: &StepOutcome,
     ) -> Result<(), TrainError> {
         let clip = plan.optimizer.clip_norm;
-        if self.optimizer.step_on_device(outcome.learning_rate, clip) {
+        if self.optimizer.step_on_device(gradients, outcome.learning_rate, clip) {
             return Ok(());
         }
         let scale = if clip > 0.0 { (clip / outcome.grad_norm.max(f64::MIN_POSITIVE)).min(1.0) } else { 1.0 };

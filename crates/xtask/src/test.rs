@@ -49,7 +49,9 @@ pub(crate) fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
 /// The tests that have a device to choose, on LibTorch's CPU device, and those of the CUDA sources.
 fn with_libtorch(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
     let home = libtorch(root)?;
-    let libraries = env::join_paths([home.join("lib"), home.join("../nvidia/cu13/lib")])?;
+    let others = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let of_torch = [home.join("lib"), home.join("../nvidia/cu13/lib")];
+    let libraries = env::join_paths(of_torch.into_iter().chain(env::split_paths(&others)))?;
     let test = |packages: &[&str], arguments: &[&str], more: &[String]| {
         let mut command = Command::new("cargo");
         command.args(["test", "--release"]).args(packages).args(arguments).args(more).current_dir(root);

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Distribution, activation};
 
 use super::*;
-use crate::device::test_device;
+use crate::test_device;
 
 const RULES: Attention = Attention {
     batch: 2,

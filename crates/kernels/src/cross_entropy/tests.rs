@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier};
 use burn::tensor::{Distribution, activation};
 
 use super::*;
-use crate::device::test_device;
+use crate::test_device;
 use crate::vocabulary::VocabularyGroup;
 
 struct Sizes {

@@ -3,10 +3,10 @@
 use burn::tensor::{Distribution, activation};
 
 use super::*;
-use crate::device::test_device;
 use crate::expert_rows::WeightGradients;
 use crate::noise::TokenPlace;
 use crate::plan::DispatchPlan;
+use crate::test_device;
 
 fn noise() -> TokenNoise {
     let key = NoiseKey { seed: 0, step: 0, site: 0 };

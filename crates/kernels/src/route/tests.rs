@@ -4,8 +4,8 @@ use burn::tensor::Device;
 use proptest::prelude::*;
 
 use super::*;
-use crate::device::test_device;
 use crate::dispatch::{combine, dispatch};
+use crate::test_device;
 
 mod einsum;
 

@@ -174,7 +174,7 @@ impl Core {
             Format::Bf16 => matches!(rules.d_kv, 64 | 128),
             Format::F32 => (1..=128).contains(&rules.d_kv),
         };
-        (has_kernel && rules.keys > 0).then_some((queue, rules))
+        (has_kernel && rules.keys > 0 && rules.fits(queue.gpu)).then_some((queue, rules))
     }
 
     fn launch(

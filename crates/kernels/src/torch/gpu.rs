@@ -1,5 +1,6 @@
 //! The GPUs that tensors lie on, and what kernels take of a tensor.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr;
@@ -8,6 +9,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use switchyard_cuda::{Address, CudaError, Format, Gpu, NoiseKey, Queue, Stream};
 use tch::{Device, Kind, Tensor};
 
+use crate::device::GPU_FAILED;
 use crate::noise;
 
 /// GPU number `index`, opened when first asked for and kept until the process ends.
@@ -29,7 +31,7 @@ pub(crate) fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
 /// When the GPU cannot run kernels, which [`crate::device`] checks before.
 pub(crate) fn queue(tensor: &Tensor) -> Option<Queue<'static>> {
     let Device::Cuda(index) = tensor.device() else { return None };
-    let gpu = gpu(index).unwrap_or_else(|error| panic!("{error}"));
+    let gpu = gpu(index).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
     Some(Queue { gpu, stream: current_stream(index) })
 }
 
@@ -51,13 +53,17 @@ fn current_stream(index: usize) -> Stream {
     Stream(stream.cast())
 }
 
-/// Panics with what keeps a kernel from running: an operation inside automatic differentiation cannot
-/// return an error.
-pub(crate) fn started(launched: Result<(), CudaError>) {
-    if let Err(error) = launched {
-        panic!("{error}");
-    }
+/// What came of a call, or a panic with what keeps it from running: an operation inside automatic
+/// differentiation cannot return an error.
+pub(crate) fn started<T>(call: Result<T, CudaError>) -> T {
+    #[cfg(test)]
+    CALLS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    call.unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"))
 }
+
+/// How often anything was asked of a GPU, so that tests see whether kernels ran at all.
+#[cfg(test)]
+pub(crate) static CALLS: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
 
 /// Where the values of a contiguous tensor lie.
 pub(crate) fn at(tensor: &Tensor) -> Address {
@@ -97,27 +103,34 @@ pub(crate) fn workspace(bytes: usize, like: &Tensor) -> Tensor {
 
 /// Integers as kernels take them.
 pub(crate) fn narrow(integers: &Tensor) -> Tensor {
-    integers.to_kind(Kind::Int).contiguous()
+    aligned(&integers.to_kind(Kind::Int))
+}
+
+/// The values row by row, and beginning where kernels may read 16 bytes at once: the tensor itself, or a copy.
+pub(crate) fn aligned(tensor: &Tensor) -> Tensor {
+    let tensor = tensor.contiguous();
+    if (tensor.data_ptr() as usize).is_multiple_of(16) { tensor } else { tensor.copy() }
 }
 
 /// A key of random numbers, whose step lies on the device.
 ///
-/// The tensor behind the address lives until another step is asked for on that device.
+/// What lies there is the step that this thread asked for last; kernels of earlier ones have read theirs, in the
+/// order of the stream.
 pub(crate) fn noise_key(key: noise::NoiseKey, like: &Tensor) -> NoiseKey {
-    static STEPS: Mutex<Option<HashMap<usize, (u32, Tensor)>>> = Mutex::new(None);
-    let Device::Cuda(index) = like.device() else { panic!("keys are for kernels") };
-    let mut steps = STEPS.lock().unwrap_or_else(PoisonError::into_inner);
-    let word = i64::from(key.step.cast_signed());
-    let (step, tensor) = steps
-        .get_or_insert_default()
-        .entry(index)
-        .or_insert_with(|| (key.step, Tensor::full([1], word, (Kind::Int, like.device()))));
-    if *step != key.step {
-        // In the order of the stream: kernels of the step before have read theirs.
-        let _ = tensor.fill_(word);
-        *step = key.step;
+    thread_local! {
+        static STEPS: RefCell<HashMap<usize, (u32, Tensor)>> = RefCell::default();
     }
-    NoiseKey { seed: key.seed, step: at(tensor), site: key.site }
+    let Device::Cuda(index) = like.device() else { panic!("keys are for kernels") };
+    let word = i64::from(key.step.cast_signed());
+    STEPS.with_borrow_mut(|steps| {
+        let fresh = || (key.step, Tensor::full([1], word, (Kind::Int, like.device())));
+        let (step, tensor) = steps.entry(index).or_insert_with(fresh);
+        if *step != key.step {
+            let _ = tensor.fill_(word);
+            *step = key.step;
+        }
+        NoiseKey { seed: key.seed, step: at(tensor), site: key.site }
+    })
 }
 
 /// Random numbers of a `[tokens, width]` tensor.

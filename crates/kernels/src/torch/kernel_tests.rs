@@ -1,9 +1,11 @@
 //! Operations at sizes that have kernels, on the test device beside the CPU, in both formats.
 
+use std::sync::atomic::Ordering;
+
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 
-use crate::device::test_device;
 use crate::host::int_tensor;
+use crate::torch::gpu::CALLS;
 use crate::*;
 
 mod moe;
@@ -74,7 +76,10 @@ impl Inputs {
 fn compare(name: &str, roundings: f32, run: impl Fn(&mut Inputs) -> Vec<Vec<f32>>) {
     for (format, bound) in [(DType::F32, 2e-5), (DType::BF16, roundings.sqrt() / 256.0)] {
         let results = |device| run(&mut Inputs { device, format, leaves: Vec::new() });
+        let calls = CALLS.load(Ordering::Relaxed);
         let (expected, found) = (results(Device::flex()), results(test_device()));
+        let on_gpu = std::env::var("SWITCHYARD_TEST_DEVICE").is_ok_and(|name| name.starts_with("cuda"));
+        assert!(!on_gpu || CALLS.load(Ordering::Relaxed) > calls, "{name}: no kernel ran");
         assert_eq!(expected.len(), found.len(), "{name}");
         for (i, (expected, found)) in expected.iter().zip(&found).enumerate() {
             let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();

@@ -38,10 +38,7 @@ const ONE_DEVICE: &str = "all tensors of an operation lie on one device";
 
 impl Substrate for LibTorch {
     fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
-        if tensor.tensor.is_contiguous() {
-            return tensor;
-        }
-        TchTensor::new(tensor.tensor.contiguous())
+        TchTensor::from_existing(gpu::aligned(&tensor.tensor), tensor.storage)
     }
 }
 

@@ -71,7 +71,7 @@ impl RmsNorm {
     ) -> [Option<TchTensor>; 2] {
         let rules = self.rules(x, weight);
         let (of_x, of_weight) = (x.empty_like(), weight.empty_like());
-        let bytes = rms_norm_workspace(&rules).unwrap_or_else(|error| panic!("{error}"));
+        let bytes = started(rms_norm_workspace(&rules));
         let scratch = workspace(bytes, x);
         let addresses = RmsNormGradients {
             x: at(x),

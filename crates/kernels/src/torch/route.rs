@@ -147,7 +147,7 @@ impl Operation<LibTorch, 1, 3> for Routed {
         let floats = |shape: &[usize]| room(shape, Kind::Float, &logits.tensor);
         let gates = floats(&[experts * groups * expert_capacity]);
         let (mean_probability, z) = (floats(&[groups, experts]), floats(&[groups]));
-        let bytes = route_workspace(self.rules).unwrap_or_else(|error| panic!("{error}"));
+        let bytes = started(route_workspace(self.rules));
         let scratch = workspace(bytes, &logits.tensor);
         let addresses = RouteAt {
             logits: at(&logits.tensor),

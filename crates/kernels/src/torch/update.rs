@@ -29,6 +29,19 @@ impl DeviceValues {
         tensor.tensor.device().is_cuda().then(|| Self(super::contiguous(&tensor)))
     }
 
+    /// The memory of `tensor` itself, if that is on a GPU, for writing.
+    ///
+    /// # Panics
+    /// When its values do not lie row by row.
+    pub fn shared<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        let values = Self::of(tensor)?;
+        assert!(
+            floats(tensor.clone()).tensor.data_ptr() == values.0.tensor.data_ptr(),
+            "parameters lie row by row"
+        );
+        Some(values)
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.0.tensor.numel()
@@ -52,6 +65,10 @@ impl DeviceValues {
     /// Adds values; the sum becomes float32 unless it is to stay `narrow`.
     pub fn add(&mut self, other: &Self, narrow: bool) {
         let other = other.0.tensor.view_as(&self.0.tensor);
+        if (narrow || self.0.tensor.kind() == Kind::Float) && self.0.can_mut() {
+            let _ = self.0.tensor.g_add_(&other);
+            return;
+        }
         let sum = if narrow || self.0.tensor.kind() == Kind::Float {
             self.0.tensor.g_add(&other).to_kind(self.0.tensor.kind())
         } else {
@@ -63,13 +80,6 @@ impl DeviceValues {
     /// Whether all are finite; waits for the device.
     pub fn all_finite(&self) -> bool {
         self.0.tensor.isfinite().all().int64_value(&[]) != 0
-    }
-
-    /// The sum of squares of each run of `len` values; waits for the device.
-    pub fn squares(&self, len: usize) -> Vec<f64> {
-        let rows = self.0.tensor.view([-1, len as i64]).to_kind(Kind::Float);
-        let sums = rows.square().sum_dim_intlist([1_i64].as_slice(), false, Kind::Double);
-        Vec::try_from(sums.to(Device::Cpu)).expect("a flat float64 tensor")
     }
 }
 
@@ -105,7 +115,9 @@ struct Planned {
     /// Names and formats of the gradients.
     gradients: Vec<(String, Format)>,
     plan: UpdatePlan,
-    /// The part of the table that says where gradients are.
+    /// Where the gradients are.
+    pointed: Vec<Address>,
+    /// The part of the table that says so.
     described: Vec<u32>,
     table: tch::Tensor,
     workspace: tch::Tensor,
@@ -145,20 +157,25 @@ impl DeviceOptimizer {
         no_grad(|| self.point_at(gradients));
         let planned = self.planned.as_ref().expect("just planned");
         let queue = queue(&self.control).expect("the optimizer is on a GPU");
-        // SAFETY: the plan's tensors, table and workspace are kept here; gradients outlive the read below.
+        // SAFETY: the plan's tensors, table and workspace are kept here; gradients are borrowed.
         started(unsafe { gradient_squares(queue, &planned.plan, self.memory(planned)) });
         self.read_control().squares.sqrt()
     }
 
-    /// Clips the gradients that [`gradient_norm`](Self::gradient_norm) has seen to `max_norm`, 0 for not at all,
-    /// and updates every parameter.
-    pub fn update(&mut self, learning_rate: f64, max_norm: f64) {
-        let Some(planned) = &self.planned else { return };
+    /// Clips `gradients`, those that [`gradient_norm`](Self::gradient_norm) has seen, to `max_norm`, 0 for not at
+    /// all, and updates every parameter.
+    ///
+    /// # Panics
+    /// When they are others.
+    pub fn update(&mut self, gradients: &BTreeMap<String, Values>, learning_rate: f64, max_norm: f64) {
+        let planned = self.planned.as_ref().expect("the norm comes first");
+        let now: Vec<Address> = on_device(gradients).map(|(_, gradient)| at(&gradient.tensor)).collect();
+        assert!(planned.pointed == now, "the norm was that of other gradients");
         let queue = queue(&self.control).expect("the optimizer is on a GPU");
         let rate = tch::Tensor::from_slice(&[learning_rate.to_bits().cast_signed()]);
         self.control.narrow(0, 0, 1).copy_(&rate);
         let memory = self.memory(planned);
-        // SAFETY: as above; the caller holds the gradients until the next step.
+        // SAFETY: as above; memory that is freed after the launch is reused in the order of the stream.
         started(unsafe { prepare_update(queue, &planned.plan, memory, max_norm, Address::NONE) });
         // SAFETY: as above.
         started(unsafe { update(queue, &planned.plan, memory) });
@@ -191,17 +208,12 @@ impl DeviceOptimizer {
 
     /// Tells the plan where this step's gradients are; makes one when there is none for them.
     fn point_at(&mut self, gradients: &BTreeMap<String, Values>) {
-        let found: Vec<(&String, &TchTensor)> = gradients
-            .iter()
-            .map(|(name, values)| match values {
-                Values::Device(values) => (name, &values.0),
-                _ => panic!("the gradient of {name} is not on the device"),
-            })
-            .collect();
+        let found: Vec<(&String, &TchTensor)> = on_device(gradients).collect();
         match &mut self.planned {
             Some(planned) if planned.fits(&found) => {
                 for (index, (_, gradient)) in found.iter().enumerate() {
                     let address = at(&gradient.tensor);
+                    planned.pointed[index] = address;
                     planned.plan.point_gradient(&mut planned.described, index, address);
                 }
                 let described: Vec<i32> = planned.described.iter().map(|word| word.cast_signed()).collect();
@@ -228,13 +240,14 @@ impl DeviceOptimizer {
                 }
             })
             .collect();
-        let (plan, words) = UpdatePlan::new(self.rules, &updated).unwrap_or_else(|error| panic!("{error}"));
+        let (plan, words) = started(UpdatePlan::new(self.rules, &updated));
         let device = self.control.device();
         let signed: Vec<i32> = words.iter().map(|word| word.cast_signed()).collect();
         let described = words[..plan.described_words()].to_vec();
         let planned = Planned {
             gradients: gradients.iter().map(|(name, g)| ((*name).clone(), format(&g.tensor))).collect(),
             workspace: tch::Tensor::zeros([plan.workspace().max(16) as i64], (Kind::Uint8, device)),
+            pointed: gradients.iter().map(|(_, gradient)| at(&gradient.tensor)).collect(),
             table: tch::Tensor::from_slice(&signed).to(device),
             plan,
             described,
@@ -252,6 +265,13 @@ impl Planned {
         let found = gradients.iter().map(|(name, gradient)| (name.as_str(), format(&gradient.tensor)));
         found.eq(self.gradients.iter().map(|(name, format)| (name.as_str(), *format)))
     }
+}
+
+fn on_device(gradients: &BTreeMap<String, Values>) -> impl Iterator<Item = (&String, &TchTensor)> {
+    gradients.iter().map(|(name, values)| match values {
+        Values::Device(values) => (name, &values.0),
+        _ => panic!("the gradient of {name} is not on the device"),
+    })
 }
 
 fn words(control: UpdateControl) -> tch::Tensor {

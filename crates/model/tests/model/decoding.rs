@@ -1,10 +1,10 @@
 //! Decoding token by token with cached keys and values equals decoding all at once.
 
-use crate::test_device;
 use burn::tensor::Tensor;
 use switchyard_config::plan::{RouterKind, RoutingConfig};
 use switchyard_config::{Activation, ModelConfig};
 use switchyard_kernels::int_tensor;
+use switchyard_kernels::test_device;
 use switchyard_model::generate::{argmax, greedy};
 use switchyard_model::t5::DecoderCache;
 use switchyard_model::{Capacity, ForwardContext, Seq2SeqBatch, SwitchTransformer};

@@ -1,7 +1,7 @@
 //! Gradients and losses of the whole model.
 
-use crate::test_device;
 use std::collections::BTreeMap;
+use switchyard_kernels::test_device;
 
 use burn::tensor::Tensor;
 use switchyard_config::plan::{PrecisionMode, RouterKind, RoutingConfig, RoutingSemantics};

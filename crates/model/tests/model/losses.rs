@@ -1,8 +1,8 @@
 //! Router losses of hand-made layers, under both semantics.
 
-use crate::test_device;
 use burn::tensor::Tensor;
 use switchyard_config::plan::{RouterKind, RoutingConfig, RoutingSemantics};
+use switchyard_kernels::test_device;
 use switchyard_kernels::{RouteOptions, int_tensor, route_top1};
 use switchyard_model::moe::{RouterOutput, router_losses};
 

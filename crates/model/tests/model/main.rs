@@ -1,17 +1,11 @@
 //! The model as a whole: its parameters, decoding, router losses and gradients.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use switchyard_config::plan::{CapacityRounding, RouterKind, RoutingConfig, RoutingSemantics};
 use switchyard_config::{Activation, Initialization, ModelConfig};
-use switchyard_kernels::with_values;
+use switchyard_kernels::{test_device, with_values};
 use switchyard_model::Seq2SeqBatch;
 use switchyard_random::Philox;
-
-/// Where these tests compute: what `SWITCHYARD_TEST_DEVICE` names, else the CPU.
-fn test_device() -> Device {
-    let name = std::env::var("SWITCHYARD_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    switchyard_kernels::device(&name).unwrap_or_else(|error| panic!("SWITCHYARD_TEST_DEVICE: {error}"))
-}
 
 mod decoding;
 mod gradients;

@@ -1,7 +1,7 @@
 //! Router metrics on examples small enough to count by hand.
 
-use crate::test_device;
 use burn::tensor::Tensor;
+use switchyard_kernels::test_device;
 use switchyard_kernels::{RouteOptions, int_tensor, route_top1};
 use switchyard_model::moe::{LayerMetrics, RouterOutput};
 

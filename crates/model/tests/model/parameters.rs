@@ -1,7 +1,7 @@
 //! The modules hold exactly the parameters of the table, counted without drawing a value.
 
-use crate::test_device;
 use std::collections::BTreeMap;
+use switchyard_kernels::test_device;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;

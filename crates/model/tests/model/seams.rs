@@ -1,8 +1,8 @@
 //! What the seams promise to devices that hold a part, and what routing asks of its callers.
 
-use crate::test_device;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use switchyard_kernels::test_device;
 
 use burn::tensor::Tensor;
 use switchyard_config::ModelConfig;

@@ -1,9 +1,9 @@
 //! Two tensor-parallel ranks, as threads, compute what one rank computes.
 
-use crate::test_device;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Barrier, Mutex};
+use switchyard_kernels::test_device;
 
 use burn::tensor::{Device, Tensor};
 use switchyard_config::parameters::parameters;

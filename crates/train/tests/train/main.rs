@@ -3,18 +3,12 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Device;
 use switchyard_config::{RunPlan, resolve_str};
 use switchyard_data::{HostBatch, Share};
+use switchyard_kernels::test_device;
 use switchyard_parallel::Mesh;
 use switchyard_random::Philox;
 use switchyard_train::{Learner, StepOutcome};
-
-/// Where these tests compute: what `SWITCHYARD_TEST_DEVICE` names, else the CPU.
-fn test_device() -> Device {
-    let name = std::env::var("SWITCHYARD_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    switchyard_kernels::device(&name).unwrap_or_else(|error| panic!("SWITCHYARD_TEST_DEVICE: {error}"))
-}
 
 mod fixture;
 mod golden;

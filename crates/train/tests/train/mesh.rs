@@ -1,9 +1,9 @@
 //! The same maths on any mesh: whole steps on rank threads against one rank with as many groups.
 
-use crate::test_device;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
+use switchyard_kernels::test_device;
 
 use switchyard_comm::threads;
 use switchyard_config::parameters::{ParameterSpec, parameters};

@@ -1,7 +1,7 @@
 //! What transformers computed, beside what this program computes with the same weights.
 
-use crate::test_device;
 use std::collections::{BTreeMap, BTreeSet};
+use switchyard_kernels::test_device;
 
 use burn::tensor::Tensor;
 use switchyard_checkpoint::TensorSource;

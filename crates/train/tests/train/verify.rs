@@ -1,7 +1,7 @@
 //! What `verify` refuses, and what it does not let pass.
 
-use crate::test_device;
 use switchyard_config::plan::{RouterKind, RoutingSemantics};
+use switchyard_kernels::test_device;
 use switchyard_model::SwitchTransformer;
 use switchyard_train::verify::{Array, Arrays, Comparison, FixtureError, Tolerances, verify};
 

@@ -3,7 +3,7 @@
 use burn::tensor::activation;
 
 use super::*;
-use crate::device::test_device;
+use crate::test_device;
 
 /// One slot of the reference: position `position` of `expert` in the token's group.
 #[derive(Debug, Clone, Copy)]
