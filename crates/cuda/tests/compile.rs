@@ -3,7 +3,7 @@
 use switchyard_cuda::{Compiler, CudaError, SOURCES};
 
 #[test]
-#[ignore = "needs libnvrtc.so.13; `cargo xtask test` runs it where that can be had"]
+#[ignore = "needs libnvrtc.so.13; `cargo xtask test --libtorch` brings it"]
 fn all_sources_compile() {
     for architecture in ["sm_80", "sm_90a"] {
         for source in SOURCES {
@@ -14,7 +14,7 @@ fn all_sources_compile() {
 }
 
 #[test]
-#[ignore = "needs libnvrtc.so.13; `cargo xtask test` runs it where that can be had"]
+#[ignore = "needs libnvrtc.so.13; `cargo xtask test --libtorch` brings it"]
 fn what_was_compiled_once_is_read_from_the_disk() {
     let directory = tempfile::tempdir().unwrap();
     let compiler = Compiler::new("sm_90a", Some(directory.path().to_owned()));
@@ -29,7 +29,7 @@ fn what_was_compiled_once_is_read_from_the_disk() {
 }
 
 #[test]
-#[ignore = "needs libnvrtc.so.13; `cargo xtask test` runs it where that can be had"]
+#[ignore = "needs libnvrtc.so.13; `cargo xtask test --libtorch` brings it"]
 fn an_unknown_architecture_is_an_error_that_names_it() {
     let error = Compiler::new("sm_1", None).compile(&SOURCES[0]).unwrap_err();
     assert!(matches!(&error, CudaError::Compile { architecture, .. } if architecture == "sm_1"), "{error}");
