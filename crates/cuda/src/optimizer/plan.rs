@@ -143,7 +143,7 @@ struct Before {
 
 impl UpdatePlan {
     /// Plans updates of `tensors`; also returns words that must lie in device memory at
-    /// [`UpdateMemory::table`]. Tensors with other addresses need another plan.
+    /// [`UpdateMemory::table`](crate::UpdateMemory::table). Tensors with other addresses need another plan.
     ///
     /// # Errors
     /// [`CudaError::Size`] for more than the kernels can count.
