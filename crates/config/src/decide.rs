@@ -214,7 +214,7 @@ same_keys! {
 
 same_keys! {
     TrainerTable in "trainer" <=> TrainerPlan {
-        dropout_rate, expert_dropout, z_loss, recompute_activations, log_every_steps, max_skipped_steps,
+        dropout_rate, expert_dropout, z_loss, recompute_activations, cuda_graph, log_every_steps, max_skipped_steps,
     }
 }
 

@@ -305,6 +305,10 @@ pub struct EvalPlan {
     pub prompts: Vec<String>,
 }
 
+fn yes() -> bool {
+    true
+}
+
 /// Training constants beside the optimizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -319,6 +323,9 @@ pub struct TrainerPlan {
     /// versions do not say.
     #[serde(default)]
     pub recompute_activations: bool,
+    /// Steps on a GPU are recorded as a CUDA graph where they can be; plans of earlier versions do not say.
+    #[serde(default = "yes")]
+    pub cuda_graph: bool,
     /// Steps between lines of `metrics.jsonl`.
     pub log_every_steps: u64,
     /// Non-finite steps in a row after which the run stops.

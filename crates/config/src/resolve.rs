@@ -118,6 +118,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "data.cache_dir",
     "data.prefetch_batches",
     "trainer.recompute_activations",
+    "trainer.cuda_graph",
     "trainer.log_every_steps",
     "trainer.max_skipped_steps",
     "parallel.data_parallel_size",

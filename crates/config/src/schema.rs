@@ -266,6 +266,10 @@ table! {
         /// Keep the states between blocks alone and run every block again in the backward pass: less
         /// memory, about a fifth more time.
         recompute_activations: bool = Value("false"),
+        /// On a GPU, record the second step and repeat the recording (a CUDA graph), so that the GPU never waits
+        /// for the host to say what is next. Nothing is computed otherwise; steps that cannot be recorded are
+        /// not, and the log says why.
+        cuda_graph: bool = Value("true"),
         /// Weight of `log(Z)^2` of the output softmax; 0 for none.
         z_loss: f64 = Value("1e-4"),
         /// Steps between lines of `metrics.jsonl`.

@@ -125,6 +125,16 @@ impl Gpu {
         })
     }
 
+    /// A stream that waits for the default one, and the default one for it, as long as the process lives.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn new_stream(&self) -> Result<Stream, CudaError> {
+        let doing = "making a stream";
+        self.context.bind_to_thread().map_err(failed(doing))?;
+        result::stream::create(result::stream::StreamKind::Default).map(Stream).map_err(failed(doing))
+    }
+
     /// Name, capability, memory, and whether kernels can be compiled for it.
     ///
     /// # Errors

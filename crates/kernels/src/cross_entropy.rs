@@ -37,9 +37,6 @@ pub struct CrossEntropy {
     pub scale: f64,
     /// Weight of `logsumexp(logits)^2` in the loss.
     pub z_coefficient: f64,
-    /// What the loss sum will be multiplied by, as far as the caller knows: gradients are formed with
-    /// it, and any other factor costs a pass over them.
-    pub loss_scale: f64,
 }
 
 /// Sums over all weighted positions, and the parts a caller may regroup.
@@ -56,7 +53,8 @@ pub struct CrossEntropyOutput {
 /// Cross-entropy of `targets`, `[tokens]`, under the head's logits of `hidden`, `[tokens, d_model]`.
 ///
 /// `weights` is 0 where a position does not count. Sums are returned, not means: the caller knows
-/// the denominator of the whole step.
+/// the denominator of the whole step. `loss_scale`, `[1]` and not 0, is what the loss sum will be multiplied
+/// by, as far as the caller knows: gradients are formed with it, and any other factor costs a pass over them.
 ///
 /// With a `shard` the head holds a part of the vocabulary, the targets stay numbers of the whole. Every
 /// rank gets the loss of the whole vocabulary and the gradient of its part of the head; of the gradient
@@ -72,10 +70,17 @@ pub fn cross_entropy(
     head: Tensor<2>,
     targets: Tensor<1, Int>,
     weights: Tensor<1>,
+    loss_scale: Tensor<1>,
     rules: CrossEntropy,
     shard: Option<VocabularyShard>,
 ) -> CrossEntropyOutput {
-    let operation = Fused { rules, shard, targets: Held::integers(&targets), weights: Held::floats(weights) };
+    let operation = Fused {
+        rules,
+        shard,
+        targets: Held::integers(&targets),
+        weights: Held::floats(weights),
+        loss_scale: Held::floats(loss_scale),
+    };
     let [loss_sum, loss, correct] = apply(operation, [Operand::from(hidden), Operand::from(head)]);
     CrossEntropyOutput {
         loss_sum: loss_sum.into_tensor(),
@@ -90,6 +95,7 @@ pub(crate) struct Fused {
     pub(crate) shard: Option<VocabularyShard>,
     pub(crate) targets: Held<i32>,
     pub(crate) weights: Held<f32>,
+    pub(crate) loss_scale: Held<f32>,
 }
 
 /// Gradients of the scaled loss sum, if a backward pass may follow, which takes them out.
@@ -146,7 +152,7 @@ impl Operation<Flex, 2, 3> for Fused {
         _: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
         let [Some(gradient), ..] = gradients else { return [None, None] };
-        let factor = host::values::<f32>(&gradient)[0] / self.rules.loss_scale as f32;
+        let factor = host::values::<f32>(&gradient)[0] / self.loss_scale.on_host()[0];
         let taken = saved.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Gradients { mut hidden, mut head } = taken.expect("a graph that is tracked is walked once");
         let [rows, cols]: [usize; 2] = head.layout().shape().dims();
@@ -299,7 +305,7 @@ impl Fused {
         if out.is_empty() {
             return;
         }
-        let weight = self.weights.on_host()[at] * self.rules.loss_scale as f32;
+        let weight = self.weights.on_host()[at] * self.loss_scale.on_host()[0];
         let factor = weight * (1.0 + 2.0 * self.rules.z_coefficient as f32 * log_z) / total;
         multiply(exponentials, factor, out);
         if let Some(target) = target {

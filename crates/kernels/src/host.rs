@@ -109,6 +109,10 @@ pub(crate) fn writable<E: Element>(tensor: &mut FlexTensor) -> &mut [E] {
 
 /// The integers of a tensor made by [`int_tensor`].
 pub fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Vec<i32> {
+    #[cfg(feature = "libtorch")]
+    if crate::torch::is_here(&tensor.device()) {
+        crate::torch::exchanged("integers read");
+    }
     let data = tensor.clone().inner().into_data().convert::<i32>();
     data.try_into_vec().expect("just converted")
 }
@@ -117,6 +121,7 @@ pub fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> Vec<i32> {
 pub fn int_tensor<const D: usize>(values: Vec<i32>, shape: [usize; D], device: &Device) -> Tensor<D, Int> {
     #[cfg(feature = "libtorch")]
     if crate::torch::is_here(device) {
+        crate::torch::exchanged("integers sent");
         return Tensor::from_data(TensorData::new(values, shape), (device, DType::I64));
     }
     Tensor::from_data(TensorData::new(values, shape), (device, DType::I32))
@@ -189,6 +194,7 @@ pub(crate) fn on_host<const D: usize>(tensor: Tensor<D>) -> FlexTensor {
     let tensor = tensor.inner();
     #[cfg(feature = "libtorch")]
     if crate::torch::is_here(&tensor.device()) {
+        crate::torch::exchanged("values read");
         return FlexTensor::from_data(tensor.into_data());
     }
     let tensor = tensor.try_into_primitive::<Flex>();

@@ -60,7 +60,10 @@ pub use linear_map::{LinearMap, linear_map};
 pub use logits::logits;
 pub use memory::CacheLines;
 #[cfg(not(feature = "libtorch"))]
-pub use no_device::{DeviceOptimizer, DeviceValues};
+pub use no_device::{
+    DeviceIntegers, DeviceMemory, DeviceOptimizer, DeviceValues, Recording, UpdateOutcome, WorkStream,
+    device_memory,
+};
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};
 pub use norm::{rms_norm, rms_norm_beside};
 pub use plan::{DispatchPlan, TokenSlots};
@@ -69,5 +72,7 @@ pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_to
 pub use router_logits::router_logits;
 pub use seed::with_gradient;
 #[cfg(feature = "libtorch")]
-pub use torch::update::{DeviceOptimizer, DeviceValues};
+pub use torch::recording::{DeviceIntegers, DeviceMemory, Recording, WorkStream, device_memory};
+#[cfg(feature = "libtorch")]
+pub use torch::update::{DeviceOptimizer, DeviceValues, UpdateOutcome};
 pub use vocabulary::{VocabularyGroup, VocabularyShard};

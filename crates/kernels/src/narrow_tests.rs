@@ -246,11 +246,12 @@ fn embeddings_and_a_tied_head() {
     for (layout, head) in
         [(HeadLayout::VocabularyByModel, [70, 24]), (HeadLayout::ModelByVocabulary, [24, 70])]
     {
-        let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-3, loss_scale: 0.25 };
+        let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-3 };
         check("cross-entropy", 4.0, |l| {
             let weights = Tensor::from_data([1.0_f32, 0.0, 1.0, 1.0, 1.0], &test_device());
             let (hidden, head) = (l.leaf([5, 24], 1), l.leaf(head, 2));
-            let out = cross_entropy(hidden, head, ids(vec![3, 0, 69, 20, 3]), weights, rules, None);
+            let (targets, loss_scale) = (ids(vec![3, 0, 69, 20, 3]), Tensor::full([1], 0.25, &test_device()));
+            let out = cross_entropy(hidden, head, targets, weights, loss_scale, rules, None);
             vec![out.loss_sum.reshape([1, 1]) * 0.25]
         });
     }

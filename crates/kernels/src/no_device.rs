@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Int, Tensor};
 
 use crate::host::Values;
 use crate::optimizer::{DeviceTensor, OptimizerRules};
@@ -58,18 +58,121 @@ impl DeviceOptimizer {
         None
     }
 
-    /// The norm of all gradients.
-    pub fn gradient_norm(&mut self, _: &BTreeMap<String, Values>) -> f64 {
+    /// Sets the learning rate.
+    pub fn set_learning_rate(&mut self, _: f64) {
         match *self {}
     }
 
     /// Clips and updates.
-    pub fn update(&mut self, _: &BTreeMap<String, Values>, _: f64, _: f64) {
+    pub fn update(&mut self, _: &BTreeMap<String, Values>, _: &Tensor<1>, _: f64, _: bool) {
+        match *self {}
+    }
+
+    /// Sends the places of gradients.
+    pub fn point(&mut self) {
+        match *self {}
+    }
+
+    /// What the last update did.
+    pub fn outcome(&self) -> UpdateOutcome {
         match *self {}
     }
 
     /// Calls `take` with masters and moments.
     pub fn read(&self, _: impl FnMut(&str, Option<Vec<f32>>, [Option<Vec<f32>>; 2])) {
+        match *self {}
+    }
+}
+
+/// Bytes of a GPU's memory; this build has none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Those of tensors.
+    pub used: u64,
+    /// The most that tensors had.
+    pub most_used: u64,
+    /// Those that were taken from the GPU.
+    pub taken: u64,
+    /// The most that were taken.
+    pub most_taken: u64,
+}
+
+/// `None`: no device is a GPU.
+pub fn device_memory(_: &Device) -> Option<DeviceMemory> {
+    None
+}
+
+/// What an update on a GPU did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct UpdateOutcome {
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Whether parameters were updated.
+    pub applied: bool,
+}
+
+/// The stream of a GPU's work; this build has none.
+#[derive(Debug)]
+pub enum WorkStream {}
+
+impl WorkStream {
+    /// `None`: no device is a GPU.
+    pub fn on(_: &Device) -> Option<Self> {
+        None
+    }
+
+    /// Integers, at first 0.
+    pub fn integers(&self, _: usize) -> DeviceIntegers {
+        match *self {}
+    }
+
+    /// Puts a value in the place of the only one of a tensor.
+    pub fn overwrite(&self, _: &Tensor<1>, _: f64) {
+        match *self {}
+    }
+
+    /// Tells recorded work the step whose random numbers it is to draw.
+    pub fn set_noise_step(&self, _: u32) {
+        match *self {}
+    }
+
+    /// Does `work`.
+    pub fn watched<R>(&self, _: impl FnOnce() -> R) -> (R, Option<&'static str>) {
+        match *self {}
+    }
+
+    /// Records `work`.
+    ///
+    /// # Errors
+    /// None: there is no such stream.
+    pub fn record<R>(&self, _: impl FnOnce() -> R) -> Result<(Recording, R), String> {
+        match *self {}
+    }
+}
+
+/// Recorded work of a GPU; this build has none.
+#[derive(Debug)]
+pub enum Recording {}
+
+impl Recording {
+    /// Lets the GPU do the work again.
+    pub fn replay(&self, _: &WorkStream) {
+        match *self {}
+    }
+}
+
+/// Integers in a GPU's memory; this build has none.
+#[derive(Debug)]
+pub enum DeviceIntegers {}
+
+impl DeviceIntegers {
+    /// Replaces them all.
+    pub fn write(&mut self, _: &[i32]) {
+        match *self {}
+    }
+
+    /// They themselves. `[count]`
+    pub fn tensor(&self) -> Tensor<1, Int> {
         match *self {}
     }
 }

@@ -114,6 +114,18 @@ impl DispatchPlan {
         }
     }
 
+    /// Tokens with a slot, counted where the plan is. float32 `[1]`
+    pub fn tokens_with_slot(&self) -> Tensor<1> {
+        match &self.by_token {
+            ByToken::Listed(slots) => {
+                let count = slots.iter().filter(|own| !own.is_empty()).count();
+                Tensor::full([1], count as f32, &self.rows_used.device())
+            }
+            #[cfg(feature = "libtorch")]
+            ByToken::Table(slots) => crate::torch::rows_with_any(slots),
+        }
+    }
+
     /// The same assignment with at least `slots` slots an expert.
     #[must_use]
     pub fn widened(self, slots: usize) -> Self {

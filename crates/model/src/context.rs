@@ -34,8 +34,8 @@ pub struct ForwardContext<'a> {
     pub expert_dropout: f64,
     /// Noise on the router's input; 0 outside training.
     pub router_jitter_noise: f64,
-    /// What the sum of the cross-entropies will be multiplied by, as far as it is known.
-    pub loss_scale: f64,
+    /// What the sum of the cross-entropies will be multiplied by, where that is known. `[1]`
+    pub loss_scale: Option<&'a Tensor<1>>,
     /// Seed of the run.
     pub seed: u64,
     /// Step of the run.
@@ -58,7 +58,7 @@ impl<'a> ForwardContext<'a> {
             dropout_rate: 0.0,
             expert_dropout: 0.0,
             router_jitter_noise: 0.0,
-            loss_scale: 1.0,
+            loss_scale: None,
             seed: 0,
             step: 0,
             first_row: 0,

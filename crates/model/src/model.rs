@@ -51,7 +51,7 @@ pub struct Seq2SeqBatch {
     /// Targets, `[rows * targets_length]`.
     pub target_ids: Tensor<1, Int>,
     /// 1 where the target counts, 0 where not. `[rows * targets_length]`
-    pub weights: Vec<f32>,
+    pub weights: Tensor<1>,
 }
 
 /// The encoder's output and what the decoder needs to read it.
@@ -158,7 +158,6 @@ impl SwitchTransformer {
         context: &ForwardContext<'_>,
     ) -> BlockInputs {
         let length = batch.decoder_input_ids.dims()[0] / batch.rows;
-        let counted: Vec<i32> = batch.weights.iter().map(|&w| i32::from(w != 0.0)).collect();
         BlockInputs {
             stack: StackKind::Decoder,
             batch: batch.rows,
@@ -166,7 +165,7 @@ impl SwitchTransformer {
             position: 0,
             relative_bias: self.decoder.bias(StackKind::Decoder, length, 0, context.model),
             self_mask: batch.decoder_mask.clone(),
-            token_mask: Some(int_tensor(counted, [batch.rows * length], &batch.target_ids.device().inner())),
+            token_mask: Some(batch.weights.clone().not_equal_elem(0.0).int()),
             encoder: Some(encoder.hidden_nd.clone()),
             encoder_mask: Some(encoder.mask.clone()),
         }
@@ -242,18 +241,14 @@ impl SwitchTransformer {
     ) -> CrossEntropyOutput {
         let (_, layout) = self.head();
         let device = hidden_nd.device().inner();
-        let rules = CrossEntropy {
-            layout,
-            scale: output_scale(context.model),
-            z_coefficient: z_loss,
-            loss_scale: context.loss_scale,
-        };
-        let weights = Tensor::from_data(batch.weights.as_slice(), &device);
+        let rules = CrossEntropy { layout, scale: output_scale(context.model), z_coefficient: z_loss };
+        let loss_scale = context.loss_scale.cloned().unwrap_or_else(|| Tensor::ones([1], &device));
         cross_entropy(
             context.tensor_parallel.copy_in(hidden_nd),
             head,
             batch.target_ids.clone(),
-            weights,
+            batch.weights.clone(),
+            loss_scale,
             rules,
             context.tensor_parallel.vocabulary_shard(context.model.vocab_size),
         )
@@ -341,18 +336,26 @@ impl Seq2SeqBatch {
         pad_token_id: i32,
         device: &Device,
     ) -> Self {
-        let (inputs, targets) = (input_ids.len(), target_ids.len());
-        let mask = input_ids.iter().map(|&id| i32::from(id != pad_token_id)).collect();
-        let weights: Vec<f32> =
-            target_ids.iter().map(|&id| if id == pad_token_id { 0.0 } else { 1.0 }).collect();
+        let ids = |ids: Vec<i32>| {
+            let count = ids.len();
+            int_tensor(ids, [count], device)
+        };
+        Self::of_tensors(rows, [ids(input_ids), ids(decoder_input_ids), ids(target_ids)], pad_token_id)
+    }
+
+    /// A batch from input, decoder and target ids on the device, as [`from_ids`](Self::from_ids).
+    pub fn of_tensors(rows: usize, ids: [Tensor<1, Int>; 3], pad_token_id: i32) -> Self {
+        let [input_ids, decoder_input_ids, target_ids] = ids;
+        let [inputs] = input_ids.dims();
+        let counts = |ids: &Tensor<1, Int>| ids.clone().not_equal_elem(pad_token_id);
         Self {
             rows,
-            input_ids: int_tensor(input_ids, [inputs], device),
-            input_mask: int_tensor(mask, [rows, inputs / rows], device),
-            decoder_input_ids: int_tensor(decoder_input_ids, [targets], device),
+            input_mask: counts(&input_ids).int().reshape([rows, inputs / rows]),
+            weights: counts(&target_ids).float().cast(DType::F32),
+            input_ids,
+            decoder_input_ids,
             decoder_mask: None,
-            target_ids: int_tensor(target_ids, [targets], device),
-            weights,
+            target_ids,
         }
     }
 }

@@ -8,6 +8,7 @@ mod checkpointing;
 mod diagnose;
 mod error;
 pub mod evaluate;
+mod gpu_step;
 mod metrics;
 mod optimizer;
 mod parameters;

@@ -70,31 +70,17 @@ impl Optimizer {
         }
     }
 
-    /// The norm of gradients that are all on the device of `model`, as they are on one rank alone; `None` when
-    /// they are in main memory.
-    pub(crate) fn norm_on_device(&mut self, model: &SwitchTransformer, gradients: &Gradients) -> Option<f64> {
-        if gradients.is_empty() || !gradients.values().all(|values| matches!(values, Values::Device(_))) {
-            self.leave_device();
-            return None;
-        }
+    /// Masters and moments on the GPU where `model` is, which are moved there if need be.
+    pub(crate) fn on_device_of(&mut self, model: &SwitchTransformer) -> Option<&mut DeviceOptimizer> {
         if self.on_device.is_none() {
             self.on_device = self.move_to_device(model);
         }
-        self.on_device.as_mut().map(|optimizer| optimizer.gradient_norm(gradients))
+        self.on_device.as_mut()
     }
 
-    /// Clips the gradients of the last [`norm_on_device`](Self::norm_on_device) to `max_norm`, if that is above
-    /// 0, and updates the model where it is. False when the state is in main memory.
-    pub(crate) fn step_on_device(
-        &mut self,
-        gradients: &Gradients,
-        learning_rate: f64,
-        max_norm: f64,
-    ) -> bool {
-        let Some(optimizer) = &mut self.on_device else { return false };
-        optimizer.update(gradients, learning_rate, max_norm);
+    /// Counts an update that was made on the device.
+    pub(crate) fn count_update(&mut self) {
         self.updates += 1;
-        true
     }
 
     fn move_to_device(&self, model: &SwitchTransformer) -> Option<DeviceOptimizer> {

@@ -50,7 +50,6 @@ pub(crate) fn load_parts(
         })
     })?;
     let optimizer = learner.optimizer_mut();
-    optimizer.leave_device();
     optimizer.set_updates(updates);
     let units = optimizer.units().clone();
     for (name, values) in optimizer.masters_mut() {

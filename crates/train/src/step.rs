@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
 use switchyard_config::plan::RoutingSemantics;
 use switchyard_data::HostBatch;
-use switchyard_kernels::with_values;
+use switchyard_kernels::{Values, WorkStream, with_values};
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, OwnerExchange, SumFormats};
 
 use crate::diagnose::first_non_finite;
 use crate::error::TrainError;
+use crate::gpu_step::{Did, GpuStep, Parts};
 use crate::optimizer::Optimizer;
 use crate::report::{MicroLoss, gathered};
 use crate::schedule;
@@ -45,9 +46,21 @@ pub struct NonFinite {
 
 /// Denominators of a whole step, known before its first micro-batch.
 #[derive(Debug, Clone, Copy)]
-struct Denominators {
-    targets: f64,
-    groups: f64,
+pub(crate) struct Denominators {
+    /// Targets that count.
+    pub(crate) targets: f64,
+    /// Routing groups.
+    pub(crate) groups: f64,
+}
+
+/// What is known of a step before it begins.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Now {
+    pub(crate) step: u64,
+    pub(crate) denominators: Denominators,
+    pub(crate) learning_rate: f64,
+    /// Encoder and decoder tokens that are not padding.
+    pub(crate) tokens: u64,
 }
 
 impl Denominators {
@@ -72,6 +85,8 @@ pub struct Learner {
     exchange: OwnerExchange,
     mesh: Arc<Mesh>,
     device: Device,
+    /// Of the last step, if the model is on a GPU that no other rank shares the work with.
+    gpu_step: Option<GpuStep>,
 }
 
 impl Learner {
@@ -85,6 +100,7 @@ impl Learner {
             exchange,
             mesh,
             device: device.clone(),
+            gpu_step: None,
         }
     }
 
@@ -97,8 +113,14 @@ impl Learner {
     ///
     /// Weights in bfloat16 come back from their masters at the next update.
     pub fn model_mut(&mut self) -> &mut SwitchTransformer {
-        self.optimizer.leave_device();
+        self.leave_gpu();
         self.model.as_mut().expect("every method that takes the model puts it back")
+    }
+
+    /// Parameters or the optimizer's state are about to be replaced.
+    fn leave_gpu(&mut self) {
+        self.gpu_step = None;
+        self.optimizer.leave_device();
     }
 
     /// Lets `change` replace the model; after an error there is none and the learner is of no use.
@@ -106,7 +128,7 @@ impl Learner {
         &mut self,
         change: impl FnOnce(SwitchTransformer) -> Result<SwitchTransformer, E>,
     ) -> Result<(), E> {
-        self.optimizer.leave_device();
+        self.leave_gpu();
         let model = self.model.take().expect("every method that takes the model puts it back");
         self.model = Some(change(model)?);
         Ok(())
@@ -126,6 +148,11 @@ impl Learner {
     /// The optimizer, for loading.
     pub(crate) fn optimizer_mut(&mut self) -> &mut Optimizer {
         &mut self.optimizer
+    }
+
+    /// Whether a GPU repeats a recording of the step.
+    pub fn is_recorded(&self) -> bool {
+        self.gpu_step.as_ref().is_some_and(GpuStep::is_recorded)
     }
 
     /// This rank's place in the job.
@@ -152,6 +179,11 @@ impl Learner {
         let counts = [count(HostBatch::num_targets), count(HostBatch::num_tokens)];
         let [targets, tokens] = self.mesh.sum_over_data(counts)?;
         let denominators = Denominators::of(plan, targets);
+        let learning_rate = plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1);
+        if let Some(stream) = self.gpu_alone() {
+            let now = Now { step, denominators, learning_rate, tokens };
+            return self.step_on_gpu(&stream, plan, micro_batches, now);
+        }
         let (mut local, mut gradients) = (Gradients::new(), Gradients::new());
         let mut losses = Vec::with_capacity(micro_batches.len());
         let mut moe = Vec::new();
@@ -167,20 +199,9 @@ impl Learner {
             self.exchange.reduce(local, 1, &mut gradients)?;
         }
         let MicroLoss { loss, total_loss } = gathered(&self.mesh, &losses, &mut moe)?;
-        let model = self.model.as_ref().expect("every method that takes the model puts it back");
-        let grad_norm = match self.optimizer.norm_on_device(model, &gradients) {
-            Some(norm) => norm,
-            None => self.exchange.sum_of_squares(&gradients)?.sqrt(),
-        };
-        let mut outcome = StepOutcome {
-            loss,
-            total_loss,
-            grad_norm,
-            learning_rate: plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1),
-            skipped: None,
-            tokens,
-            moe,
-        };
+        let grad_norm = self.exchange.sum_of_squares(&gradients)?.sqrt();
+        let mut outcome =
+            StepOutcome { loss, total_loss, grad_norm, learning_rate, skipped: None, tokens, moe };
         if outcome.total_loss.is_finite() && outcome.grad_norm.is_finite() {
             self.update(plan, &gradients, &outcome)?;
         } else {
@@ -188,6 +209,39 @@ impl Learner {
             outcome.skipped = Some(NonFinite { place });
         }
         Ok(outcome)
+    }
+
+    /// The stream of the GPU that this rank works on, if it works alone.
+    fn gpu_alone(&self) -> Option<WorkStream> {
+        (self.mesh.world().size() == 1).then(|| WorkStream::on(&self.device)).flatten()
+    }
+
+    fn step_on_gpu(
+        &mut self,
+        stream: &WorkStream,
+        plan: &RunPlan,
+        micro_batches: &[HostBatch],
+        now: Now,
+    ) -> Result<StepOutcome, TrainError> {
+        let earlier = self.gpu_step.take().filter(|earlier| earlier.fits(micro_batches));
+        let mut steps = earlier.unwrap_or_else(|| GpuStep::new(stream, plan, micro_batches, &self.device));
+        let model = self.model.as_ref().expect("every method that takes the model puts it back");
+        let optimizer = self.optimizer.on_device_of(model).expect("the model is on the stream's GPU");
+        let parts = Parts { model, mesh: &self.mesh, sums: self.exchange.sums(), optimizer };
+        let Did { losses, grad_norm, updated, moe } = steps.step(stream, plan, parts, micro_batches, now);
+        let MicroLoss { loss, total_loss } = losses;
+        let skipped = if updated {
+            self.optimizer.count_update();
+            None
+        } else {
+            let gradients = steps.gradients().expect("a step was done");
+            let place = first_non_finite(self, plan, micro_batches, now.step, total_loss, gradients)?;
+            Some(NonFinite { place })
+        };
+        steps.forget();
+        self.gpu_step = Some(steps);
+        let (learning_rate, tokens) = (now.learning_rate, now.tokens);
+        Ok(StepOutcome { loss, total_loss, grad_norm, learning_rate, skipped, tokens, moe })
     }
 
     /// Forward and backward of one micro-batch.
@@ -200,24 +254,18 @@ impl Learner {
         sums: &mut Gradients,
         moe: &mut Vec<(String, LayerMetrics)>,
     ) -> MicroLoss {
-        let loss_scale = 1.0 / denominators.targets;
-        let context =
-            ForwardContext { loss_scale, ..training_context(plan, &self.mesh, step, micro.first_row) };
-        let batch = device_batch(micro, plan.model.pad_token_id as i32, &self.device.clone().inner());
-        let (z_loss, mut take) =
-            (plan.trainer.z_loss, |name: &str, gradient| self.exchange.sums().add(sums, name, gradient));
-        let (output, loss) = if plan.trainer.recompute_activations {
-            let total = |output: &LossOutput| total_loss(plan, output, denominators);
-            self.model().gradients_by_block(&batch, z_loss, &context, total, take)
-        } else {
-            let output = self.model().loss(&batch, z_loss, &context);
-            let loss = total_loss(plan, &output, denominators);
-            self.model().take_gradients(&mut loss.clone().backward(), &mut take);
-            (output, loss)
-        };
+        let device = self.device.clone().inner();
+        let batch = device_batch(micro, plan.model.pad_token_id as i32, &device);
+        let loss_scale = Tensor::full([1], 1.0 / denominators.targets, (&device, DType::F32));
+        let (first_row, groups) = (micro.first_row, denominators.groups);
+        let pass = Pass { plan, mesh: &self.mesh, step, first_row, loss_scale: &loss_scale, groups };
+        let take = |name: &str, gradient| self.exchange.sums().add(sums, name, gradient);
+        let (output, loss) = pass.run(self.model(), &batch, take);
         let token_loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);
-        let sum: f64 = token_loss.iter().zip(&batch.weights).map(|(l, w)| f64::from(l * w)).sum();
-        let total = f64::from(with_values(loss.clone(), |values| values[0]));
+        let sum: f64 = with_values(batch.weights, |weights| {
+            token_loss.iter().zip(weights).map(|(l, w)| f64::from(l * w)).sum()
+        });
+        let total = f64::from(with_values(loss, |values| values[0]));
         merge_moe(moe, &output);
         MicroLoss { loss: sum / denominators.targets, total_loss: total }
     }
@@ -230,9 +278,6 @@ impl Learner {
         outcome: &StepOutcome,
     ) -> Result<(), TrainError> {
         let clip = plan.optimizer.clip_norm;
-        if self.optimizer.step_on_device(gradients, outcome.learning_rate, clip) {
-            return Ok(());
-        }
         let scale = if clip > 0.0 { (clip / outcome.grad_norm.max(f64::MIN_POSITIVE)).min(1.0) } else { 1.0 };
         let model = self.model.take().expect("every method that takes the model puts it back");
         let model = self.optimizer.step(model, gradients, outcome.learning_rate, scale);
@@ -256,7 +301,7 @@ pub(crate) fn training_context<'a>(
         dropout_rate: plan.trainer.dropout_rate,
         expert_dropout: plan.trainer.expert_dropout,
         router_jitter_noise: plan.routing.router_jitter_noise,
-        loss_scale: 1.0,
+        loss_scale: None,
         seed: plan.seed,
         step: step as u32,
         first_row,
@@ -265,20 +310,58 @@ pub(crate) fn training_context<'a>(
     }
 }
 
-/// `sum CE / N_targets + sum over groups and layers of the router losses / N_groups`.
-fn total_loss(plan: &RunPlan, output: &LossOutput, denominators: Denominators) -> Tensor<1> {
-    let mut loss = output.cross_entropy.loss_sum.clone() / denominators.targets;
-    for router in &output.router_losses {
-        let terms = [
-            (&router.load_balancing, plan.routing.load_balancing_loss_coef),
-            (&router.z, plan.routing.router_z_loss_coef),
-        ];
-        // A term that does not count would still cost a backward pass through every router.
-        for (term, coefficient) in terms.into_iter().filter(|&(_, coefficient)| coefficient != 0.0) {
-            loss = loss + term.clone() * (coefficient / denominators.groups);
+/// Forward and backward over one micro-batch, all of it on the device.
+pub(crate) struct Pass<'a> {
+    pub(crate) plan: &'a RunPlan,
+    pub(crate) mesh: &'a Mesh,
+    pub(crate) step: u64,
+    /// Number of the micro-batch's first row within the global batch.
+    pub(crate) first_row: u32,
+    /// One over the targets of the global batch. `[1]`
+    pub(crate) loss_scale: &'a Tensor<1>,
+    /// Routing groups of the global batch.
+    pub(crate) groups: f64,
+}
+
+impl Pass<'_> {
+    /// What was computed and what was differentiated; `take` gets the gradients.
+    pub(crate) fn run(
+        &self,
+        model: &SwitchTransformer,
+        batch: &Seq2SeqBatch,
+        mut take: impl FnMut(&str, Values),
+    ) -> (LossOutput, Tensor<1>) {
+        let plan = self.plan;
+        let context = ForwardContext {
+            loss_scale: Some(self.loss_scale),
+            ..training_context(plan, self.mesh, self.step, self.first_row)
+        };
+        if plan.trainer.recompute_activations {
+            let total = |output: &LossOutput| self.total_loss(output);
+            return model.gradients_by_block(batch, plan.trainer.z_loss, &context, total, take);
         }
+        let output = model.loss(batch, plan.trainer.z_loss, &context);
+        let loss = self.total_loss(&output);
+        model.take_gradients(&mut loss.clone().backward(), &mut take);
+        (output, loss)
     }
-    loss
+
+    /// `sum CE / N_targets + sum over groups and layers of the router losses / N_groups`.
+    fn total_loss(&self, output: &LossOutput) -> Tensor<1> {
+        let routing = &self.plan.routing;
+        let mut loss = output.cross_entropy.loss_sum.clone() * self.loss_scale.clone().autodiff();
+        for router in &output.router_losses {
+            let terms = [
+                (&router.load_balancing, routing.load_balancing_loss_coef),
+                (&router.z, routing.router_z_loss_coef),
+            ];
+            // A term that does not count would still cost a backward pass through every router.
+            for (term, coefficient) in terms.into_iter().filter(|&(_, coefficient)| coefficient != 0.0) {
+                loss = loss + term.clone() * (coefficient / self.groups);
+            }
+        }
+        loss
+    }
 }
 
 /// The batch as tensors on `device`.

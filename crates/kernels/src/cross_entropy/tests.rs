@@ -15,9 +15,14 @@ struct Sizes {
     vocabulary: usize,
 }
 
+/// Another factor than the one that the loss is then multiplied by.
+fn loss_scale() -> Tensor<1> {
+    Tensor::full([1], 0.25, &test_device())
+}
+
 fn check(sizes: Sizes, rules: CrossEntropy) {
     let Sizes { tokens, d_model, vocabulary } = sizes;
-    let CrossEntropy { layout, scale, z_coefficient, .. } = rules;
+    let CrossEntropy { layout, scale, z_coefficient } = rules;
     let device = test_device().autodiff();
     let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
     let by_model = layout == HeadLayout::ModelByVocabulary;
@@ -27,7 +32,8 @@ fn check(sizes: Sizes, rules: CrossEntropy) {
     let weights: Vec<f32> = (0..tokens).map(|i| [1.0, 0.5, 2.0, 0.0][i % 4]).collect();
     let weights = Tensor::<1>::from_data(weights.as_slice(), &device);
     let ids = host::int_tensor(targets, [tokens], &device);
-    let fused = cross_entropy(hidden.clone(), head.clone(), ids.clone(), weights.clone(), rules, None);
+    let fused =
+        cross_entropy(hidden.clone(), head.clone(), ids.clone(), weights.clone(), loss_scale(), rules, None);
 
     let matrix = if by_model { head.clone() } else { head.clone().transpose() };
     let logits = (hidden.clone() * scale).matmul(matrix);
@@ -59,7 +65,7 @@ fn equals_the_composed_reference() {
     for layout in LAYOUTS {
         for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
             let sizes = Sizes { tokens: 11, d_model: 6, vocabulary: 37 };
-            check(sizes, CrossEntropy { layout, scale, z_coefficient, loss_scale: 1.0 });
+            check(sizes, CrossEntropy { layout, scale, z_coefficient });
         }
     }
 }
@@ -70,7 +76,7 @@ fn several_chunks_add_up() {
     let tokens = 2 * (CHUNK_LOGITS / vocabulary) + 3;
     for layout in LAYOUTS {
         let sizes = Sizes { tokens, d_model: 3, vocabulary };
-        check(sizes, CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4, loss_scale: 0.25 });
+        check(sizes, CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 });
     }
 }
 
@@ -80,13 +86,9 @@ fn positions_without_weight_touch_nothing() {
     let hidden = Tensor::<2>::ones([2, 3], &device).require_grad();
     let head = Tensor::<2>::ones([3, 5], &device).require_grad();
     let ids = host::int_tensor(vec![1, 2], [2], &device);
-    let rules = CrossEntropy {
-        layout: HeadLayout::ModelByVocabulary,
-        scale: 1.0,
-        z_coefficient: 1e-2,
-        loss_scale: 1.0,
-    };
-    let out = cross_entropy(hidden.clone(), head, ids, Tensor::zeros([2], &device.inner()), rules, None);
+    let rules = CrossEntropy { layout: HeadLayout::ModelByVocabulary, scale: 1.0, z_coefficient: 1e-2 };
+    let weights = Tensor::zeros([2], &device.inner());
+    let out = cross_entropy(hidden.clone(), head, ids, weights, loss_scale(), rules, None);
     assert_eq!(out.loss_sum.clone().into_scalar::<f32>(), 0.0);
     let gradients = out.loss_sum.backward();
     assert_eq!(hidden.grad(&gradients).expect("leaf").abs().max().into_scalar::<f32>(), 0.0);
@@ -153,7 +155,7 @@ fn run(
     let weights: Vec<f32> = (0..tokens).map(|i| [1.0, 0.5, 2.0, 0.0][i % 4]).collect();
     let weights = Tensor::<1>::from_data(weights.as_slice(), &device.clone().inner());
     let targets = host::int_tensor(targets, [tokens], &device.clone().inner());
-    let out = cross_entropy(hidden.clone(), head.clone(), targets, weights, rules, shard);
+    let out = cross_entropy(hidden.clone(), head.clone(), targets, weights, loss_scale(), rules, shard);
     let values = |tensor: Tensor<1>| host::with_values(tensor, <[f32]>::to_vec);
     let gradients = (out.loss_sum.clone() * 0.5).backward();
     let gradient = |leaf: &Tensor<2>| leaf.grad(&gradients).expect("leaf");
@@ -215,11 +217,11 @@ fn a_split_vocabulary_gives_the_loss_and_the_gradients_of_the_whole() {
     for layout in LAYOUTS {
         for count in [2, 3] {
             for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
-                let rules = CrossEntropy { layout, scale, z_coefficient, loss_scale: 1.0 };
+                let rules = CrossEntropy { layout, scale, z_coefficient };
                 check_split(Sizes { tokens: 65, d_model: 6, vocabulary: 30 }, rules, count);
             }
         }
-        let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4, loss_scale: 0.25 };
+        let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 };
         let tokens_of_chunk = 64;
         let vocabulary = 2 * CHUNK_LOGITS / tokens_of_chunk;
         check_split(Sizes { tokens: 2 * tokens_of_chunk + 3, d_model: 3, vocabulary }, rules, 2);

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor, no_grad};
 use crate::cross_entropy::{Fused, HeadLayout};
 use crate::operation::Operation;
 use crate::torch::gpu::{at, format, narrow, queue, room, started};
-use crate::torch::{uploaded, wide};
+use crate::torch::{exchanged, uploaded, wide};
 use crate::vocabulary::VocabularyShard;
 
 /// Gradients of the scaled loss sum, if a backward pass may follow, which takes them out.
@@ -79,10 +79,10 @@ impl Fused {
         let terms = &weights * (&loss + log_z.square() * rules.z_coefficient);
         let sum = terms.masked_fill(&weights.eq(0.0), 0.0).sum(Kind::Double);
         let gradients = tracked.then(|| {
-            let through =
-                (log_z.shallow_clone() * (2.0 * rules.z_coefficient) + 1.0) * &weights * rules.loss_scale;
+            let loss_scale = self.loss_scale.in_torch();
+            let through = (log_z.shallow_clone() * (2.0 * rules.z_coefficient) + 1.0) * &weights * loss_scale;
             let g = (logits - &log_z).exp() * through;
-            let g = g.scatter_add(1, &target, &(weights * here * -rules.loss_scale));
+            let g = g.scatter_add(1, &target, &(weights * here * loss_scale.neg()));
             let g = wide(&g.to_kind(hidden.kind()));
             let of_hidden = g.matmul(&by_model.tr());
             let of_head = if by_vocabulary { g.tr().matmul(&x) } else { x.tr().matmul(&g) };
@@ -172,7 +172,7 @@ impl Positions {
         for given in [&targets, &weights] {
             assert_eq!(given.size(), [tokens as i64], "every position has a target and a weight");
         }
-        let loss_scale = Tensor::full([1], operation.rules.loss_scale, (Kind::Float, like.device()));
+        let loss_scale = wide(operation.loss_scale.in_torch());
         let [loss, correct, log_z] = [(); 3].map(|()| room(&[tokens], Kind::Float, like));
         Self { targets, weights, loss_scale, loss, correct, log_z }
     }
@@ -202,6 +202,7 @@ impl Positions {
 }
 
 fn on_host(values: &Tensor) -> Vec<f32> {
+    exchanged("the parts of a vocabulary that ranks share");
     let values = values.view([-1]).to(tch::Device::Cpu);
     Vec::try_from(values).expect("a flat float32 tensor")
 }
@@ -226,7 +227,7 @@ impl Operation<LibTorch, 2, 3> for Fused {
     ) -> [Option<TchTensor>; 2] {
         let [Some(gradient), ..] = gradients else { return [None, None] };
         // One float32 value, not a scalar: products with it are rounded once, in place.
-        let factor = gradient.tensor.view([1]) / self.rules.loss_scale;
+        let factor = gradient.tensor.view([1]) / self.loss_scale.in_torch();
         let taken = saved.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Gradients { mut hidden, mut head } = taken.expect("a graph that is tracked is walked once");
         let _ = hidden.tensor.g_mul_(&(&factor * self.rules.scale));

@@ -21,7 +21,7 @@ use crate::noise::{Factor, TokenNoise, TokenPlace};
 use crate::operation::{Operation, given};
 use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, at_optional, format, in_pieces, narrow, noise_key, queue, started, token_noise};
-use crate::torch::{contiguous, uploaded, wide};
+use crate::torch::{contiguous, exchanged, uploaded, wide};
 
 /// Batch row and position of the token in each slot, any where none is. int32 `[slots, 2]`
 pub(crate) fn places(token_of_slot: &TchTensor, noise: TokenNoise) -> TchTensor {
@@ -35,12 +35,14 @@ pub(crate) fn places(token_of_slot: &TchTensor, noise: TokenNoise) -> TchTensor 
 
 /// The integers of a tensor on any device.
 fn downloaded(tensor: &Tensor) -> Vec<i32> {
+    exchanged("slots in use");
     let flat = tensor.to_kind(Kind::Int).contiguous().view([-1]);
     Vec::try_from(&flat).expect("one dimension of this kind")
 }
 
 /// Integers in main memory where `like` is; nothing waits for the device.
 fn uploaded_integers(values: &[i32], like: &Tensor) -> TchTensor {
+    exchanged("slots in use");
     TchTensor::new(Tensor::from_slice(values).to_device_(like.device(), Kind::Int, true, false))
 }
 

@@ -40,17 +40,23 @@ type GetStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
 /// LibTorch's current stream of a GPU, through its C interface.
 fn current_stream(index: usize) -> Stream {
     static GET: OnceLock<GetStream> = OnceLock::new();
-    let get = *GET.get_or_init(|| {
-        let process = libloading::os::unix::Library::this();
-        // SAFETY: the symbol is a C function of this signature in every LibTorch with CUDA (c_shim.h).
-        let found = unsafe { process.get::<GetStream>(b"aoti_torch_get_current_cuda_stream\0") };
-        *found.unwrap_or_else(|error| panic!("this LibTorch has no CUDA: {error}"))
-    });
+    let get = *GET.get_or_init(|| in_process::<GetStream>(b"aoti_torch_get_current_cuda_stream\0"));
     let mut stream = ptr::null_mut();
     // SAFETY: `stream` takes one pointer.
     let code = unsafe { get(index as i32, &raw mut stream) };
     assert_eq!(code, 0, "LibTorch has a current stream for every GPU");
     Stream(stream.cast())
+}
+
+/// A function of LibTorch's C interface for CUDA (aoti_torch/c/shim.h), by its name with a zero behind it.
+///
+/// # Panics
+/// When LibTorch was built without CUDA: there are no GPUs then that anything could be asked for.
+pub(crate) fn in_process<F: Copy>(name: &[u8]) -> F {
+    let process = libloading::os::unix::Library::this();
+    // SAFETY: the signatures are those of the header.
+    let found = unsafe { process.get::<F>(name) };
+    *found.unwrap_or_else(|error| panic!("this LibTorch has no CUDA: {error}"))
 }
 
 /// What came of a call, or a panic with what keeps it from running: an operation inside automatic
@@ -113,23 +119,28 @@ pub(crate) fn aligned(tensor: &Tensor) -> Tensor {
 }
 
 /// A key of random numbers, whose step lies on the device.
-///
-/// What lies there is the step that this thread asked for last; kernels of earlier ones have read theirs, in the
-/// order of the stream.
 pub(crate) fn noise_key(key: noise::NoiseKey, like: &Tensor) -> NoiseKey {
+    let Device::Cuda(index) = like.device() else { panic!("keys are for kernels") };
+    NoiseKey { seed: key.seed, step: fill_noise_step(key.step, index), site: key.site }
+}
+
+/// Where the step of random numbers lies on a GPU, after writing it there unless it is there.
+///
+/// It is the one that this thread asked for last; kernels of earlier ones have read theirs, in the order of the
+/// stream.
+pub(crate) fn fill_noise_step(step: u32, index: usize) -> Address {
     thread_local! {
         static STEPS: RefCell<HashMap<usize, (u32, Tensor)>> = RefCell::default();
     }
-    let Device::Cuda(index) = like.device() else { panic!("keys are for kernels") };
-    let word = i64::from(key.step.cast_signed());
+    let word = i64::from(step.cast_signed());
     STEPS.with_borrow_mut(|steps| {
-        let fresh = || (key.step, Tensor::full([1], word, (Kind::Int, like.device())));
-        let (step, tensor) = steps.entry(index).or_insert_with(fresh);
-        if *step != key.step {
+        let fresh = || (step, Tensor::full([1], word, (Kind::Int, Device::Cuda(index))));
+        let (there, tensor) = steps.entry(index).or_insert_with(fresh);
+        if *there != step {
             let _ = tensor.fill_(word);
-            *step = key.step;
+            *there = step;
         }
-        NoiseKey { seed: key.seed, step: at(tensor), site: key.site }
+        at(tensor)
     })
 }
 

@@ -17,6 +17,7 @@ mod noise;
 mod norm;
 mod operations;
 mod projection;
+pub(crate) mod recording;
 mod route;
 pub(crate) mod update;
 
@@ -28,6 +29,7 @@ use tch::Kind;
 
 pub(crate) use feed_forward::places;
 pub(crate) use gpu::gpu;
+pub(crate) use recording::exchanged;
 pub(crate) use route::route;
 
 use crate::cross_entropy::HeadLayout;
@@ -85,6 +87,12 @@ pub(crate) fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> 
     Tensor::from_primitive::<LibTorch>(TchTensor::new(hidden.matmul(&head).to_kind(Kind::Float)))
 }
 
+/// The number of rows with a value that is not negative. int32 `[rows, columns]` to float32 `[1]`
+pub(crate) fn rows_with_any(table: &TchTensor) -> Tensor<1> {
+    let any = table.tensor.amax([-1_i64].as_slice(), false).ge(0);
+    Tensor::from_primitive::<LibTorch>(TchTensor::new(any.sum(Kind::Float).view([1])))
+}
+
 /// As float32.
 fn wide(tensor: &tch::Tensor) -> tch::Tensor {
     tensor.to_kind(Kind::Float)
@@ -92,6 +100,7 @@ fn wide(tensor: &tch::Tensor) -> tch::Tensor {
 
 /// Values in main memory as a float32 tensor where `like` is.
 fn uploaded(values: &[f32], shape: &[i64], like: &tch::Tensor) -> tch::Tensor {
+    exchanged("values of an operation");
     tch::Tensor::from_slice(values).view(shape).to(like.device())
 }
 

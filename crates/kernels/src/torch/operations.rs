@@ -13,7 +13,7 @@ use crate::router_logits::RouterLogits;
 use crate::seed::Seed;
 use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, format, in_pieces, queue, started, token_noise};
-use crate::torch::{ONE_DEVICE, contiguous, noise, wide};
+use crate::torch::{ONE_DEVICE, contiguous, exchanged, noise, wide};
 
 /// What the backward pass of [`RouterLogits`] needs.
 #[derive(Debug)]
@@ -133,6 +133,7 @@ fn mapped<T: TchElement + Copy>(
     shape: &Shape,
     map: impl FnOnce(&[T]) -> Option<Vec<T>>,
 ) -> TchTensor {
+    exchanged("a map in main memory");
     let sizes: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
     let flat = x.tensor.contiguous().view([-1]);
     let host = TchTensor::new(flat.to(Device::Cpu));

@@ -11,9 +11,10 @@ use crate::plan::{ByToken, DispatchPlan};
 use crate::route::{Gate, GateRule, RouteOptions, Routing};
 use crate::torch::composed::composed_operation;
 use crate::torch::gpu::{at, at_optional, format, narrow, queue, room, started, workspace};
-use crate::torch::{contiguous, floats, is_here, uploaded, wide};
+use crate::torch::{contiguous, exchanged, floats, is_here, uploaded, wide};
 
 fn integers(values: impl Iterator<Item = i64>, like: &Tensor) -> Tensor {
+    exchanged("decisions of a router");
     Tensor::from_slice(&values.collect::<Vec<_>>()).to(like.device())
 }
 

@@ -109,15 +109,22 @@ unsafe impl Send for DeviceOptimizer {}
 // SAFETY: as above; shared references only read.
 unsafe impl Sync for DeviceOptimizer {}
 
+/// What an update did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct UpdateOutcome {
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Whether parameters were updated: norm and loss were finite.
+    pub applied: bool,
+}
+
 /// The plan for one set of gradients.
 #[derive(Debug)]
 struct Planned {
     /// Names and formats of the gradients.
     gradients: Vec<(String, Format)>,
     plan: UpdatePlan,
-    /// Where the gradients are.
-    pointed: Vec<Address>,
-    /// The part of the table that says so.
+    /// The part of the table that says where the gradients are.
     described: Vec<u32>,
     table: tch::Tensor,
     workspace: tch::Tensor,
@@ -149,36 +156,54 @@ impl DeviceOptimizer {
         })
     }
 
-    /// The norm of all gradients; waits for the device.
+    /// Sets the learning rate of the updates from here on, recorded ones too.
+    pub fn set_learning_rate(&mut self, learning_rate: f64) {
+        no_grad(|| drop(self.control.narrow(0, 0, 1).fill_(learning_rate.to_bits().cast_signed())));
+    }
+
+    /// Clips `gradients` to `max_norm`, 0 for not at all, and updates every parameter, unless their norm or
+    /// `loss`, `[1]`, is not finite. Nothing waits for the device: [`outcome`](Self::outcome) does.
+    ///
+    /// Inside a recording the gradients must be those of an update before by name and format, and
+    /// [`point`](Self::point) must follow it.
     ///
     /// # Panics
     /// When a gradient is not on the device, or not that of a parameter.
-    pub fn gradient_norm(&mut self, gradients: &BTreeMap<String, Values>) -> f64 {
-        no_grad(|| self.point_at(gradients));
+    pub fn update(
+        &mut self,
+        gradients: &BTreeMap<String, Values>,
+        loss: &Tensor<1>,
+        max_norm: f64,
+        recording: bool,
+    ) {
+        no_grad(|| self.describe(gradients));
+        if !recording {
+            self.point();
+        }
         let planned = self.planned.as_ref().expect("just planned");
         let queue = queue(&self.control).expect("the optimizer is on a GPU");
-        // SAFETY: the plan's tensors, table and workspace are kept here; gradients are borrowed.
-        started(unsafe { gradient_squares(queue, &planned.plan, self.memory(planned)) });
-        self.read_control().squares.sqrt()
-    }
-
-    /// Clips `gradients`, those that [`gradient_norm`](Self::gradient_norm) has seen, to `max_norm`, 0 for not at
-    /// all, and updates every parameter.
-    ///
-    /// # Panics
-    /// When they are others.
-    pub fn update(&mut self, gradients: &BTreeMap<String, Values>, learning_rate: f64, max_norm: f64) {
-        let planned = self.planned.as_ref().expect("the norm comes first");
-        let now: Vec<Address> = on_device(gradients).map(|(_, gradient)| at(&gradient.tensor)).collect();
-        assert!(planned.pointed == now, "the norm was that of other gradients");
-        let queue = queue(&self.control).expect("the optimizer is on a GPU");
-        let rate = tch::Tensor::from_slice(&[learning_rate.to_bits().cast_signed()]);
-        self.control.narrow(0, 0, 1).copy_(&rate);
-        let memory = self.memory(planned);
-        // SAFETY: as above; memory that is freed after the launch is reused in the order of the stream.
-        started(unsafe { prepare_update(queue, &planned.plan, memory, max_norm, Address::NONE) });
+        let (memory, loss) = (self.memory(planned), floats(loss.clone()).tensor);
+        // SAFETY: the plan's tensors, table and workspace are kept here; gradients are borrowed, and memory that
+        // is freed after a launch is reused in the order of the stream.
+        started(unsafe { gradient_squares(queue, &planned.plan, memory) });
+        // SAFETY: as above.
+        started(unsafe { prepare_update(queue, &planned.plan, memory, max_norm, at(&loss)) });
         // SAFETY: as above.
         started(unsafe { update(queue, &planned.plan, memory) });
+    }
+
+    /// Sends the device the places of the gradients of the last [`update`](Self::update).
+    pub fn point(&mut self) {
+        let Some(planned) = &mut self.planned else { return };
+        let described: Vec<i32> = planned.described.iter().map(|word| word.cast_signed()).collect();
+        let mut start = planned.table.narrow(0, 0, described.len() as i64);
+        no_grad(|| start.copy_(&tch::Tensor::from_slice(&described)));
+    }
+
+    /// What the last update did; waits for it.
+    pub fn outcome(&self) -> UpdateOutcome {
+        let control = self.read_control();
+        UpdateOutcome { grad_norm: control.squares.sqrt(), applied: control.finite != 0 }
     }
 
     /// Calls `take` with the name, the masters, if there are any, and the moments of every parameter.
@@ -206,19 +231,14 @@ impl DeviceOptimizer {
         UpdateControl::from_words(words.try_into().expect("eight words"))
     }
 
-    /// Tells the plan where this step's gradients are; makes one when there is none for them.
-    fn point_at(&mut self, gradients: &BTreeMap<String, Values>) {
+    /// Notes where gradients are; makes a plan when there is none for them.
+    fn describe(&mut self, gradients: &BTreeMap<String, Values>) {
         let found: Vec<(&String, &TchTensor)> = on_device(gradients).collect();
         match &mut self.planned {
             Some(planned) if planned.fits(&found) => {
                 for (index, (_, gradient)) in found.iter().enumerate() {
-                    let address = at(&gradient.tensor);
-                    planned.pointed[index] = address;
-                    planned.plan.point_gradient(&mut planned.described, index, address);
+                    planned.plan.point_gradient(&mut planned.described, index, at(&gradient.tensor));
                 }
-                let described: Vec<i32> = planned.described.iter().map(|word| word.cast_signed()).collect();
-                let mut start = planned.table.narrow(0, 0, described.len() as i64);
-                start.copy_(&tch::Tensor::from_slice(&described));
             }
             _ => self.planned = Some(self.plan(&found)),
         }
@@ -247,7 +267,6 @@ impl DeviceOptimizer {
         let planned = Planned {
             gradients: gradients.iter().map(|(name, g)| ((*name).clone(), format(&g.tensor))).collect(),
             workspace: tch::Tensor::zeros([plan.workspace().max(16) as i64], (Kind::Uint8, device)),
-            pointed: gradients.iter().map(|(_, gradient)| at(&gradient.tensor)).collect(),
             table: tch::Tensor::from_slice(&signed).to(device),
             plan,
             described,

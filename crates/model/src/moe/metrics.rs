@@ -1,5 +1,6 @@
 //! What routing did in one layer, in numbers for people.
 
+use burn::tensor::{DType, Int, Tensor};
 use switchyard_kernels::{integers, with_values};
 
 use crate::moe::layer::RouterOutput;
@@ -58,6 +59,38 @@ impl LayerMetrics {
             router_z_loss: with_values(routing.z.clone(), sum),
             groups: groups as u64,
         }
+    }
+
+    /// [`to_sums`](Self::to_sums) of every layer of a stack, computed where the layers are: float32, so counts are
+    /// exact up to 2^24. `[layers, 2 * num_experts + 7]`
+    ///
+    /// # Panics
+    /// When there is no layer.
+    pub fn sums(outputs: &[RouterOutput]) -> Tensor<2> {
+        let routings = || outputs.iter().map(|output| &output.routing);
+        let first = routings().next().expect("a stack has sparse layers where this is asked");
+        let ([groups, num_experts], [tokens]) = (first.fraction.dims(), first.choice.dims());
+        let layers = outputs.len();
+        let wide = |integers: Tensor<2, Int>| integers.float().cast(DType::F32);
+        let by_layer = |sums: Vec<Tensor<1>>| Tensor::stack::<2>(sums, 0);
+        let choice: Tensor<2, Int> = Tensor::stack(routings().map(|r| r.choice.clone()).collect(), 0);
+        let routed = wide(choice.greater_equal_elem(0).int());
+        let counted = routed.reshape([layers, groups, tokens / groups]).sum_dim(2);
+        let fraction: Tensor<3> = Tensor::stack(routings().map(|r| r.fraction.clone()).collect(), 0);
+        let chosen = (fraction.clone() * counted.clone()).sum_dim(1).round().reshape([layers, num_experts]);
+        let kept = wide(Tensor::stack(routings().map(|r| r.plan.rows_used.clone()).collect(), 0));
+        let counted = counted.reshape([layers, groups]).sum_dim(1);
+        let placed = by_layer(routings().map(|r| r.plan.tokens_with_slot()).collect());
+        let gates = by_layer(routings().map(|r| r.gates.clone().inner().sum()).collect());
+        let entropy = by_layer(routings().map(|r| r.entropy.clone()).collect()).sum_dim(1);
+        let mean: Tensor<3> =
+            Tensor::stack(routings().map(|r| r.mean_probability.clone().inner()).collect(), 0);
+        let balance = (fraction * mean).reshape([layers, groups * num_experts]).sum_dim(1);
+        let z = by_layer(routings().map(|r| r.z.clone().inner()).collect()).sum_dim(1);
+        let dropped = counted.clone() - placed;
+        let number_of_groups = counted.ones_like() * groups as f64;
+        let balance = balance * num_experts as f64;
+        Tensor::cat(vec![chosen, kept, counted, dropped, number_of_groups, gates, entropy, balance, z], 1)
     }
 
     /// Every sum as a number, so that ranks can add theirs; counts stay exact below 2^53.

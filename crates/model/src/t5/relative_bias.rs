@@ -1,6 +1,8 @@
 //! Relative position buckets and the bias vector that attention reads.
 
-use burn::tensor::Tensor;
+use std::cell::RefCell;
+
+use burn::tensor::{Device, Int, Tensor};
 use switchyard_kernels::{embedding, int_tensor};
 
 /// Bucket of relative position `key - query`.
@@ -40,13 +42,52 @@ pub fn relative_bias(
     max_distance: usize,
 ) -> Tensor<2> {
     let [num_buckets, _] = table.dims();
-    let first = -(queries as i64 - 1) - query_offset as i64;
-    let ids: Vec<i32> = (0..(queries + keys - 1) as i64)
-        .map(|i| bucket(first + i, bidirectional, num_buckets, max_distance) as i32)
-        .collect();
-    let count = ids.len();
-    let ids = int_tensor(ids, [count], &table.device().inner());
-    embedding(table, ids).transpose()
+    let device = table.device().inner();
+    let buckets = Buckets { queries, keys, query_offset, bidirectional, num_buckets, max_distance };
+    embedding(table, buckets.ids(&device)).transpose()
+}
+
+/// What the buckets of a bias are functions of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Buckets {
+    queries: usize,
+    keys: usize,
+    query_offset: usize,
+    bidirectional: bool,
+    num_buckets: usize,
+    max_distance: usize,
+}
+
+impl Buckets {
+    /// The bucket of every relative position, on `device`. `[queries + keys - 1]`
+    ///
+    /// Those of whole sequences stay there: a step that a GPU records may not send it anything.
+    fn ids(self, device: &Device) -> Tensor<1, Int> {
+        type Kept = (Buckets, Device, Tensor<1, Int>);
+        thread_local! {
+            static KEPT: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
+        }
+        if self.query_offset > 0 {
+            return self.sent(device);
+        }
+        KEPT.with_borrow_mut(|all| {
+            if let Some((.., ids)) = all.iter().find(|(of, on, _)| *of == self && on == device) {
+                return ids.clone();
+            }
+            let ids = self.sent(device);
+            all.push((self, device.clone(), ids.clone()));
+            ids
+        })
+    }
+
+    fn sent(self, device: &Device) -> Tensor<1, Int> {
+        let Self { queries, keys, query_offset, bidirectional, num_buckets, max_distance } = self;
+        let (first, count) = (-(queries as i64 - 1) - query_offset as i64, queries + keys - 1);
+        let ids = (0..count as i64)
+            .map(|i| bucket(first + i, bidirectional, num_buckets, max_distance) as i32)
+            .collect();
+        int_tensor(ids, [count], device)
+    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Router metrics on examples small enough to count by hand.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Distribution, Tensor};
 use switchyard_kernels::test_device;
-use switchyard_kernels::{RouteOptions, int_tensor, route_top1};
+use switchyard_kernels::{RouteOptions, int_tensor, route_top1, route_top2, with_values};
 use switchyard_model::moe::{LayerMetrics, RouterOutput};
 
 /// Tokens 0 to 2 prefer expert 0, token 3 expert 2; token 4 is padding. Capacity 2.
@@ -21,13 +21,39 @@ fn example() -> LayerMetrics {
     LayerMetrics::new(&RouterOutput { layer: 1, routing: route_top1(logits_ne.clone(), options), logits_ne })
 }
 
+#[test]
+fn sums_on_the_device_are_those_of_the_host() {
+    let device = test_device();
+    for (route, groups) in [(route_top1 as fn(_, _) -> _, 1), (route_top1, 2), (route_top2, 2)] {
+        let outputs: Vec<RouterOutput> = (0..3)
+            .map(|layer| {
+                let logits_ne = Tensor::<2>::random([24, 5], Distribution::Normal(0.0, 2.0), &device);
+                let mask = (0..24).map(|token| i32::from(token % 7 != layer as i32)).collect();
+                let options = RouteOptions {
+                    groups,
+                    expert_capacity: Some(3),
+                    token_mask: Some(int_tensor(mask, [24], &device)),
+                    force_balanced: false,
+                };
+                RouterOutput { layer, routing: route(logits_ne.clone(), options), logits_ne }
+            })
+            .collect();
+        let sums = with_values(LayerMetrics::sums(&outputs), <[f32]>::to_vec);
+        for (output, sums) in outputs.iter().zip(sums.chunks_exact(2 * 5 + 7)) {
+            for (found, expected) in sums.iter().zip(LayerMetrics::new(output).to_sums()) {
+                close(f64::from(*found), expected);
+            }
+        }
+    }
+}
+
 /// Probability of the likeliest of three experts, the other two at logit 0.
 fn best(logit: f64) -> f64 {
     logit.exp() / (logit.exp() + 2.0)
 }
 
 fn close(a: f64, b: f64) {
-    assert!((a - b).abs() < 1e-6, "{a} {b}");
+    assert!((a - b).abs() < 1e-6 * b.abs().max(1.0), "{a} {b}");
 }
 
 #[test]

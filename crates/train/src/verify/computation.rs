@@ -40,7 +40,7 @@ impl<'a> Computation<'a> {
             device: model.device().inner(),
             rows,
             inputs_length,
-            targets_length: inputs.batch.weights.len() / rows,
+            targets_length: inputs.batch.weights.dims()[0] / rows,
             inputs,
             out: Arrays::new(),
         }
@@ -170,10 +170,11 @@ impl<'a> Computation<'a> {
         let batch = &self.inputs.batch;
         let output = self.model.loss(batch, 0.0, &self.context).cross_entropy;
         let mut losses = with_values(output.token_loss, <[f32]>::to_vec);
-        for (loss, weight) in losses.iter_mut().zip(&batch.weights) {
+        let weights = with_values(batch.weights.clone(), <[f32]>::to_vec);
+        for (loss, weight) in losses.iter_mut().zip(&weights) {
             *loss *= weight;
         }
-        let count: f32 = batch.weights.iter().sum();
+        let count: f32 = weights.iter().sum();
         let ce = losses.iter().map(|&l| f64::from(l)).sum::<f64>() / f64::from(count);
         let losses = losses.into_iter().map(f64::from).collect();
         self.numbers("token_loss", &[self.rows, self.targets_length], losses);
@@ -280,7 +281,7 @@ impl<'a> Computation<'a> {
         for length in 1..=steps {
             let batch = Seq2SeqBatch {
                 decoder_input_ids: int_tensor(prefix.concat(), [rows * length], &self.device),
-                weights: vec![1.0; rows * length],
+                weights: Tensor::ones([rows * length], &self.device),
                 ..batch.clone()
             };
             let logits = self.decode_all(&batch, &encoder);

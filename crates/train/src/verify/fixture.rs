@@ -76,7 +76,7 @@ impl Inputs {
     pub(super) fn new(fixture: &Arrays, config: &ModelConfig, device: &Device) -> Result<Self, FixtureError> {
         let batch = fixture_batch(fixture, config, device)?;
         let inputs = ("input_ids", batch.input_mask.dims());
-        let targets = ("labels", [batch.rows, batch.weights.len() / batch.rows]);
+        let targets = ("labels", [batch.rows, batch.weights.dims()[0] / batch.rows]);
         let mask = |name, (of, shape)| {
             let table = Table::find(fixture, name)?;
             table.map(|table| table.mask(of, shape, device)).transpose()
@@ -125,7 +125,8 @@ pub fn fixture_batch(
     }
     let mut batch = Seq2SeqBatch::from_ids(rows, input_ids, decoder_ids, target_ids, pad, device);
     batch.input_mask = input_mask;
-    batch.weights = labels.iter().map(|&id| if id == IGNORED { 0.0 } else { 1.0 }).collect();
+    let weights: Vec<f32> = labels.iter().map(|&id| if id == IGNORED { 0.0 } else { 1.0 }).collect();
+    batch.weights = Tensor::from_data(weights.as_slice(), device);
     Ok(batch)
 }
 

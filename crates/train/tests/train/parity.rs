@@ -1,13 +1,13 @@
 //! What transformers computed, beside what this program computes with the same weights.
 
 use std::collections::{BTreeMap, BTreeSet};
-use switchyard_kernels::test_device;
 
 use burn::tensor::Tensor;
 use switchyard_checkpoint::TensorSource;
 use switchyard_config::plan::{OptimizerKind, OptimizerPlan};
 use switchyard_config::{RunPlan, StackKind};
 use switchyard_data::HostBatch;
+use switchyard_kernels::{test_device, with_values};
 use switchyard_model::moe::RouterOutput;
 use switchyard_model::{ForwardContext, LossOutput};
 use switchyard_train::verify::{Array, Tolerances, fixture_batch, verify};
@@ -64,7 +64,7 @@ fn gradients(fixture: &Fixture, loss: impl Fn(&LossOutput) -> Tensor<1>) -> BTre
     let (config, routing) = (fixture.directory.model(), fixture.directory.routing());
     let batch = fixture_batch(&fixture.arrays, config, &test_device()).unwrap();
     let output = model.loss(&batch, 0.0, &ForwardContext::evaluation(config, routing));
-    let targets: f32 = batch.weights.iter().sum();
+    let targets: f32 = with_values(batch.weights.clone(), |weights| weights.iter().sum());
     let total = output.cross_entropy.loss_sum.clone() / f64::from(targets) + loss(&output);
     let mut found = BTreeMap::new();
     model.take_gradients(&mut total.backward(), |name, gradient| {

@@ -2,6 +2,7 @@
 
 use switchyard_config::RunPlan;
 use switchyard_config::parameters::parameters;
+use switchyard_kernels::{WorkStream, test_device};
 use switchyard_parallel::Mesh;
 use switchyard_train::evaluate::{EvaluationRules, evaluate};
 use switchyard_train::{Learner, StepOutcome};
@@ -209,5 +210,32 @@ fn narrow_losses_follow_float32_ones() {
             let apart = (narrow - wide).abs() / first;
             assert!(apart < 0.06, "{precision} step {step}: {narrow}, float32 {wide}");
         }
+    }
+}
+
+#[test]
+fn a_recorded_step_does_what_one_does_that_is_not() {
+    for more in [
+        &["precision.mode = 'fp32'", "optimizer.kind = 'adamw'"][..],
+        &["optimizer.kind = 'adafactor'", "trainer.recompute_activations = true"],
+    ] {
+        let noise =
+            ["trainer.dropout_rate = 0.1", "trainer.expert_dropout = 0.2", "data.micro_batch_rows = 4"];
+        let warming =
+            ["schedule.kind = 'inverse_sqrt'", "schedule.warmup_steps = 4", "optimizer.clip_norm = 0.5"];
+        let outcomes = [true, false].map(|recorded| {
+            let graph = format!("trainer.cuda_graph = {recorded}");
+            let sets = [more, &noise, &warming, &[graph.as_str()]].concat();
+            let plan = small_plan(&sets);
+            let mut learner = solo(&plan);
+            let steps: Vec<StepOutcome> =
+                (0..6).map(|s| step(&mut learner, &plan, &batch(&plan, s), s)).collect();
+            let on_gpu = WorkStream::on(&test_device()).is_some();
+            assert_eq!(learner.is_recorded(), recorded && on_gpu);
+            let weights = learner.model().parameter("shared.embedding").expect("there is one");
+            (steps, weights)
+        });
+        let [recorded, eager] = outcomes;
+        assert_eq!(recorded, eager);
     }
 }

@@ -284,15 +284,10 @@ impl Bench<'_> {
         let plain = self.device.clone().inner();
         let targets = int_tensor(synthetic_ids(n, v, 1), [n], &plain);
         let weights = Tensor::<1>::ones([n], &plain);
-        let rules = CrossEntropy {
-            layout: HeadLayout::VocabularyByModel,
-            scale: 1.0,
-            z_coefficient: 0.0,
-            loss_scale: 1.0,
-        };
+        let rules = CrossEntropy { layout: HeadLayout::VocabularyByModel, scale: 1.0, z_coefficient: 0.0 };
         let seconds = self.both_ways(|| {
-            let (targets, weights) = (targets.clone(), weights.clone());
-            let out = cross_entropy(hidden.clone(), head.clone(), targets, weights, rules, None);
+            let (targets, weights, scale) = (targets.clone(), weights.clone(), Tensor::ones([1], &plain));
+            let out = cross_entropy(hidden.clone(), head.clone(), targets, weights, scale, rules, None);
             vec![out.loss_sum.reshape([1, 1])]
         });
         (seconds, Work::Flops(3.0 * 2.0 * (n * d * v) as f64))

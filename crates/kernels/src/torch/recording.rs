@@ -1,0 +1,242 @@
+//! Work that a GPU records once and repeats without the host (a CUDA graph), and the memory through which the
+//! host reaches it.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ptr;
+use std::sync::{Mutex, PoisonError};
+
+use burn::backend::{DispatchDevice, LibTorch};
+use burn::tensor::{Device, Int, Tensor as BurnTensor};
+use burn_tch::{LibTorchDevice, TchTensor};
+use switchyard_cuda::{CudaError, Stream};
+use tch::{Kind, Tensor, no_grad};
+
+use crate::device::GPU_FAILED;
+use crate::torch::gpu::{fill_noise_step, gpu, in_process};
+
+/// Bytes of a message of the functions in shim.cpp.
+const MESSAGE: usize = 512;
+
+// SAFETY: these are the functions of shim.cpp.
+unsafe extern "C" {
+    fn switchyard_torch_empty_cache(error: *mut c_char) -> c_int;
+    fn switchyard_torch_memory(device: c_int, bytes: *mut i64, error: *mut c_char) -> c_int;
+    fn switchyard_torch_graph_new(graph: *mut *mut c_void, error: *mut c_char) -> c_int;
+    fn switchyard_torch_graph_begin(graph: *mut c_void, error: *mut c_char) -> c_int;
+    fn switchyard_torch_graph_end(graph: *mut c_void, error: *mut c_char) -> c_int;
+    fn switchyard_torch_graph_replay(graph: *mut c_void, error: *mut c_char) -> c_int;
+    fn switchyard_torch_graph_delete(graph: *mut c_void, error: *mut c_char) -> c_int;
+}
+
+/// Calls a function of the shim, which returns 0 or writes why not.
+fn ask(call: impl FnOnce(*mut c_char) -> c_int) -> Result<(), String> {
+    let mut message = [0; MESSAGE];
+    if call(message.as_mut_ptr()) == 0 {
+        return Ok(());
+    }
+    // SAFETY: the shim ends its messages with a zero.
+    let said = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy();
+    Err(said.lines().next().unwrap_or_default().to_owned())
+}
+
+/// The number of the GPU that a device is.
+fn index_of(device: &Device) -> Option<usize> {
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::LibTorch(LibTorchDevice::Cuda(index)) => Some(*index),
+        _ => None,
+    }
+}
+
+/// Bytes that LibTorch has of a GPU's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Those of tensors.
+    pub used: u64,
+    /// The most that tensors had.
+    pub most_used: u64,
+    /// Those that were taken from the GPU, for tensors or for later.
+    pub taken: u64,
+    /// The most that were taken.
+    pub most_taken: u64,
+}
+
+/// What LibTorch has of the memory of `device`; `None` where that is no GPU.
+pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
+    let index = index_of(device)?;
+    let mut bytes = [0; 4];
+    // SAFETY: there is room for four numbers.
+    let asked = ask(|error| unsafe { switchyard_torch_memory(index as c_int, bytes.as_mut_ptr(), error) });
+    asked.ok()?;
+    let [used, most_used, taken, most_taken] = bytes.map(i64::cast_unsigned);
+    Some(DeviceMemory { used, most_used, taken, most_taken })
+}
+
+thread_local! {
+    static EXCHANGED: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// Notes that the host waited for a device or sent it values: work that does cannot be recorded.
+pub(crate) fn exchanged(what: &'static str) {
+    EXCHANGED.with(|first| first.set(first.get().or(Some(what))));
+}
+
+/// While it lives, this thread's work for a GPU goes to a stream that can be recorded.
+///
+/// What went to the GPU's default stream before is done first, and what goes there later waits.
+#[derive(Debug)]
+pub struct WorkStream {
+    guard: *mut c_void,
+    index: usize,
+}
+
+type CreateGuard = unsafe extern "C" fn(*mut c_void, i32, *mut *mut c_void) -> i32;
+type DeleteGuard = unsafe extern "C" fn(*mut c_void) -> i32;
+
+impl WorkStream {
+    /// On `device`; `None` where that is no GPU.
+    ///
+    /// # Panics
+    /// When the GPU fails.
+    pub fn on(device: &Device) -> Option<Self> {
+        let index = index_of(device)?;
+        let stream = work_stream(index).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
+        let create = in_process::<CreateGuard>(b"aoti_torch_create_cuda_stream_guard\0");
+        let mut guard = ptr::null_mut();
+        // SAFETY: the stream lives as long as the process; `guard` takes one pointer.
+        let code = unsafe { create(stream.0.cast(), index as i32, &raw mut guard) };
+        assert_eq!(code, 0, "LibTorch takes streams of others");
+        Some(Self { guard, index })
+    }
+
+    /// Integers, at first 0, at one place of the GPU's memory.
+    pub fn integers(&self, count: usize) -> DeviceIntegers {
+        let gpu = tch::Device::Cuda(self.index);
+        let here = Tensor::zeros([count as i64], (Kind::Int64, gpu));
+        let pinned = Tensor::zeros([count as i64], (Kind::Int64, tch::Device::Cpu)).pin_memory(gpu);
+        DeviceIntegers { here: TchTensor::new(here), pinned }
+    }
+
+    /// Puts `value` in the place of the only one of a float32 tensor; whoever shares its memory sees it.
+    pub fn overwrite(&self, tensor: &BurnTensor<1>, value: f64) {
+        no_grad(|| drop(super::floats(tensor.clone()).tensor.fill_(value)));
+    }
+
+    /// Tells recorded work the step whose random numbers it is to draw.
+    pub fn set_noise_step(&self, step: u32) {
+        fill_noise_step(step, self.index);
+    }
+
+    /// Does `work` and tells where in it the host waited for the GPU or sent it values, if it did.
+    pub fn watched<R>(&self, work: impl FnOnce() -> R) -> (R, Option<&'static str>) {
+        EXCHANGED.set(None);
+        let result = work();
+        (result, EXCHANGED.take())
+    }
+
+    /// Records what `work` asks of the GPU, which does nothing of it yet. Tensors that `work` returns have their
+    /// memory for as long as the recording lives, and their values after each [`replay`](Recording::replay).
+    ///
+    /// # Errors
+    /// When this LibTorch or the GPU cannot; why.
+    ///
+    /// # Panics
+    /// When `work` lets the host wait for the GPU.
+    pub fn record<R>(&self, work: impl FnOnce() -> R) -> Result<(Recording, R), String> {
+        // SAFETY: nothing is demanded of the caller.
+        ask(|error| unsafe { switchyard_torch_empty_cache(error) })?;
+        let mut graph = ptr::null_mut();
+        // SAFETY: `graph` takes one pointer.
+        ask(|error| unsafe { switchyard_torch_graph_new(&raw mut graph, error) })?;
+        let recording = Recording { graph };
+        // SAFETY: the graph was just made.
+        ask(|error| unsafe { switchyard_torch_graph_begin(recording.graph, error) })?;
+        let result = work();
+        // SAFETY: the graph has begun.
+        ask(|error| unsafe { switchyard_torch_graph_end(recording.graph, error) })?;
+        Ok((recording, result))
+    }
+}
+
+impl Drop for WorkStream {
+    fn drop(&mut self) {
+        let delete = in_process::<DeleteGuard>(b"aoti_torch_delete_cuda_stream_guard\0");
+        // SAFETY: the guard was made in `on`, in this thread: it cannot be sent to others.
+        unsafe { delete(self.guard) };
+    }
+}
+
+/// The stream of a GPU's work, made when first asked for and kept until the process ends.
+fn work_stream(index: usize) -> Result<Stream, CudaError> {
+    static STREAMS: Mutex<Option<HashMap<usize, usize>>> = Mutex::new(None);
+    let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+    let streams = streams.get_or_insert_default();
+    if let Some(&address) = streams.get(&index) {
+        return Ok(Stream(address as *mut _));
+    }
+    let stream = gpu(index)?.new_stream()?;
+    streams.insert(index, stream.0 as usize);
+    Ok(stream)
+}
+
+/// Recorded work.
+#[derive(Debug)]
+pub struct Recording {
+    graph: *mut c_void,
+}
+
+// SAFETY: a graph may be launched from any thread, and is by one at a time: a launch needs a `WorkStream` of it.
+unsafe impl Send for Recording {}
+// SAFETY: as above.
+unsafe impl Sync for Recording {}
+
+impl Recording {
+    /// Lets the GPU do the work again; does not wait for it.
+    ///
+    /// # Panics
+    /// When the GPU fails.
+    pub fn replay(&self, _: &WorkStream) {
+        // SAFETY: the graph is complete.
+        let replayed = ask(|error| unsafe { switchyard_torch_graph_replay(self.graph, error) });
+        replayed.unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // SAFETY: the graph is not used again; LibTorch waits until the GPU is through with it.
+        let _ = ask(|error| unsafe { switchyard_torch_graph_delete(self.graph, error) });
+    }
+}
+
+/// Integers at one place of a GPU's memory, for the host to replace between replays.
+#[derive(Debug)]
+pub struct DeviceIntegers {
+    here: TchTensor,
+    /// In memory that the GPU reads itself.
+    pinned: Tensor,
+}
+
+impl DeviceIntegers {
+    /// Replaces them all.
+    ///
+    /// # Panics
+    /// When there are others in number.
+    pub fn write(&mut self, values: &[i32]) {
+        no_grad(|| {
+            self.pinned.copy_(&Tensor::from_slice(values));
+            self.here.tensor.shallow_clone().copy_(&self.pinned);
+        });
+    }
+
+    /// They themselves, not a copy. `[count]`
+    pub fn tensor(&self) -> BurnTensor<1, Int> {
+        BurnTensor::from_primitive::<LibTorch>(self.here.clone())
+    }
+}
+
+// SAFETY: tensors are handles whose counts are atomic, and writing needs the only reference.
+unsafe impl Send for DeviceIntegers {}
+// SAFETY: as above; shared references only read.
+unsafe impl Sync for DeviceIntegers {}

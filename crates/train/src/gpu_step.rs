@@ -1,0 +1,243 @@
+//! Steps of one rank on a GPU: nothing waits for the host between their first kernel and their last, so that
+//! they can be recorded once and repeated.
+
+use burn::tensor::{DType, Device, Tensor};
+use switchyard_config::RunPlan;
+use switchyard_data::HostBatch;
+use switchyard_kernels::{
+    DeviceIntegers, DeviceOptimizer, Recording, UpdateOutcome, WorkStream, with_values,
+};
+use switchyard_model::moe::LayerMetrics;
+use switchyard_model::{Seq2SeqBatch, SwitchTransformer};
+use switchyard_parallel::{Gradients, Mesh, SumFormats};
+
+use crate::report::MicroLoss;
+use crate::step::{Now, Pass};
+
+/// What steps with batches of one shape share.
+#[derive(Debug)]
+pub(crate) struct GpuStep {
+    shapes: Vec<Shape>,
+    /// Input, decoder and target ids of each micro-batch, one behind the other.
+    ids: Vec<DeviceIntegers>,
+    /// One over the targets of the step. `[1]`
+    loss_scale: Tensor<1>,
+    way: Way,
+    /// What the last step left, or the recording leaves each time.
+    done: Option<Done>,
+}
+
+/// How the next step is done.
+#[derive(Debug)]
+enum Way {
+    /// As it comes, watched for whether it could be recorded: it is the first.
+    Watch,
+    /// Recorded, then repeated.
+    Record,
+    /// Repeated.
+    Replay(Recording),
+    /// As it comes: it cannot be recorded, or is not to be.
+    Eager,
+}
+
+/// What a step did.
+#[derive(Debug)]
+pub(crate) struct Did {
+    pub(crate) losses: MicroLoss,
+    pub(crate) grad_norm: f64,
+    /// Whether losses and gradients were finite, so that parameters changed.
+    pub(crate) updated: bool,
+    pub(crate) moe: Vec<(String, LayerMetrics)>,
+}
+
+/// Where a micro-batch is in the global batch, and its sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    first_row: u32,
+    rows: usize,
+    inputs: usize,
+    targets: usize,
+}
+
+/// What a step leaves on the GPU.
+#[derive(Debug)]
+struct Done {
+    gradients: Gradients,
+    /// Of each micro-batch the cross-entropy and everything that was differentiated, then the sums of every
+    /// sparse layer.
+    report: Tensor<1>,
+    micro_batches: usize,
+    /// Sparse layers of a micro-batch, in the order of the report.
+    layers: Vec<String>,
+}
+
+impl Shape {
+    fn of(batch: &HostBatch) -> Self {
+        let (inputs, targets) = (batch.input_ids.len(), batch.target_ids.len());
+        Self { first_row: batch.first_row, rows: batch.rows, inputs, targets }
+    }
+}
+
+impl Done {
+    /// Losses and metrics summed over micro-batches; waits for the GPU.
+    fn read(&self) -> (MicroLoss, Vec<(String, LayerMetrics)>) {
+        let report = with_values(self.report.clone(), <[f32]>::to_vec);
+        let mut losses = MicroLoss::default();
+        let mut moe: Vec<(String, LayerMetrics)> = Vec::new();
+        for micro in report.chunks_exact(report.len() / self.micro_batches) {
+            let (of_losses, of_layers) = micro.split_at(2);
+            losses.loss += f64::from(of_losses[0]);
+            losses.total_loss += f64::from(of_losses[1]);
+            let layers = of_layers.chunks_exact((of_layers.len() / self.layers.len().max(1)).max(1));
+            let layers = self.layers.iter().zip(layers).map(|(name, sums)| {
+                let sums: Vec<f64> = sums.iter().map(|&sum| f64::from(sum)).collect();
+                (name.clone(), LayerMetrics::from_sums(&sums))
+            });
+            if moe.is_empty() {
+                moe.extend(layers);
+            } else {
+                moe.iter_mut().zip(layers).for_each(|((_, sum), (_, layer))| sum.add(&layer));
+            }
+        }
+        (losses, moe)
+    }
+}
+
+impl GpuStep {
+    /// For micro-batches of these shapes.
+    pub(crate) fn new(
+        stream: &WorkStream,
+        plan: &RunPlan,
+        micro_batches: &[HostBatch],
+        device: &Device,
+    ) -> Self {
+        let shapes: Vec<Shape> = micro_batches.iter().map(Shape::of).collect();
+        let ids = shapes.iter().map(|shape| stream.integers(shape.inputs + 2 * shape.targets));
+        Self {
+            ids: ids.collect(),
+            loss_scale: Tensor::ones([1], (&device.clone().inner(), DType::F32)),
+            way: if plan.trainer.cuda_graph { Way::Watch } else { Way::Eager },
+            done: None,
+            shapes,
+        }
+    }
+
+    /// Whether it is for these.
+    pub(crate) fn fits(&self, micro_batches: &[HostBatch]) -> bool {
+        self.shapes.iter().copied().eq(micro_batches.iter().map(Shape::of))
+    }
+
+    /// One update.
+    pub(crate) fn step(
+        &mut self,
+        stream: &WorkStream,
+        plan: &RunPlan,
+        mut learner: Parts<'_>,
+        micro_batches: &[HostBatch],
+        now: Now,
+    ) -> Did {
+        for (ids, micro) in self.ids.iter_mut().zip(micro_batches) {
+            ids.write(&[&*micro.input_ids, &micro.decoder_input_ids(), &micro.target_ids].concat());
+        }
+        stream.overwrite(&self.loss_scale, 1.0 / now.denominators.targets);
+        stream.set_noise_step(now.step as u32);
+        learner.optimizer.set_learning_rate(now.learning_rate);
+        if matches!(self.way, Way::Record) {
+            self.record(stream, plan, &mut learner, now);
+        }
+        match &self.way {
+            Way::Replay(recording) => recording.replay(stream),
+            Way::Watch => {
+                let (done, exchanged) = stream.watched(|| self.run(plan, &mut learner, now, false));
+                self.done = Some(done);
+                self.way = match exchanged {
+                    None => Way::Record,
+                    Some(what) => {
+                        tracing::info!(
+                            "steps are not recorded as a CUDA graph: the host takes part ({what})"
+                        );
+                        Way::Eager
+                    }
+                };
+            }
+            Way::Record | Way::Eager => self.done = Some(self.run(plan, &mut learner, now, false)),
+        }
+        let done = self.done.as_ref().expect("a step was done");
+        let (losses, moe) = done.read();
+        let UpdateOutcome { grad_norm, applied } = learner.optimizer.outcome();
+        Did { losses, grad_norm, updated: applied, moe }
+    }
+
+    /// Whether the next step repeats a recording.
+    pub(crate) fn is_recorded(&self) -> bool {
+        matches!(self.way, Way::Replay(_))
+    }
+
+    /// The gradients of the last step, before clipping.
+    pub(crate) fn gradients(&self) -> Option<&Gradients> {
+        self.done.as_ref().map(|done| &done.gradients)
+    }
+
+    /// Lets go of what the last step left, unless the next leaves it in the same place.
+    pub(crate) fn forget(&mut self) {
+        if !self.is_recorded() {
+            self.done = None;
+        }
+    }
+
+    fn record(&mut self, stream: &WorkStream, plan: &RunPlan, learner: &mut Parts<'_>, now: Now) {
+        match stream.record(|| self.run(plan, learner, now, true)) {
+            Ok((recording, done)) => {
+                learner.optimizer.point();
+                self.done = Some(done);
+                self.way = Way::Replay(recording);
+            }
+            Err(error) => {
+                tracing::warn!("steps are not recorded as a CUDA graph: {error}");
+                self.way = Way::Eager;
+            }
+        }
+    }
+
+    /// Forward and backward over all micro-batches, then the update.
+    fn run(&self, plan: &RunPlan, learner: &mut Parts<'_>, now: Now, recording: bool) -> Done {
+        let Parts { model, mesh, sums, optimizer } = learner;
+        let (mut gradients, mut layers) = (Gradients::new(), Vec::new());
+        let (mut losses, mut reports) = (Vec::new(), Vec::new());
+        for index in 0..self.shapes.len() {
+            let batch = self.batch(index, plan.model.pad_token_id as i32);
+            let (first_row, groups) = (self.shapes[index].first_row, now.denominators.groups);
+            let pass = Pass { plan, mesh, step: now.step, first_row, loss_scale: &self.loss_scale, groups };
+            let (output, loss) =
+                pass.run(model, &batch, |name, gradient| sums.add(&mut gradients, name, gradient));
+            let weighted = output.cross_entropy.token_loss.clone() * batch.weights;
+            reports.extend([weighted.sum() * self.loss_scale.clone(), loss.clone().inner()]);
+            losses.push(loss.inner());
+            let stacks = [("encoder", &output.encoder_routers), ("decoder", &output.decoder_routers)];
+            layers.clear();
+            for (stack, routers) in stacks.into_iter().filter(|(_, routers)| !routers.is_empty()) {
+                layers.extend(routers.iter().map(|router| format!("{stack}.{}", router.layer)));
+                reports.push(LayerMetrics::sums(routers).flatten(0, 1));
+            }
+        }
+        let loss = Tensor::cat(losses, 0).sum();
+        optimizer.update(&gradients, &loss, plan.optimizer.clip_norm, recording);
+        Done { gradients, report: Tensor::cat(reports, 0), micro_batches: self.shapes.len(), layers }
+    }
+
+    fn batch(&self, index: usize, pad_token_id: i32) -> Seq2SeqBatch {
+        let Shape { rows, inputs, targets, .. } = self.shapes[index];
+        let ids = self.ids[index].tensor();
+        let part = |start: usize, length: usize| ids.clone().narrow(0, start, length);
+        let parts = [part(0, inputs), part(inputs, targets), part(inputs + targets, targets)];
+        Seq2SeqBatch::of_tensors(rows, parts, pad_token_id)
+    }
+}
+
+/// The parts of a learner that a step uses.
+pub(crate) struct Parts<'a> {
+    pub(crate) model: &'a SwitchTransformer,
+    pub(crate) mesh: &'a Mesh,
+    pub(crate) sums: &'a SumFormats,
+    pub(crate) optimizer: &'a mut DeviceOptimizer,
+}
