@@ -8,9 +8,6 @@
 //
 // float32: the same plainly, for comparisons.
 
-// A greatest score may lag behind by so much before sums are brought to a new one.
-constexpr float LAG = 5.f;
-
 // ---- Instructions ----
 
 __device__ __forceinline__ void load_transposed(u32 (&to)[4], u32 from) {
@@ -178,7 +175,7 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
       }
     }
     if (flags[tile] & MASKED) {
-      hide<N>(p, given, visible[tile], warp_query + g, tile * KEYS, mixed, 0);
+      hide<2, N>(p, given, visible[tile], warp_query + g, tile * KEYS, mixed, 0);
     }
 
     float most[4];
@@ -448,7 +445,7 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
         }
       }
       if (flag & MASKED) {
-        hide<2>(p, given, seen, warp_query + g, tile * KEYS + 16 * chunk, mixed, blind);
+        hide<2, 2>(p, given, seen, warp_query + g, tile * KEYS + 16 * chunk, mixed, blind);
       }
 #pragma unroll
       for (int row = 0; row < 4; row++) {

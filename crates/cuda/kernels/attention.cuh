@@ -6,6 +6,8 @@ constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504088896341f;
+// A greatest score may lag behind by so much before sums are brought to a new one.
+constexpr float LAG = 5.f;
 struct __align__(8) Pair {
   float x, y;
 };
@@ -221,15 +223,15 @@ __device__ __forceinline__ int next_wanted(const u32* flags, int tile, int tiles
   return tile;
 }
 
-// Masks scores of a warp's 32 queries and 8 N keys. Hidden ones become minus infinity; those of queries that
-// see nothing (bits of `blind`, one for each of a lane's rows) become equal.
-template <int N>
-__device__ __forceinline__ void hide(float (&scores)[2][N][4], const Given<bf16>& given, u64 visible,
+// Masks scores of 16 BLOCKS queries of a warp and 8 N keys. Hidden ones become minus infinity; those of queries
+// that see nothing (bits of `blind`, one for each of a lane's rows) become equal.
+template <int BLOCKS, int N>
+__device__ __forceinline__ void hide(float (&scores)[BLOCKS][N][4], const Given<bf16>& given, u64 visible,
                                      int first_query, int first_key, bool mixed, u32 blind) {
   const int c = threadIdx.x & 3;
-  float fill[4];
+  float fill[2 * BLOCKS];
 #pragma unroll
-  for (int row = 0; row < 4; row++) {
+  for (int row = 0; row < 2 * BLOCKS; row++) {
     const int i = first_query + 8 * row;
     fill[row] = (blind >> row) & 1 ? 0.f : minus_infinity();
     u64 bits = visible;
@@ -248,9 +250,9 @@ __device__ __forceinline__ void hide(float (&scores)[2][N][4], const Given<bf16>
   }
   if (mixed) {
     const int* segments = given.key_segments + size_t(blockIdx.z) * given.keys;
-    int of_query[4];
+    int of_query[2 * BLOCKS];
 #pragma unroll
-    for (int row = 0; row < 4; row++) {
+    for (int row = 0; row < 2 * BLOCKS; row++) {
       const int i = min(first_query + 8 * row, given.queries - 1);
       of_query[row] = given.query_segments[size_t(blockIdx.z) * given.queries + i];
     }
@@ -260,7 +262,7 @@ __device__ __forceinline__ void hide(float (&scores)[2][N][4], const Given<bf16>
       for (int e = 0; e < 2; e++) {
         const int of_key = segments[min(first_key + 8 * n + 2 * c + e, given.keys - 1)];
 #pragma unroll
-        for (int row = 0; row < 4; row++) {
+        for (int row = 0; row < 2 * BLOCKS; row++) {
           if (of_query[row] != of_key) scores[row >> 1][n][(row & 1) * 2 + e] = fill[row];
         }
       }
@@ -272,7 +274,8 @@ __device__ __forceinline__ void hide(float (&scores)[2][N][4], const Given<bf16>
 #pragma unroll
       for (int r = 0; r < 4; r++) {
         if (first_key + 8 * n + 2 * c + (r & 1) >= given.keys) {
-          scores[0][n][r] = minus_infinity(), scores[1][n][r] = minus_infinity();
+#pragma unroll
+          for (int block = 0; block < BLOCKS; block++) scores[block][n][r] = minus_infinity();
         }
       }
     }

@@ -1,8 +1,7 @@
-// The backward pass of attention in bfloat16 for heads of 64, with the products of a warpgroup that only Hopper
-// has (wgmma).
+// Attention in bfloat16 for heads of 64, with the products of a warpgroup that only Hopper has (wgmma).
 //
-// Two passes, as in attention.cu: over the keys for the gradients of queries and bias, over the queries for those
-// of keys and values. A block is one warpgroup with 128 rows in two blocks of 64, and two of them share a
+// The passes are those of attention.cu: forward, backward over the keys for the gradients of queries and bias,
+// backward over the queries for those of keys and values. A block is one warpgroup with 128 rows in two blocks of 64, and two of them share a
 // multiprocessor: while one does arithmetic on scores, the other's products keep the tensor cores busy. Left
 // factors lie in registers where there is room for them, since a right factor alone takes half of what shared
 // memory can deliver. Products run on their own and end in the order in which they start, so a block waits only for
@@ -87,7 +86,23 @@ __device__ __forceinline__ void product_of_32_rows(float (&d)[4][4], const u32 (
       "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),               \
       "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
 
-// The same for `b` of 16 x 64 and with `a` in a tile too.
+// The same for `b` of 16 x 64.
+template <bool ADD>
+__device__ __forceinline__ void product_of_64_rows(float (&d)[8][4], const u32 (&a)[4], u64 b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred add;\n"
+      "setp.ne.b32 add, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n"
+      "}"
+      : SUMS_OF_64
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADD)));
+}
+
+// The same with `a` in a tile too.
 template <bool ADD> __device__ __forceinline__ void product_of_64_rows(float (&d)[8][4], u64 a, u64 b) {
   asm volatile(
       "{\n"
@@ -135,6 +150,228 @@ template <int N> __device__ __forceinline__ void as_left(u32 (&to)[N / 2][4], co
     to[n / 2][n % 2 * 2] = round_pair(x[n][0], x[n][1]);
     to[n / 2][n % 2 * 2 + 1] = round_pair(x[n][2], x[n][3]);
   }
+}
+
+// ---- Forward ----
+
+struct ForwardRoom {
+  static constexpr int q = 0;
+  static constexpr int stages = ROWS * ROW_BYTES;
+  static constexpr int bias = stages + STAGES * 2 * TILE_BYTES;
+  static constexpr int window = 2 * 4 * WINDOW<ROWS, COLUMNS>;
+  static constexpr int kept = bias + STAGES * window;
+  static constexpr int range = kept + STAGES * ROWS * 8;
+  static constexpr int visible = range + 64;
+};
+
+// One block for 128 queries of a head; a warp has 32 that follow each other, 16 of them in each block of 64.
+template <bool DROPOUT>
+__device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int out_stride, float* sums) {
+  using Room = ForwardRoom;
+  constexpr int N = COLUMNS / 8, STEPS = COLUMNS / 16;
+  const u32 base = shared_address(shared);
+  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  const int tiles = (given.keys + COLUMNS - 1) / COLUMNS;
+  const int first_query = blockIdx.x * ROWS, warp_query = first_query + 32 * warp;
+  const size_t query_row = size_t(blockIdx.z) * given.queries + first_query;
+  const size_t key_row = size_t(blockIdx.z) * given.key_room;
+  const Mover<COLUMNS, D> k(base + Room::stages, given.k + key_row * given.k_stride + blockIdx.y * D,
+                            given.k_stride);
+  const Mover<COLUMNS, D> v(base + Room::stages + TILE_BYTES,
+                            given.v + key_row * given.v_stride + blockIdx.y * D, given.v_stride);
+  const int bias_count = given.queries + given.keys - 1;
+  const float* bias = given.bias + size_t(blockIdx.y) * bias_count;
+  u64* visible = reinterpret_cast<u64*>(shared + Room::visible);
+  u32* flags = reinterpret_cast<u32*>(visible + tiles);
+
+  Mover<ROWS, D>(base + Room::q, given.q + query_row * given.q_stride + blockIdx.y * D, given.q_stride)
+      .start(0, 0, given.queries - first_query);
+  auto copy_values = [&](int tile, int stage) {
+    v.start(tile, 2 * stage * TILE_BYTES, given.keys - tile * COLUMNS);
+    if (DROPOUT) copy_kept<COLUMNS>(base + Room::kept + stage * ROWS * 8, given, first_query, tile * COLUMNS);
+  };
+  auto start_tile = [&](int tile, int stage) {
+    k.start(tile, 2 * stage * TILE_BYTES, given.keys - tile * COLUMNS);
+    if (given.bias) {
+      copy_bias<ROWS, COLUMNS, 1>(base + Room::bias + stage * Room::window, bias,
+                                  tile * COLUMNS - first_query - ROWS + given.queries, bias_count);
+    }
+    copy_values(tile, stage);
+  };
+
+  // The first tile is seldom not wanted, so it is on its way while that is found out.
+  start_tile(0, 0);
+  const bool mixed = look_over_keys<COLUMNS>(given, first_query, false, visible, flags,
+                                             reinterpret_cast<int*>(shared + Room::range));
+  // Where none is wanted, all of the first is hidden: with one tile at least, the compiler sees that it need not
+  // wait for products that are yet to be read.
+  int tile = next_wanted(flags, -1, tiles);
+  if (tile == tiles) tile = 0;
+  await_copies();
+  __syncthreads();
+  if (tile > 0) start_tile(tile, 0);
+  Left<D, BLOCKS, true> queries;
+  queries.start(base + Room::q + warp * (32 * ROW_BYTES));
+
+  float o[BLOCKS][D / 8][4] = {}, total[4] = {}, greatest[4];
+#pragma unroll
+  for (int row = 0; row < 4; row++) greatest[row] = minus_infinity();
+  u32 left[BLOCKS][STEPS][4] = {};
+  const float* window_lane =
+      reinterpret_cast<const float*>(shared + Room::bias) + place_in_window<ROWS, COLUMNS>();
+  const uint2* kept_lane = reinterpret_cast<const uint2*>(shared + Room::kept) + 32 * warp + g;
+
+  // Whether the probability of this tile's key `8 n + 2 c + e` and a lane's row is kept, at bit `8 n + e`.
+  auto kept_bits = [&](int stage, int row) {
+    uint2 words = kept_lane[stage * ROWS + 8 * row];
+    return ((u64(words.y) << 32) | words.x) >> (2 * c);
+  };
+  auto add_values = [&](int block, u32 values) {
+    hold(left[block]);
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+      add_product_with_rows(o[block], left[block][step], matrix_at(values + 16 * ROW_BYTES * step));
+    end_group();
+  };
+
+  int stage = 0;
+  do {
+    const int following = next_wanted(flags, tile, tiles);
+    await_copies(), show_copies();
+    __syncthreads();
+    if (following < tiles) start_tile(following, next_stage(stage));
+
+    const float* window = window_lane + stage * (Room::window / 4);
+    const u32 k_at = base + Room::stages + stage * 2 * TILE_BYTES;
+    float p[BLOCKS][N][4];
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block++) {
+        const u64 keys = matrix_at(k_at + 32 * step);
+        if (step == 0) product_of_64_rows<false>(p[block], queries.held[step][block], keys);
+        else product_of_64_rows<true>(p[block], queries.held[step][block], keys);
+      }
+    }
+    end_group();
+    // The scores, and before them what the last tile added to the output, which may have to be scaled.
+    await_products<0>();
+    hold(p), hold(left), hold(o);
+    if (given.bias) {
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block++) add_bias<N>(p[block], window, block);
+    }
+    if (flags[tile] != WANTED) {
+      hide<BLOCKS, N>(p, given, visible[tile], warp_query + g, tile * COLUMNS, mixed, 0);
+    }
+
+    float most[4];
+    bool behind = false;
+#pragma unroll
+    for (int row = 0; row < 4; row++) {
+      const int block = row >> 1, r = (row & 1) * 2;
+      float x = fmaxf(p[block][0][r], p[block][0][r + 1]);
+#pragma unroll
+      for (int n = 1; n < N; n++) x = fmaxf(x, fmaxf(p[block][n][r], p[block][n][r + 1]));
+      x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+      most[row] = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+      behind |= most[row] > greatest[row] + LAG;
+    }
+    if (__any_sync(ALL_LANES, behind)) {
+#pragma unroll
+      for (int row = 0; row < 4; row++) {
+        const float now = fmaxf(most[row], greatest[row]);
+        const float factor = now == greatest[row] ? 1.f : power_of_two((greatest[row] - now) * LOG2_E);
+        greatest[row] = now;
+        total[row] *= factor;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+          o[row >> 1][n][(row & 1) * 2] *= factor, o[row >> 1][n][(row & 1) * 2 + 1] *= factor;
+        }
+      }
+    }
+    hold(o);
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++) {
+      float kept_p[N][4];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = 2 * block + half;
+        const float shift = greatest[row] == minus_infinity() ? 0.f : -greatest[row] * LOG2_E;
+        const u64 bits = DROPOUT ? kept_bits(stage, row) : 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const float x = power_of_two(fmaf(p[block][n][2 * half + e], LOG2_E, shift));
+            total[row] += x;
+            kept_p[n][2 * half + e] = !DROPOUT || (bits >> (8 * n + e)) & 1 ? x : 0.f;
+          }
+        }
+      }
+      as_left<N>(left[block], kept_p);
+      add_values(block, k_at + TILE_BYTES);
+    }
+    tile = following, stage = next_stage(stage);
+  } while (tile < tiles);
+  await_products<0>();
+  hold(o), hold(left);
+
+  // Queries that see nothing take the mean of all values.
+  u32 blind = 0;
+#pragma unroll
+  for (int row = 0; row < 4; row++) {
+    total[row] += __shfl_xor_sync(ALL_LANES, total[row], 1);
+    total[row] += __shfl_xor_sync(ALL_LANES, total[row], 2);
+    if (greatest[row] == minus_infinity() && warp_query + 8 * row + g < given.queries) blind |= 1u << row;
+  }
+  if (__syncthreads_or(blind != 0)) {
+    for (tile = 0; tile < tiles; tile++) {
+      __syncthreads();
+      copy_values(tile, 0);
+      await_copies(), show_copies();
+      __syncthreads();
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block++) {
+        float ones[N][4];
+#pragma unroll
+        for (int r = 0; r < 4; r += 2) {
+          const int row = 2 * block + r / 2;
+          const u64 bits = DROPOUT ? kept_bits(0, row) : ~u64(0);
+#pragma unroll
+          for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              const bool counts = tile * COLUMNS + 8 * n + 2 * c + e < given.keys && (bits >> (8 * n + e)) & 1 &&
+                                  (blind >> row) & 1;
+              ones[n][r + e] = counts ? 1.f : 0.f;
+            }
+          }
+        }
+        as_left<N>(left[block], ones);
+        add_values(block, base + Room::stages + TILE_BYTES);
+        await_products<0>();
+        hold(o[block]), hold(left[block]);
+      }
+    }
+  }
+
+  float factor[4];
+#pragma unroll
+  for (int row = 0; row < 4; row++) {
+    const bool sees_nothing = (blind >> row) & 1;
+    const float whole = sees_nothing ? float(given.keys) : total[row];
+    factor[row] = (DROPOUT ? given.kept_scale : 1.f) / whole;
+    const int i = warp_query + 8 * row + g;
+    if (c == 0 && i < given.queries) {
+      sums[given.head() * given.queries + i] = sees_nothing ? minus_infinity() : greatest[row] + logf(whole);
+    }
+  }
+  store_rows<D, BLOCKS>(o, factor, shared + Room::q + warp * (32 * ROW_BYTES),
+                        out + (query_row + 32 * warp) * out_stride + blockIdx.y * D, out_stride,
+                        given.queries - warp_query);
 }
 
 // ---- Gradients of queries and bias ----
@@ -296,7 +533,7 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
         for (int block = 0; block < BLOCKS; block++) add_bias<N>(p[block], window, block);
       }
       if (flag & MASKED) {
-        hide<N>(p, given, seen, warp_query + g, tile * COLUMNS + CHUNK * chunk, mixed, blind);
+        hide<BLOCKS, N>(p, given, seen, warp_query + g, tile * COLUMNS + CHUNK * chunk, mixed, blind);
       }
 #pragma unroll
       for (int row = 0; row < 4; row++) {
@@ -584,6 +821,10 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
 }
 
 #define KERNELS(DROPOUT, NAME)                                                                            \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                \
+      attention_forward_##NAME##_bf16(GIVEN(bf16), bf16* out, int out_stride, float* sums) {              \
+    forward<DROPOUT>(TAKEN, out, out_stride, sums);                                                       \
+  }                                                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_backward_queries_##NAME##_bf16(      \
       GIVEN(bf16), const bf16* out, int out_stride, const bf16* gradient, int gradient_stride,            \
       const float* sums, bf16* q_gradient, int q_gradient_stride, float* minus_sums, float* minus_dots,   \

@@ -176,19 +176,21 @@ impl Attention {
         64 + self.keys.div_ceil(self.tile()) * 12
     }
 
+    /// Tiles of each tensor that are in shared memory at a time, bfloat16.
+    fn stages(&self, gpu: &Gpu) -> usize {
+        if self.multiplies_by_warpgroups(gpu) { HOPPER_STAGES } else { 2 }
+    }
+
     /// `ForwardRoom` of the kernels.
-    fn forward_shared(&self) -> usize {
+    fn forward_shared(&self, gpu: &Gpu) -> usize {
         match self.format {
             Format::F32 => 3 * self.plain_tile() + PLAIN_SCORES,
             Format::Bf16 => {
-                128 * self.d_kv * 2 + self.tiles_and_windows(2, 128) + 2 * 128 * 8 + self.key_tiles()
+                let stages = self.stages(gpu);
+                let of_queries = 128 * self.d_kv * 2 + stages * 128 * 8;
+                of_queries + self.tiles_and_windows(stages, 128) + self.key_tiles()
             }
         }
-    }
-
-    /// Tiles that the backward pass keeps in shared memory at a time.
-    fn backward_stages(&self, gpu: &Gpu) -> usize {
-        if self.is_backward_for_hopper(gpu) { HOPPER_STAGES } else { 2 }
     }
 
     /// `QueriesRoom` of the kernels.
@@ -198,7 +200,7 @@ impl Attention {
             Format::Bf16 => {
                 let before_ring = if self.d_kv == 64 { 0 } else { 2 * 128 * self.d_kv * 2 };
                 let ring = 32 * (256 + 8) * 4;
-                let stages = self.backward_stages(gpu);
+                let stages = self.stages(gpu);
                 let of_queries = stages * 128 * 8 + 2 * 128 * 4;
                 before_ring + ring + self.tiles_and_windows(stages, 128) + of_queries + self.key_tiles()
             }
@@ -211,7 +213,7 @@ impl Attention {
             Format::F32 => 4 * self.plain_tile() + 2 * PLAIN_SCORES,
             Format::Bf16 => {
                 let (rows, tile) = (self.block_keys(), self.tile());
-                let stages = self.backward_stages(gpu);
+                let stages = self.stages(gpu);
                 let of_queries = stages * (tile * 8 + tile * 16);
                 let tiles = 64 + self.queries.div_ceil(tile) * 4;
                 2 * rows * self.d_kv * 2 + self.tiles_and_windows(stages, rows) + of_queries + tiles
@@ -326,19 +328,19 @@ impl Attention {
         ])
     }
 
-    /// Whether the backward pass multiplies by warpgroups; for heads of 128, registers have no room for that.
-    fn is_backward_for_hopper(&self, gpu: &Gpu) -> bool {
+    /// Whether kernels multiply by warpgroups; those for heads of 128 would need more registers than there are.
+    fn multiplies_by_warpgroups(&self, gpu: &Gpu) -> bool {
         gpu.has_warpgroup_products() && self.format == Format::Bf16 && self.d_kv == 64
     }
 
-    /// The source of the kernels of the backward pass.
-    fn backward_source(&self, gpu: &Gpu) -> &'static Source {
-        if self.is_backward_for_hopper(gpu) { &ATTENTION_HOPPER } else { &ATTENTION }
+    /// The source of the kernels, forward and backward.
+    fn source(&self, gpu: &Gpu) -> &'static Source {
+        if self.multiplies_by_warpgroups(gpu) { &ATTENTION_HOPPER } else { &ATTENTION }
     }
 
     /// Whether a block of every pass has room on `gpu`: heads of 128 go backward on an A100 or an H100 only.
     pub fn fits(&self, gpu: &Gpu) -> bool {
-        let most = self.forward_shared().max(self.queries_shared(gpu)).max(self.keys_shared(gpu));
+        let most = self.forward_shared(gpu).max(self.queries_shared(gpu)).max(self.keys_shared(gpu));
         most <= gpu.shared_per_block()
     }
 
@@ -346,7 +348,6 @@ impl Attention {
     unsafe fn launch(
         &self,
         queue: Queue<'_>,
-        source: &Source,
         pass: &str,
         blocks: usize,
         shared: usize,
@@ -367,7 +368,7 @@ impl Attention {
             return Ok(());
         }
         // SAFETY: passed on.
-        unsafe { queue.gpu.launch(source, &self.kernel(pass), grid, queue.stream, args) }
+        unsafe { queue.gpu.launch(self.source(queue.gpu), &self.kernel(pass), grid, queue.stream, args) }
     }
 }
 
@@ -451,7 +452,7 @@ pub unsafe fn attention(
     }
     let blocks = rules.queries.div_ceil(rules.block_queries());
     // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe { rules.launch(queue, &ATTENTION, "forward", blocks, rules.forward_shared(), &args) }
+    unsafe { rules.launch(queue, "forward", blocks, rules.forward_shared(queue.gpu), &args) }
 }
 
 /// Gradients of queries, keys, values and the relative bias, from the same `inputs` as the forward pass and
@@ -479,7 +480,6 @@ pub unsafe fn attention_backward(
         return Err(CudaError::Size { operation: "attention_backward", reason });
     }
     let plain = rules.format == Format::F32;
-    let source = rules.backward_source(queue.gpu);
     let given = rules.given(&inputs)?;
     let gradient = rules.rows("the output's gradient", to.out)?;
     let heads = rules.batch * rules.num_heads;
@@ -509,9 +509,7 @@ pub unsafe fn attention_backward(
     }
     let tiles = rules.queries.div_ceil(rules.block_queries());
     // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe {
-        rules.launch(queue, source, "backward_queries", tiles, rules.queries_shared(queue.gpu), &args)?
-    };
+    unsafe { rules.launch(queue, "backward_queries", tiles, rules.queries_shared(queue.gpu), &args)? };
 
     let mut args = given;
     args.extend(gradient);
@@ -524,7 +522,7 @@ pub unsafe fn attention_backward(
     }
     let blocks = rules.keys.div_ceil(rules.block_keys());
     // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe { rules.launch(queue, source, "backward_keys", blocks, rules.keys_shared(queue.gpu), &args)? };
+    unsafe { rules.launch(queue, "backward_keys", blocks, rules.keys_shared(queue.gpu), &args)? };
 
     let blocks = [rules.bias_count().div_ceil(32) as u32, rules.num_heads as u32, 1];
     if to.relative_bias == Address::NONE || blocks.contains(&0) {

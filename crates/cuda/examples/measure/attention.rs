@@ -82,7 +82,7 @@ fn measure(clock: &Clock, name: &str, rules: Attention, has_bias: bool) {
         });
     }
     // SAFETY: as above.
-    clock.time(&format!("attention forward, {name}"), 4.0 * pairs, bytes, |queue| unsafe {
+    clock.time_both(&format!("attention forward, {name}"), 4.0 * pairs, bytes, |queue| unsafe {
         attention(queue, inputs, to, rules)
     });
     // SAFETY: as above.
