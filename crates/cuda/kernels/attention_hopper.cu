@@ -86,23 +86,7 @@ __device__ __forceinline__ void product_of_32_rows(float (&d)[4][4], const u32 (
       "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),               \
       "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
 
-// The same for `b` of 16 x 64.
-template <bool ADD>
-__device__ __forceinline__ void product_of_64_rows(float (&d)[8][4], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred add;\n"
-      "setp.ne.b32 add, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n"
-      "}"
-      : SUMS_OF_64
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADD)));
-}
-
-// The same with `a` in a tile too.
+// The same for `b` of 16 x 64 and with `a` in a tile too.
 template <bool ADD> __device__ __forceinline__ void product_of_64_rows(float (&d)[8][4], u64 a, u64 b) {
   asm volatile(
       "{\n"
@@ -128,7 +112,15 @@ __device__ __forceinline__ void add_product_with_rows(float (&d)[8][4], const u3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// ---- Registers ----
+// ---- Tiles and registers ----
+
+// Copies 128 rows so that the 16 of a warp in each block of 64 are, of all rows, 32 that follow each other.
+__device__ __forceinline__ void copy_blocks(u32 to, const bf16* first_row, int stride, int rows_there) {
+  const Mover<16, D> mover(to, first_row, stride);
+#pragma unroll
+  for (int part = 0; part < ROWS / 16; part++)
+    mover.start(part, (part % BLOCKS * WARPS + part / BLOCKS) * 16 * ROW_BYTES, rows_there - 16 * part);
+}
 
 // Adds the bias to the scores of a block of 64 rows and 8 N columns. Of a lane's two rows the lower one has the
 // values of the upper one 8 columns before, so every value is read once. (Were it what products start from, the
@@ -184,8 +176,8 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
   u64* visible = reinterpret_cast<u64*>(shared + Room::visible);
   u32* flags = reinterpret_cast<u32*>(visible + tiles);
 
-  Mover<ROWS, D>(base + Room::q, given.q + query_row * given.q_stride + blockIdx.y * D, given.q_stride)
-      .start(0, 0, given.queries - first_query);
+  copy_blocks(base + Room::q, given.q + query_row * given.q_stride + blockIdx.y * D, given.q_stride,
+              given.queries - first_query);
   auto copy_values = [&](int tile, int stage) {
     v.start(tile, 2 * stage * TILE_BYTES, given.keys - tile * COLUMNS);
     if (DROPOUT) copy_kept<COLUMNS>(base + Room::kept + stage * ROWS * 8, given, first_query, tile * COLUMNS);
@@ -210,8 +202,6 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
   await_copies();
   __syncthreads();
   if (tile > 0) start_tile(tile, 0);
-  Left<D, BLOCKS, true> queries;
-  queries.start(base + Room::q + warp * (32 * ROW_BYTES));
 
   float o[BLOCKS][D / 8][4] = {}, total[4] = {}, greatest[4];
 #pragma unroll
@@ -250,9 +240,9 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
     for (int step = 0; step < D / 16; step++) {
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
-        const u64 keys = matrix_at(k_at + 32 * step);
-        if (step == 0) product_of_64_rows<false>(p[block], queries.held[step][block], keys);
-        else product_of_64_rows<true>(p[block], queries.held[step][block], keys);
+        const u64 queries = matrix_at(base + Room::q + 64 * ROW_BYTES * block + 32 * step);
+        if (step == 0) product_of_64_rows<false>(p[block], queries, matrix_at(k_at + 32 * step));
+        else product_of_64_rows<true>(p[block], queries, matrix_at(k_at + 32 * step));
       }
     }
     end_group();
@@ -620,14 +610,6 @@ struct KeysRoom {
   static constexpr int range = kept + STAGES * COLUMNS * 16;
   static constexpr int flags = range + 64;
 };
-
-// Copies 128 rows so that the 16 of a warp in each block of 64 are, of all rows, 32 that follow each other.
-__device__ __forceinline__ void copy_blocks(u32 to, const bf16* first_row, int stride, int rows_there) {
-  const Mover<16, D> mover(to, first_row, stride);
-#pragma unroll
-  for (int part = 0; part < ROWS / 16; part++)
-    mover.start(part, (part % BLOCKS * WARPS + part / BLOCKS) * 16 * ROW_BYTES, rows_there - 16 * part);
-}
 
 // One block for 128 keys of a head. Scores are transposed here, keys by queries, so that they are left factors of
 // both products as they come. One block of 64 keys comes after the other: the sums of both leave no room for more.
