@@ -9,7 +9,7 @@ use crate::error::CudaError;
 use crate::gpu::{Gpu, Grid, Queue};
 use crate::noise::{NoiseKey, dropout_args};
 use crate::size::{count, lanes};
-use crate::source::ATTENTION;
+use crate::source::{ATTENTION, ATTENTION_HOPPER, Source};
 
 /// Sizes and rules of one attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -121,6 +121,9 @@ const LONGEST: usize = 1 << 16;
 /// Queries to whose multiple what is kept of every query is padded.
 const PADDING: usize = 128;
 
+/// Tiles that the kernels for Hopper keep in shared memory at a time.
+const HOPPER_STAGES: usize = 3;
+
 /// Rows of a block in float32, and their tiles of columns.
 const PLAIN_ROWS: usize = 32;
 
@@ -162,10 +165,10 @@ impl Attention {
         self.queries + self.keys - 1
     }
 
-    /// Bytes in shared memory of tiles of `tile` rows, two each of two tensors, and of the windows of the
-    /// bias of `rows` rows.
-    fn tiles_and_windows(&self, rows: usize) -> usize {
-        4 * self.tile() * self.d_kv * 2 + 4 * (rows + self.tile() + 16) * 4
+    /// Bytes in shared memory of `stages` tiles of two tensors, and of as many windows of the bias of `rows`
+    /// rows.
+    fn tiles_and_windows(&self, stages: usize, rows: usize) -> usize {
+        stages * (2 * self.tile() * self.d_kv * 2 + 2 * (rows + self.tile() + 16) * 4)
     }
 
     /// Bytes in shared memory of what is known of each tile of keys.
@@ -173,38 +176,47 @@ impl Attention {
         64 + self.keys.div_ceil(self.tile()) * 12
     }
 
+    /// Tiles of each tensor that are in shared memory at a time, bfloat16.
+    fn stages(&self, gpu: &Gpu) -> usize {
+        if self.multiplies_by_warpgroups(gpu) { HOPPER_STAGES } else { 2 }
+    }
+
     /// `ForwardRoom` of the kernels.
-    fn forward_shared(&self) -> usize {
+    fn forward_shared(&self, gpu: &Gpu) -> usize {
         match self.format {
             Format::F32 => 3 * self.plain_tile() + PLAIN_SCORES,
             Format::Bf16 => {
-                128 * self.d_kv * 2 + self.tiles_and_windows(128) + 2 * 128 * 8 + self.key_tiles()
+                let stages = self.stages(gpu);
+                let of_queries = 128 * self.d_kv * 2 + stages * 128 * 8;
+                of_queries + self.tiles_and_windows(stages, 128) + self.key_tiles()
             }
         }
     }
 
     /// `QueriesRoom` of the kernels.
-    fn queries_shared(&self) -> usize {
+    fn queries_shared(&self, gpu: &Gpu) -> usize {
         match self.format {
             Format::F32 => 4 * self.plain_tile() + PLAIN_SCORES,
             Format::Bf16 => {
                 let before_ring = if self.d_kv == 64 { 0 } else { 2 * 128 * self.d_kv * 2 };
                 let ring = 32 * (256 + 8) * 4;
-                let of_queries = 2 * 128 * 8 + 2 * 128 * 4;
-                before_ring + ring + self.tiles_and_windows(128) + of_queries + self.key_tiles()
+                let stages = self.stages(gpu);
+                let of_queries = stages * 128 * 8 + 2 * 128 * 4;
+                before_ring + ring + self.tiles_and_windows(stages, 128) + of_queries + self.key_tiles()
             }
         }
     }
 
     /// `KeysRoom` of the kernels.
-    fn keys_shared(&self) -> usize {
+    fn keys_shared(&self, gpu: &Gpu) -> usize {
         match self.format {
             Format::F32 => 4 * self.plain_tile() + 2 * PLAIN_SCORES,
             Format::Bf16 => {
                 let (rows, tile) = (self.block_keys(), self.tile());
-                let of_queries = 2 * tile * 8 + 2 * tile * 16;
+                let stages = self.stages(gpu);
+                let of_queries = stages * (tile * 8 + tile * 16);
                 let tiles = 64 + self.queries.div_ceil(tile) * 4;
-                2 * rows * self.d_kv * 2 + self.tiles_and_windows(rows) + of_queries + tiles
+                2 * rows * self.d_kv * 2 + self.tiles_and_windows(stages, rows) + of_queries + tiles
             }
         }
     }
@@ -316,9 +328,19 @@ impl Attention {
         ])
     }
 
+    /// Whether kernels multiply by warpgroups; those for heads of 128 would need more registers than there are.
+    fn multiplies_by_warpgroups(&self, gpu: &Gpu) -> bool {
+        gpu.has_warpgroup_products() && self.format == Format::Bf16 && self.d_kv == 64
+    }
+
+    /// The source of the kernels, forward and backward.
+    fn source(&self, gpu: &Gpu) -> &'static Source {
+        if self.multiplies_by_warpgroups(gpu) { &ATTENTION_HOPPER } else { &ATTENTION }
+    }
+
     /// Whether a block of every pass has room on `gpu`: heads of 128 go backward on an A100 or an H100 only.
     pub fn fits(&self, gpu: &Gpu) -> bool {
-        let most = self.forward_shared().max(self.queries_shared()).max(self.keys_shared());
+        let most = self.forward_shared(gpu).max(self.queries_shared(gpu)).max(self.keys_shared(gpu));
         most <= gpu.shared_per_block()
     }
 
@@ -346,7 +368,7 @@ impl Attention {
             return Ok(());
         }
         // SAFETY: passed on.
-        unsafe { queue.gpu.launch(&ATTENTION, &self.kernel(pass), grid, queue.stream, args) }
+        unsafe { queue.gpu.launch(self.source(queue.gpu), &self.kernel(pass), grid, queue.stream, args) }
     }
 }
 
@@ -430,7 +452,7 @@ pub unsafe fn attention(
     }
     let blocks = rules.queries.div_ceil(rules.block_queries());
     // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe { rules.launch(queue, "forward", blocks, rules.forward_shared(), &args) }
+    unsafe { rules.launch(queue, "forward", blocks, rules.forward_shared(queue.gpu), &args) }
 }
 
 /// Gradients of queries, keys, values and the relative bias, from the same `inputs` as the forward pass and
@@ -487,7 +509,7 @@ pub unsafe fn attention_backward(
     }
     let tiles = rules.queries.div_ceil(rules.block_queries());
     // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe { rules.launch(queue, "backward_queries", tiles, rules.queries_shared(), &args)? };
+    unsafe { rules.launch(queue, "backward_queries", tiles, rules.queries_shared(queue.gpu), &args)? };
 
     let mut args = given;
     args.extend(gradient);
@@ -500,7 +522,7 @@ pub unsafe fn attention_backward(
     }
     let blocks = rules.keys.div_ceil(rules.block_keys());
     // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe { rules.launch(queue, "backward_keys", blocks, rules.keys_shared(), &args)? };
+    unsafe { rules.launch(queue, "backward_keys", blocks, rules.keys_shared(queue.gpu), &args)? };
 
     let blocks = [rules.bias_count().div_ceil(32) as u32, rules.num_heads as u32, 1];
     if to.relative_bias == Address::NONE || blocks.contains(&0) {

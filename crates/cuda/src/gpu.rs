@@ -62,11 +62,15 @@ impl Grid {
     }
 }
 
+/// Compute capability of Hopper.
+const HOPPER: (i32, i32) = (9, 0);
+
 /// An open device.
 pub struct Gpu {
     context: Arc<CudaContext>,
     name: String,
     capability: (i32, i32),
+    warpgroup_products: bool,
     multiprocessors: u32,
     shared_per_block: usize,
     compiler: Compiler,
@@ -117,6 +121,7 @@ impl Gpu {
             context,
             name,
             capability: (major, minor),
+            warpgroup_products: (major, minor) == HOPPER,
             multiprocessors: multiprocessors as u32,
             shared_per_block: shared_per_block as usize,
             compiler: Compiler::new(architecture(major, minor), cache_directory()),
@@ -163,6 +168,17 @@ impl Gpu {
     /// Shared memory that a block can have, bytes: 227 KiB on an H100, 163 on an A100, 99 on others.
     pub fn shared_per_block(&self) -> usize {
         self.shared_per_block
+    }
+
+    /// Whether it has Hopper's matrix products of a warpgroup, which no GPU before or after it has.
+    pub fn has_warpgroup_products(&self) -> bool {
+        self.warpgroup_products
+    }
+
+    /// The same device as if it had none of them, to compare kernels.
+    #[must_use]
+    pub fn without_warpgroup_products(self) -> Self {
+        Self { warpgroup_products: false, ..self }
     }
 
     /// Multiprocessors.

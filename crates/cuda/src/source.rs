@@ -7,15 +7,51 @@ pub struct Source {
     pub name: &'static str,
     /// CUDA C++, to be compiled behind `kernels/common.cuh`.
     pub text: &'static str,
+    /// Whether it has instructions that only Hopper has.
+    pub hopper_only: bool,
+}
+
+impl Source {
+    /// Whether it can be compiled for `architecture`, such as `sm_80` or `sm_90a`.
+    pub fn is_for(&self, architecture: &str) -> bool {
+        !self.hopper_only || architecture == "sm_90a"
+    }
 }
 
 /// What all sources share; it stands before each of them.
 pub(crate) const COMMON: &str = include_str!("../kernels/common.cuh");
 
+macro_rules! kernels {
+    ($name:literal) => {
+        include_str!(concat!("../kernels/", $name, ".cu"))
+    };
+    ($name:literal behind $shared:literal) => {
+        concat!(
+            include_str!(concat!("../kernels/", $shared)),
+            "\n#line 1 \"kernels/",
+            $name,
+            ".cu\"\n",
+            kernels!($name)
+        )
+    };
+}
+
+macro_rules! is_hopper {
+    () => {
+        false
+    };
+    (Hopper) => {
+        true
+    };
+}
+
 macro_rules! sources {
-    ($($constant:ident = $name:literal),* $(,)?) => {
-        $(pub(crate) const $constant: Source =
-            Source { name: $name, text: include_str!(concat!("../kernels/", $name, ".cu")) };)*
+    ($($constant:ident = $name:literal $(behind $shared:literal)? $(on $hopper:ident)?),* $(,)?) => {
+        $(pub(crate) const $constant: Source = Source {
+            name: $name,
+            text: kernels!($name $(behind $shared)?),
+            hopper_only: is_hopper!($($hopper)?),
+        };)*
 
         /// All of them.
         pub const SOURCES: &[Source] = &[$($constant),*];
@@ -24,7 +60,8 @@ macro_rules! sources {
 
 sources! {
     ACTIVATION = "activation",
-    ATTENTION = "attention",
+    ATTENTION = "attention" behind "attention.cuh",
+    ATTENTION_HOPPER = "attention_hopper" behind "attention.cuh" on Hopper,
     CROSS_ENTROPY = "cross_entropy",
     EMBEDDING = "embedding",
     NOISE = "noise",

@@ -82,11 +82,11 @@ fn measure(clock: &Clock, name: &str, rules: Attention, has_bias: bool) {
         });
     }
     // SAFETY: as above.
-    clock.time(&format!("attention forward, {name}"), 4.0 * pairs, bytes, |queue| unsafe {
+    clock.time_both(&format!("attention forward, {name}"), 4.0 * pairs, bytes, |queue| unsafe {
         attention(queue, inputs, to, rules)
     });
     // SAFETY: as above.
-    clock.time(&format!("attention backward, {name}"), 10.0 * pairs, 2.0 * bytes, |queue| unsafe {
+    clock.time_both(&format!("attention backward, {name}"), 10.0 * pairs, 2.0 * bytes, |queue| unsafe {
         attention_backward(queue, inputs, to, backward, rules)
     });
 }

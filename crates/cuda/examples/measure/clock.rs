@@ -14,6 +14,8 @@ const ROUNDS: usize = 7;
 /// A device and what shall be timed on it.
 pub(crate) struct Clock {
     gpu: Gpu,
+    /// The same device as if it were an older one, if it has instructions that older ones have not.
+    older: Option<Gpu>,
     stream: Arc<CudaStream>,
     wanted: String,
 }
@@ -29,9 +31,11 @@ impl Room {
 
 impl Clock {
     pub(crate) fn open(wanted: &str) -> Self {
-        let gpu = Gpu::open(0).unwrap_or_else(|e| panic!("{e}"));
+        let open = || Gpu::open(0).unwrap_or_else(|e| panic!("{e}"));
+        let gpu = open();
+        let older = gpu.has_warpgroup_products().then(|| open().without_warpgroup_products());
         let stream = gpu.context().default_stream();
-        Self { gpu, stream, wanted: wanted.to_owned() }
+        Self { gpu, older, stream, wanted: wanted.to_owned() }
     }
 
     /// Says which device it is.
@@ -74,9 +78,35 @@ impl Clock {
     }
 
     /// Times `launch` and prints milliseconds, and of `flops` and `bytes`, unless 0, what that is a second.
-    #[expect(clippy::print_stdout, reason = "an example prints")]
     pub(crate) fn time(
         &self,
+        name: &str,
+        flops: f64,
+        bytes: f64,
+        launch: impl FnMut(Queue<'_>) -> Result<(), CudaError>,
+    ) {
+        self.time_on(self.queue(), name, flops, bytes, launch);
+    }
+
+    /// As [`Self::time`], and again with the kernels of older devices where this one has others.
+    pub(crate) fn time_both(
+        &self,
+        name: &str,
+        flops: f64,
+        bytes: f64,
+        mut launch: impl FnMut(Queue<'_>) -> Result<(), CudaError>,
+    ) {
+        self.time(name, flops, bytes, &mut launch);
+        if let Some(gpu) = &self.older {
+            let queue = Queue { gpu, stream: Stream::DEFAULT };
+            self.time_on(queue, &format!("{name}, as before Hopper"), flops, bytes, launch);
+        }
+    }
+
+    #[expect(clippy::print_stdout, reason = "an example prints")]
+    fn time_on(
+        &self,
+        queue: Queue<'_>,
         name: &str,
         flops: f64,
         bytes: f64,
@@ -91,7 +121,7 @@ impl Clock {
                 let (start, end) = (event(), event());
                 start.record(&self.stream).expect("recorded");
                 for _ in 0..LAUNCHES {
-                    launch(self.queue()).unwrap_or_else(|e| panic!("{name}: {e}"));
+                    launch(queue).unwrap_or_else(|e| panic!("{name}: {e}"));
                 }
                 end.record(&self.stream).expect("recorded");
                 end.synchronize().unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -101,7 +131,7 @@ impl Clock {
             .collect();
         rounds.sort_by(f32::total_cmp);
         let ms = f64::from(rounds[ROUNDS / 2]);
-        let mut line = format!("{name:<48} {ms:9.4} ms");
+        let mut line = format!("{name:<64} {ms:9.4} ms");
         if flops > 0.0 {
             line += &format!("  {:7.1} TFLOP/s", flops / ms * 1e-9);
         }

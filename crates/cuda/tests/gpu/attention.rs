@@ -2,12 +2,12 @@
 
 use switchyard_cuda::{
     Address, Attention, AttentionGradients, AttentionInputs, AttentionNoise, AttentionOutput, CudaError,
-    Format, HeadRows, Segments, attention, attention_backward, attention_dropout, attention_dropout_bytes,
-    attention_workspace,
+    Format, HeadRows, Queue, Segments, attention, attention_backward, attention_dropout,
+    attention_dropout_bytes, attention_workspace,
 };
 
 use crate::noise::{STEP, dropout_factor, key, word};
-use crate::support::{Buffer, assert_close, held, normal, queue};
+use crate::support::{Buffer, assert_close, held, normal, queue, queues};
 
 const RULES: Attention = Attention {
     batch: 2,
@@ -220,7 +220,7 @@ struct Found {
     bias: Vec<f32>,
 }
 
-fn run(case: &Case) -> Found {
+fn run(queue: Queue<'_>, case: &Case) -> Found {
     let rules = case.rules;
     let Attention { batch, num_heads, queries, format, .. } = rules;
     let inputs_at =
@@ -259,9 +259,9 @@ fn run(case: &Case) -> Found {
     let noise = AttentionNoise { key: key(&step), first_row: FIRST_ROW, first_head: FIRST_HEAD };
     // SAFETY: all buffers have the sizes that `rules` name.
     unsafe {
-        attention_dropout(queue(), kept.at(), noise, rules).expect("started");
-        attention(queue(), inputs, to, rules).expect("started");
-        attention_backward(queue(), inputs, to, backward, rules).expect("started");
+        attention_dropout(queue, kept.at(), noise, rules).expect("started");
+        attention(queue, inputs, to, rules).expect("started");
+        attention_backward(queue, inputs, to, backward, rules).expect("started");
     }
     kept.read::<u8>();
     workspace.read::<u8>();
@@ -276,10 +276,21 @@ fn run(case: &Case) -> Found {
 fn check(rules: Attention, hidden: &Hidden) {
     let rules = Attention { key_room: rules.keys, ..rules };
     let case = Case::new(rules, hidden.clone());
-    let (found, expected) = (run(&case), case.expected());
+    let expected = case.expected();
+    for queue in queues() {
+        compare(&case, &run(queue, &case), &expected, queue.gpu.has_warpgroup_products());
+    }
+}
+
+fn compare(case: &Case, found: &Found, expected: &Expected, warpgroup_products: bool) {
+    let (rules, hidden) = (case.rules, &case.hidden);
     let what = |name: &str| {
         let masks = (hidden.key_mask.is_some(), hidden.segments.is_some());
-        format!("{name} of {rules:?}, key mask and segments {masks:?}, packed {}", hidden.packed)
+        let packed = hidden.packed;
+        format!(
+            "{name} of {rules:?}, key mask and segments {masks:?}, packed {packed}, \
+             products of warpgroups {warpgroup_products}"
+        )
     };
     assert_near(&what("out"), &found.out, &expected.out, rules.format, [0.02, 0.004]);
     for (found, expected) in found.log_sums.iter().zip(&expected.log_sums) {
@@ -334,7 +345,9 @@ fn documents(rules: &Attention) -> (Vec<i32>, Vec<i32>) {
 fn equals_the_reference() {
     check_all(RULES, &Hidden::default());
     check_all(Attention { queries: 150, keys: 150, ..RULES }, &Hidden { packed: true, ..Hidden::default() });
-    for (queries, keys) in [(1, 1), (128, 64), (129, 65), (300, 33)] {
+    for (queries, keys) in
+        [(1, 1), (1, 200), (200, 1), (128, 64), (129, 65), (64, 129), (191, 193), (300, 33)]
+    {
         check_all(Attention { batch: 1, queries, keys, ..RULES }, &Hidden::default());
     }
 }
@@ -348,6 +361,13 @@ fn rows_of_the_length_of_training() {
     let decoder = Attention { queries: 114, keys: 114, causal: true, ..rules };
     check(decoder, &Hidden { packed: true, ..Hidden::default() });
     check(Attention { dropout: 0.1, ..rules }, &Hidden { packed: true, ..Hidden::default() });
+    let rules = Attention { batch: 2, queries: 500, keys: 500, ..RULES };
+    for (causal, dropout) in [(false, 0.0), (true, 0.1)] {
+        let rules = Attention { causal, dropout, ..rules };
+        let documents = Some(documents(&rules));
+        check(rules, &Hidden { segments: documents.clone(), packed: true, ..Hidden::default() });
+        check(rules, &Hidden { segments: documents, key_mask: Some(holes(&rules)), ..Hidden::default() });
+    }
 }
 
 #[test]
@@ -472,12 +492,17 @@ fn room_after_cached_keys_is_not_read() {
 #[ignore = "needs an NVIDIA GPU"]
 fn the_same_again_is_the_same() {
     let rules = Attention { batch: 3, queries: 300, keys: 300, key_room: 300, dropout: 0.1, ..RULES };
-    let case = Case::new(rules, Hidden { packed: true, ..Hidden::default() });
-    let first = run(&case);
-    for _ in 0..5 {
-        let again = run(&case);
-        assert!(again.out == first.out && again.log_sums == first.log_sums);
-        assert!(again.gradients == first.gradients && again.bias == first.bias);
+    let long = Attention { batch: 1, queries: 512, keys: 512, key_room: 512, dropout: 0.0, ..rules };
+    for rules in [rules, long, Attention { causal: true, ..long }] {
+        let case = Case::new(rules, Hidden { packed: true, ..Hidden::default() });
+        for queue in queues() {
+            let first = run(queue, &case);
+            for _ in 0..5 {
+                let again = run(queue, &case);
+                assert!(again.out == first.out && again.log_sums == first.log_sums);
+                assert!(again.gradients == first.gradients && again.bias == first.bias);
+            }
+        }
     }
 }
 
@@ -487,7 +512,7 @@ fn nothing_has_no_gradient() {
     for (batch, queries) in [(0, 5), (2, 0)] {
         for format in [Format::F32, Format::Bf16] {
             let rules = Attention { batch, queries, format, ..RULES };
-            let found = run(&Case::new(rules, Hidden::default()));
+            let found = run(queue(), &Case::new(rules, Hidden::default()));
             assert!(found.bias.iter().chain(&found.log_sums).all(|&g| g == 0.0), "{rules:?}");
             assert!(found.gradients.iter().flatten().all(|&g| g == 0.0), "{rules:?}");
         }

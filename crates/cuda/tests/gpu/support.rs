@@ -13,6 +13,18 @@ pub(crate) fn gpu() -> &'static Gpu {
     GPU.get_or_init(|| Gpu::open(0).expect("these tests need a device"))
 }
 
+/// The same device and stream: as they are, and on Hopper also as if it were an older device, whose kernels
+/// it can run as well.
+pub(crate) fn queues() -> impl Iterator<Item = Queue<'static>> {
+    static OLDER: OnceLock<Option<Gpu>> = OnceLock::new();
+    let older = OLDER.get_or_init(|| {
+        gpu()
+            .has_warpgroup_products()
+            .then(|| Gpu::open(0).expect("these tests need a device").without_warpgroup_products())
+    });
+    std::iter::once(gpu()).chain(older).map(|gpu| Queue { gpu, stream: Stream::DEFAULT })
+}
+
 /// The default stream of the device.
 pub(crate) fn queue() -> Queue<'static> {
     Queue { gpu: gpu(), stream: Stream::DEFAULT }
