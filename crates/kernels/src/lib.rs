@@ -48,7 +48,9 @@ mod vocabulary;
 pub use activation::Activation;
 pub use attention::{Attention, AttentionInputs, Segments, attention};
 pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy};
-pub use device::{DeviceError, device, devices, gpu_failure, test_device};
+pub use device::{
+    DeviceError, DeviceMemory, allow_tf32, device, device_memory, devices, gpu_failure, test_device,
+};
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};
 pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_two};

@@ -8,6 +8,8 @@ mod checkpointing;
 mod diagnose;
 mod error;
 pub mod evaluate;
+#[cfg(test)]
+mod memory_tests;
 mod metrics;
 mod optimizer;
 mod parameters;

@@ -18,6 +18,7 @@ mod norm;
 mod operations;
 mod projection;
 mod route;
+pub(crate) mod settings;
 pub(crate) mod update;
 
 use burn::backend::tensor::FloatTensor;
@@ -45,6 +46,14 @@ impl Substrate for LibTorch {
 /// Whether tensors on `device` are LibTorch's.
 pub(crate) fn is_here(device: &Device) -> bool {
     matches!(device.clone().inner().as_dispatch(), DispatchDevice::LibTorch(_))
+}
+
+/// Where LibTorch has the tensors of `device`, if they are its own.
+pub(crate) fn place(device: &Device) -> Option<tch::Device> {
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::LibTorch(device) => Some((*device).into()),
+        _ => None,
+    }
 }
 
 pub(crate) fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> TchTensor {
