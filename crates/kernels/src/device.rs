@@ -83,6 +83,8 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
             if !tch::Cuda::is_available() {
                 return Err(DeviceError::TorchWithoutCuda);
             }
+            // Float32 is float32 unless a run says otherwise, whatever the environment has told LibTorch.
+            allow_tf32(false)?;
             Ok(Device::libtorch_cuda(index))
         }
         #[cfg(not(feature = "libtorch"))]
@@ -115,7 +117,7 @@ pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
 }
 
 /// Whether float32 matrix products on GPUs may round their factors to TF32, for the whole process; devices
-/// without TF32 take no notice. Not allowed until this allows it, and whatever the environment says.
+/// without TF32 take no notice. Not allowed until this allows it.
 ///
 /// # Errors
 /// When LibTorch does not do as it is told.
