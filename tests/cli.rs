@@ -216,6 +216,14 @@ fn benchmarks_print_their_numbers() {
     for key in ["step_ms", "tokens_per_second", "peak_memory_bytes", "loss"] {
         assert!(step[key].as_f64().is_some_and(|n| n > 0.0), "{key}: {step}");
     }
+    for key in ["parameter_bytes", "gradient_bytes", "optimizer_bytes"] {
+        assert!(step["planned_memory"][key].as_u64().is_some_and(|n| n > 0), "{key}: {step}");
+    }
+    assert!(step["device_memory"].is_null(), "tensors in main memory are not counted: {step}");
+    place.refused_with(
+        "bench step --precision selective --allow-tf32",
+        &["precision.allow_tf32", "precision.mode = \"fp32\""],
+    );
     let dispatch = place.json("bench dispatch --tokens 64 --d-model 16 --experts 2,8 --json");
     assert_eq!(dispatch.as_array().expect("a row for each").len(), 2);
     let generate = place.json(

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod cli;
+mod comparison;
 #[cfg(feature = "mpi")]
 mod distributed;
 mod resume;

@@ -12,12 +12,14 @@ mod libtorch {
     use std::path::PathBuf;
     use std::process::Command;
 
-    const SOURCE: &str = "src/torch/shim.cpp";
+    const SOURCES: [&str; 2] = ["src/torch/graph.cpp", "src/torch/settings.cpp"];
 
     pub(super) fn build() {
         println!("cargo:rerun-if-env-changed=LIBTORCH");
         println!("cargo:rerun-if-env-changed=LIBTORCH_USE_PYTORCH");
-        println!("cargo:rerun-if-changed={SOURCE}");
+        for source in SOURCES {
+            println!("cargo:rerun-if-changed={source}");
+        }
         let home = if env::var_os("LIBTORCH_USE_PYTORCH").is_some() { of_python() } else { of_environment() };
         let Some(home) = home else {
             println!(
@@ -30,8 +32,8 @@ mod libtorch {
             .cpp(true)
             .std("c++17")
             .include(home.join("include"))
-            .flag_if_supported("-Wno-unused-parameter")
-            .file(SOURCE)
+            .warnings(false)
+            .files(SOURCES)
             .compile("switchyard_torch");
     }
 

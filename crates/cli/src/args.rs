@@ -405,7 +405,7 @@ pub(crate) enum InspectCommand {
 pub(crate) enum BenchCommand {
     /// Whole training steps on synthetic tokens.
     #[command(
-        after_help = "Example:\n  switchyard bench step --preset tiny --experts 8 --optimizer adamw --json"
+        after_help = "Examples:\n  switchyard bench step --preset tiny --experts 8 --optimizer adamw --json\n  switchyard bench step --device cuda --preset t5-base --experts 0 --precision selective --rows 64 --inputs-length 512 --targets-length 114\n  switchyard bench step --device cuda --preset t5-base --experts 0 --precision fp32 --allow-tf32"
     )]
     Step(BenchStepArguments),
     /// The operations of a model one by one, forward and backward, and the optimizers.
@@ -497,6 +497,9 @@ pub(crate) struct BenchStepArguments {
     /// Number formats.
     #[arg(long, default_value = "fp32", value_parser = ["fp32", "bf16", "selective"])]
     pub precision: String,
+    /// On a GPU with `--precision fp32`: round the factors of matrix products to TF32.
+    #[arg(long)]
+    pub allow_tf32: bool,
     /// Slots of all experts together, relative to tokens.
     #[arg(long, default_value_t = 1.25)]
     pub capacity_factor: f64,

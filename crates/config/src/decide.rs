@@ -94,6 +94,7 @@ impl RunConfig {
             )?)?,
             precision: need(self.precision.mode, "precision", "mode")?,
             accumulation: need(self.precision.accumulation_dtype, "precision", "accumulation_dtype")?,
+            allow_tf32: need(self.precision.allow_tf32, "precision", "allow_tf32")?,
             optimizer: self.optimizer.decided()?,
             schedule: self.schedule.decided()?,
             data: decided_data(self.data)?,
@@ -116,6 +117,7 @@ impl RunConfig {
             precision: PrecisionTable {
                 mode: Some(plan.precision),
                 accumulation_dtype: Some(plan.accumulation),
+                allow_tf32: Some(plan.allow_tf32),
             },
             optimizer: OptimizerTable::of(&plan.optimizer),
             schedule: ScheduleTable::of(&plan.schedule),

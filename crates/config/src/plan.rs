@@ -349,6 +349,10 @@ pub struct RunPlan {
     pub precision: PrecisionMode,
     /// Format of sums of gradients.
     pub accumulation: AccumulationDtype,
+    /// Whether matrix products of a float32 model on a GPU may round their factors to TF32; plans of earlier
+    /// versions do not say.
+    #[serde(default)]
+    pub allow_tf32: bool,
     /// Optimizer.
     pub optimizer: OptimizerPlan,
     /// Learning rate and length.

@@ -149,6 +149,10 @@ table! {
         /// Format of sums of gradients over micro-batches and ranks. `bf16` halves the memory and the
         /// traffic of sums of bfloat16 gradients, which then lose summands below their spacing.
         accumulation_dtype: AccumulationDtype = Value("\"fp32\""),
+        /// With mode `fp32` on a GPU: round the factors of matrix products to TF32, 10 bits of fraction, for
+        /// several times the speed; the router's too. Attention and all that is no such product stay float32.
+        /// Other devices compute as without it.
+        allow_tf32: bool = Value("false"),
     }
 }
 

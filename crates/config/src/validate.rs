@@ -8,6 +8,7 @@ mod sizes;
 use std::collections::BTreeMap;
 
 use crate::error::{ConfigError, ErrorKind};
+use crate::keys::Word;
 use crate::mesh;
 use crate::model::StackKind;
 use crate::plan::{
@@ -41,6 +42,7 @@ const RULES: &[Rule] = &[
     mesh::axes_divide_the_model,
     mesh::timeout_is_positive,
     sums_are_not_narrower_than_their_gradients,
+    tf32_is_for_float32_models,
     hf_semantics_are_consistent,
     fixed_capacity_needs_hf_semantics,
     warmup_fits_the_run,
@@ -96,6 +98,8 @@ enum Range {
     NotNegative,
     /// At least 0 and below 1.
     Rate,
+    /// As [`Self::Rate`], in float32 too, in which what is left is divided by 1 less the rate.
+    Dropout,
     /// Above 0 and below 1.
     Share,
     /// From 0 to 1.
@@ -111,6 +115,7 @@ impl Range {
                 Self::Positive => number > 0.0,
                 Self::NotNegative => number >= 0.0,
                 Self::Rate => (0.0..1.0).contains(&number),
+                Self::Dropout => number >= 0.0 && (number as f32) < 1.0,
                 Self::Share => number > 0.0 && number < 1.0,
                 Self::Fraction => (0.0..=1.0).contains(&number),
                 Self::AtLeastOne => number >= 1.0,
@@ -122,6 +127,7 @@ impl Range {
             Self::Positive => "finite and greater than 0",
             Self::NotNegative => "finite and not negative",
             Self::Rate => "at least 0 and below 1",
+            Self::Dropout => "at least 0 and below 1, also when rounded to float32",
             Self::Share => "greater than 0 and below 1",
             Self::Fraction => "between 0 and 1",
             Self::AtLeastOne => "finite and at least 1",
@@ -130,7 +136,7 @@ impl Range {
 }
 
 fn numbers_are_in_range(plan: &RunPlan) -> Result<(), Conflict> {
-    use Range::{AtLeastOne, Fraction, NotNegative, Positive, Rate, Share};
+    use Range::{AtLeastOne, Dropout, Fraction, NotNegative, Positive, Rate, Share};
     let (routing, optimizer, trainer) = (&plan.routing, &plan.optimizer, &plan.trainer);
     let numbers = [
         ("model.layer_norm_epsilon", plan.model.layer_norm_epsilon, Positive),
@@ -153,8 +159,8 @@ fn numbers_are_in_range(plan: &RunPlan) -> Result<(), Conflict> {
         ("data.mixture_temperature", plan.data.mixture_temperature, Positive),
         ("data.noise_density", plan.data.noise_density, Share),
         ("data.mean_noise_span_length", plan.data.mean_noise_span_length, AtLeastOne),
-        ("trainer.dropout_rate", trainer.dropout_rate, Rate),
-        ("trainer.expert_dropout", trainer.expert_dropout, Rate),
+        ("trainer.dropout_rate", trainer.dropout_rate, Dropout),
+        ("trainer.expert_dropout", trainer.expert_dropout, Dropout),
         ("trainer.z_loss", trainer.z_loss, NotNegative),
     ];
     match numbers.into_iter().find(|(_, number, range)| !range.contains(*number)) {
@@ -257,6 +263,21 @@ fn sums_are_not_narrower_than_their_gradients(plan: &RunPlan) -> Result<(), Conf
             .to_owned(),
         keys: vec!["precision.accumulation_dtype", "precision.mode"],
         help: "leave it out, or set precision.mode = \"selective\", whose gradients are bfloat16".to_owned(),
+    })
+}
+
+fn tf32_is_for_float32_models(plan: &RunPlan) -> Result<(), Conflict> {
+    if !plan.allow_tf32 || plan.precision == PrecisionMode::Fp32 {
+        return Ok(());
+    }
+    let mode = Word(&plan.precision);
+    Err(Conflict {
+        message: format!(
+            "precision.allow_tf32 = true is for precision.mode = \"fp32\" only: what \"{mode}\" keeps in \
+             float32, above all a router, is meant to be exact"
+        ),
+        keys: vec!["precision.allow_tf32", "precision.mode"],
+        help: "leave it out, or set precision.mode = \"fp32\"".to_owned(),
     })
 }
 

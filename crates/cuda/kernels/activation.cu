@@ -2,13 +2,6 @@
 // A warp has a row or a part of one, as in noise.cu. Rows may be slots of experts, of which only some hold a
 // token: the others come out as zeros and are not read.
 
-constexpr float log2_e = 1.44269504f;
-
-__device__ __forceinline__ float exp_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // 1 / (1 + e^-x)
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + exp_2(-log2_e * x)); }
 

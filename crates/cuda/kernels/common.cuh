@@ -64,6 +64,14 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+constexpr float log2_e = 1.44269504f;
+// To two units in the last place; e^x is exp_2(log2_e * x).
+__device__ __forceinline__ float exp_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Philox4x32-10 (Salmon et al., SC 2011), the generator of crates/random.
 struct Philox {
   u32 key0, key1;

@@ -1,15 +1,9 @@
 // Cross-entropy of rows of logits, which become their own gradients. A block has a row and, where it can,
 // keeps it in registers between the sum of its exponentials and the gradients.
 
-constexpr float log2_e = 1.44269504f;
 // Below every logit, and finite with room to spare, so that differences are numbers.
 constexpr float lowest = -1e38f;
 
-__device__ __forceinline__ float exp_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // e^(x - largest)
 __device__ __forceinline__ float exponential(float x, float largest) { return exp_2((x - largest) * log2_e); }
 

@@ -141,6 +141,21 @@ struct Tile {
   }
 };
 
+// Gradients of a lane in several rows, all on their way at once: its warp's rows from `row` on, and in each of
+// them the chunks from `col` on, the first of which lies at `from`.
+template <bool BY_ROW, bool EDGE, bool STREAM, class T, int N, int BATCH, int CHUNKS>
+__device__ __forceinline__ void load_batch(const Tile& tile, const T* from, u32 row, u32 col, u32 cols,
+                                           bool aligned, Chunk<T, N> (&to)[BATCH][CHUNKS]) {
+#pragma unroll
+  for (int b = 0; b < BATCH; b++)
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) {
+      int valid = EDGE ? tile.valid<BY_ROW>(row + WARPS * b, col + 32 * N * k) : N;
+      const T* place = from + u64(WARPS * b) * cols + 32 * N * k;
+      to[b][k].template get<EDGE, STREAM>(place, valid, aligned);
+    }
+}
+
 // Sum over the block, for its first thread. `of_warp` must not be in use.
 __device__ __forceinline__ float block_sum(float x, float* of_warp) {
   x = warp_sum(x);
@@ -192,13 +207,7 @@ __device__ __forceinline__ float sum_tile(const Tile& tile, float* sums, float* 
   for (int i = 0; i < SUM_ROWS / WARPS; i += BATCH) {
     if (EDGE && row >= rows) break;
     Chunk<T, N> g[BATCH][CHUNKS];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++)
-#pragma unroll
-      for (int k = 0; k < CHUNKS; k++) {
-        int valid = EDGE ? tile.valid<BY_ROW>(row + WARPS * b, col + 32 * N * k) : N;
-        g[b][k].template get<EDGE, true>(from + u64(WARPS * b) * cols + 32 * N * k, valid, aligned);
-      }
+    load_batch<BY_ROW, EDGE, true>(tile, from, row, col, cols, aligned, g);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       float of_row = 0.f;
@@ -382,13 +391,7 @@ __device__ __forceinline__ float size_tile(const Tile& tile, const float* segmen
   for (int i = 0; i < SIZE_ROWS / WARPS; i += BATCH) {
     if (EDGE && row >= rows) break;
     Chunk<T, N> g[BATCH][CHUNKS];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++)
-#pragma unroll
-      for (int k = 0; k < CHUNKS; k++) {
-        int valid = EDGE ? tile.valid<BY_ROW>(row + WARPS * b, col + 32 * N * k) : N;
-        g[b][k].template get<EDGE, false>(from + u64(WARPS * b) * cols + 32 * N * k, valid, aligned);
-      }
+    load_batch<BY_ROW, EDGE, false>(tile, from, row, col, cols, aligned, g);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       float of_row = 0.f;

@@ -31,6 +31,13 @@ pub enum DeviceError {
          launch/install-libtorch.sh installs one with CUDA"
     )]
     TorchWithoutCuda,
+
+    /// LibTorch keeps its own mind about TF32.
+    #[cfg(feature = "libtorch")]
+    #[error(
+        "this LibTorch does not take precision.allow_tf32; does a TORCH_ variable of the environment set it?"
+    )]
+    Tf32,
 }
 
 /// What `--device` may name here, each with what it is or why it cannot be used.
@@ -76,12 +83,51 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
             if !tch::Cuda::is_available() {
                 return Err(DeviceError::TorchWithoutCuda);
             }
+            // Float32 is float32 unless a run says otherwise, whatever the environment has told LibTorch.
+            allow_tf32(false)?;
             Ok(Device::libtorch_cuda(index))
         }
         #[cfg(not(feature = "libtorch"))]
         ("libtorch" | "cuda", Ok(_)) => Err(DeviceError::NotInThisBuild(name.to_owned())),
         _ => Err(DeviceError::Unknown(name.to_owned())),
     }
+}
+
+/// A device's memory as LibTorch counts it, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// What tensors occupy now.
+    pub allocated: u64,
+    /// The most that they have occupied so far.
+    pub peak_allocated: u64,
+    /// The most that LibTorch has held for them, what lay free between them included. The driver's context and
+    /// compiled kernels are not in it.
+    pub peak_reserved: u64,
+}
+
+/// What tensors of this process occupy on a GPU; `None` for other devices, on which tensors are not counted.
+pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
+    #[cfg(feature = "libtorch")]
+    return crate::torch::settings::device_memory(crate::torch::place(device)?);
+    #[cfg(not(feature = "libtorch"))]
+    {
+        let _ = device;
+        None
+    }
+}
+
+/// Whether float32 matrix products on GPUs may round their factors to TF32, for the whole process; devices
+/// without TF32 take no notice. Not allowed until this allows it.
+///
+/// # Errors
+/// When LibTorch does not do as it is told.
+pub fn allow_tf32(allow: bool) -> Result<(), DeviceError> {
+    #[cfg(feature = "libtorch")]
+    if !crate::torch::settings::allow_tf32(allow) {
+        return Err(DeviceError::Tf32);
+    }
+    let _ = allow;
+    Ok(())
 }
 
 /// Where tests compute: what `SWITCHYARD_TEST_DEVICE` names, else LibTorch's CPU device in builds that have it,

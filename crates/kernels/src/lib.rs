@@ -48,7 +48,9 @@ mod vocabulary;
 pub use activation::Activation;
 pub use attention::{Attention, AttentionInputs, Segments, attention};
 pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy};
-pub use device::{DeviceError, device, devices, gpu_failure, test_device};
+pub use device::{
+    DeviceError, DeviceMemory, allow_tf32, device, device_memory, devices, gpu_failure, test_device,
+};
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};
 pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_two};
@@ -60,10 +62,7 @@ pub use linear_map::{LinearMap, linear_map};
 pub use logits::logits;
 pub use memory::CacheLines;
 #[cfg(not(feature = "libtorch"))]
-pub use no_device::{
-    DeviceIntegers, DeviceMemory, DeviceOptimizer, DeviceValues, Recording, UpdateOutcome, WorkStream,
-    device_memory,
-};
+pub use no_device::{DeviceIntegers, DeviceOptimizer, DeviceValues, Recording, UpdateOutcome, WorkStream};
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};
 pub use norm::{rms_norm, rms_norm_beside};
 pub use plan::{DispatchPlan, TokenSlots};
@@ -72,7 +71,7 @@ pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_to
 pub use router_logits::router_logits;
 pub use seed::with_gradient;
 #[cfg(feature = "libtorch")]
-pub use torch::recording::{DeviceIntegers, DeviceMemory, Recording, WorkStream, device_memory};
+pub use torch::recording::{DeviceIntegers, Recording, WorkStream};
 #[cfg(feature = "libtorch")]
 pub use torch::update::{DeviceOptimizer, DeviceValues, UpdateOutcome};
 pub use vocabulary::{VocabularyGroup, VocabularyShard};

@@ -84,24 +84,6 @@ impl DeviceOptimizer {
     }
 }
 
-/// Bytes of a GPU's memory; this build has none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceMemory {
-    /// Those of tensors.
-    pub used: u64,
-    /// The most that tensors had.
-    pub most_used: u64,
-    /// Those that were taken from the GPU.
-    pub taken: u64,
-    /// The most that were taken.
-    pub most_taken: u64,
-}
-
-/// `None`: no device is a GPU.
-pub fn device_memory(_: &Device) -> Option<DeviceMemory> {
-    None
-}
-
 /// What an update on a GPU did.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct UpdateOutcome {

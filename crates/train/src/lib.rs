@@ -9,6 +9,8 @@ mod diagnose;
 mod error;
 pub mod evaluate;
 mod gpu_step;
+#[cfg(test)]
+mod memory_tests;
 mod metrics;
 mod optimizer;
 mod parameters;

@@ -8,6 +8,9 @@ use super::output::{self, bytes, grouped};
 use crate::Outcome;
 use crate::args::{CheckArguments, Verbosity};
 
+/// What precision.allow_tf32 allows.
+const IN_TF32: &str = "factors of matrix products on GPUs, the router's too; on other devices nothing";
+
 pub(crate) fn run(arguments: &CheckArguments, verbosity: Verbosity) -> anyhow::Result<Outcome> {
     let Resolved { plan, provenance } = resolve(&arguments.config, &arguments.set)?;
     SpanCorruption::check(&plan.data)?;
@@ -54,6 +57,7 @@ pub(crate) fn run(arguments: &CheckArguments, verbosity: Verbosity) -> anyhow::R
         for (i, kept) in plan.precision.kept_in_fp32(plan.accumulation).iter().enumerate() {
             row(if i == 0 { "in float32" } else { "" }, (*kept).to_owned())?;
         }
+        row("in TF32", if plan.allow_tf32 { IN_TF32 } else { "nothing" }.to_owned())?;
     }
     for line in mesh.iter().flat_map(|mesh| mesh.describe(&plan.model)) {
         let (name, value) = line.split_once(": ").unwrap_or(("", &line));

@@ -10,7 +10,7 @@ mod fill;
 mod generate;
 mod inspect;
 mod model_directory;
-mod output;
+pub(crate) mod output;
 mod progress;
 mod tokenizer;
 mod train;

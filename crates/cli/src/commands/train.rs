@@ -9,8 +9,9 @@ use burn::tensor::Device;
 use switchyard_checkpoint::hf::{self, StoredDtype};
 use switchyard_checkpoint::open_model;
 use switchyard_comm::Choice;
-use switchyard_config::{ConfigError, MeshShape, Resolved, RunPlan, resolve};
+use switchyard_config::{ConfigError, MemorySummary, MeshShape, Resolved, RunPlan, rank_memory, resolve};
 use switchyard_data::DataSet;
+use switchyard_kernels::{allow_tf32, device_memory};
 use switchyard_parallel::Mesh;
 use switchyard_train::{
     EvalRecord, Observer, Resume, RunDirectory, StepRecord, TrainOptions, TrainOutcome,
@@ -22,7 +23,7 @@ use super::progress::Work;
 use super::{data, export, output};
 use crate::args::{TrainArguments, Verbosity};
 use crate::job::{Job, TIMEOUT, of_all_ranks};
-use crate::{Outcome, logging, signals};
+use crate::{Outcome, logging, memory, signals};
 
 /// Most tokens that are written for a prompt at the end of a run.
 const PROMPT_TOKENS: usize = 64;
@@ -77,6 +78,7 @@ fn train_together(
     refuse_different_runs(&**job.communicator(), plan, env!("CARGO_PKG_VERSION")).map_err(of_all_ranks)?;
     let shape = job.agree(MeshShape::of(plan, job.ranks(), &resolved.provenance).map_err(Into::into))?;
     let mesh = Arc::new(Mesh::new(Arc::clone(job.communicator()), shape, plan.comm.deterministic)?);
+    job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
     let opened = job.agree(resume(&arguments.resume).and_then(|resume| {
         if plan.checkpoint.export {
@@ -107,8 +109,14 @@ fn train_together(
         stop,
         config,
     };
-    let screen = Screen::new(plan, &data, verbosity.quiet, shape);
-    let outcome = train(plan, &data, &options, &mut Watched { screen, job }).map_err(of_all_ranks)?;
+    let mut watched = Watched {
+        screen: Screen::new(plan, &data, verbosity.quiet, shape),
+        job,
+        device,
+        planned_memory: rank_memory(plan, shape, job.rank()),
+        told_peak: 0,
+    };
+    let outcome = train(plan, &data, &options, &mut watched).map_err(of_all_ranks)?;
     Ok(Trained { plan: resolved.plan, root, outcome })
 }
 
@@ -232,15 +240,32 @@ impl Screen {
     }
 }
 
-/// Tells the watchdog what this rank is at, and the screen everything.
+/// Tells the watchdog what this rank is at, the log how much of a GPU's memory is needed, and the screen the rest.
 struct Watched<'a> {
     screen: Screen,
     job: &'a Job,
+    device: &'a Device,
+    planned_memory: MemorySummary,
+    /// Peak that the log has been told, in bytes.
+    told_peak: u64,
 }
 
 impl Watched<'_> {
     fn at(&self, what: &str) {
         self.job.world().activity().at(what);
+    }
+
+    /// Logs the memory of a GPU at first, and again when its peak has grown by more than a sixteenth.
+    fn tell_memory(&mut self) {
+        let Some(memory) = device_memory(self.device) else { return };
+        if memory.peak_allocated > self.told_peak + self.told_peak / 16 {
+            self.told_peak = memory.peak_allocated;
+            tracing::info!(
+                rank = self.job.rank(),
+                "on the GPU {}",
+                memory::on_device(memory, self.planned_memory)
+            );
+        }
     }
 }
 
@@ -251,11 +276,13 @@ impl Observer for Watched<'_> {
 
     fn step(&mut self, record: &StepRecord, end: u64) {
         self.at(&format!("after step {}", record.step));
+        self.tell_memory();
         self.screen.step(record, end);
     }
 
     fn evaluation(&mut self, record: &EvalRecord) {
         self.at(&format!("after the evaluation of step {}", record.step));
+        self.tell_memory();
         self.screen.evaluation(record);
     }
 

@@ -61,6 +61,17 @@ fn sums_of_float32_gradients_are_not_rounded() {
 }
 
 #[test]
+fn only_float32_models_take_tf32() {
+    for mode in ["selective", "bf16"] {
+        let refused = refusal_of_sets(&["precision.allow_tf32=true", &format!("precision.mode={mode}")]);
+        assert!(refused.contains("is for precision.mode = \"fp32\" only"), "{refused}");
+        assert!(refused.contains(&format!("what \"{mode}\" keeps in float32")), "{refused}");
+    }
+    let allowed = resolve_str("name = \"x\"\nmodel.preset = \"tiny\"\nprecision.allow_tf32 = true\n", &[]);
+    assert!(allowed.unwrap().plan.allow_tf32);
+}
+
+#[test]
 fn wrong_types_name_key_type_and_place() {
     assert_eq!(
         refusal("name = \"x\"\n[model]\nd_model = \"wide\"\n", &[]),
@@ -168,6 +179,13 @@ fn every_rule_refuses() {
         (&["routing.router_jitter_noise=1.0"], "must be at least 0 and below 1"),
         (&["optimizer.learning_rate=nan"], "optimizer.learning_rate = NaN must be finite"),
         (&["trainer.dropout_rate=1"], "trainer.dropout_rate = 1 must be at least 0 and below 1"),
+        (&["trainer.dropout_rate=-0.1"], "trainer.dropout_rate = -0.1 must be at least 0 and below 1"),
+        // 1 in float32, of which the rest is divided by nothing.
+        (
+            &["trainer.dropout_rate=0.99999999"],
+            "trainer.dropout_rate = 0.99999999 must be at least 0 and below 1, also when rounded to float32",
+        ),
+        (&["trainer.expert_dropout=0.99999999"], "also when rounded to float32"),
         (&["data.noise_density=1.0"], "data.noise_density = 1 must be greater than 0 and below 1"),
         (&["data.mean_noise_span_length=0.5"], "must be finite and at least 1"),
         (&["model.d_model=9000000000000000000"], "the model would have about"),

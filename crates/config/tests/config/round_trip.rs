@@ -33,7 +33,7 @@ fn setting() -> impl Strategy<Value = String> {
         }),
         number(1e-3..1e3).prop_map(key("data.mixture_temperature")),
         number(1e-300..1e300).prop_map(key("optimizer.learning_rate")),
-        number(0.0..1.0).prop_map(key("trainer.dropout_rate")),
+        number(0.0..0.999).prop_map(key("trainer.dropout_rate")),
         number(1e-12..1e-3).prop_map(key("model.layer_norm_epsilon")),
         number(0.01..9.0).prop_map(key("routing.capacity_factor")),
         choice(&["adafactor", "adamw"]).prop_map(key("optimizer.kind")),
@@ -42,6 +42,7 @@ fn setting() -> impl Strategy<Value = String> {
         choice(&["line", "paragraph", "file"]).prop_map(key("data.text_document")),
         choice(&["relu", "gelu_tanh", "gelu", "silu"]).prop_map(key("model.activation")),
         choice(&["paper", "hf"]).prop_map(key("routing.semantics")),
+        any::<bool>().prop_map(|on| format!("precision.allow_tf32={on}")),
         any::<bool>().prop_map(|on| format!("debug.force_balanced_routing={on}")),
         (1_usize..40).prop_map(|rows| format!("data.batch_rows={}", 64 * rows)),
     ]

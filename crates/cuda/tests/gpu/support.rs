@@ -112,15 +112,28 @@ pub(crate) fn held(value: f64, format: Format) -> f64 {
 /// Whether `found` is `expected` within `tolerance` of the root mean square of `expected`, and within
 /// half a unit in the last place of `format` for each value.
 pub(crate) fn assert_close(what: &str, found: &[f64], expected: &[f64], tolerance: f64, format: Format) {
+    assert_rounded(what, found, expected, tolerance, 1, format);
+}
+
+/// The same for values that are rounded `roundings` times on their way, where `expected` never was.
+pub(crate) fn assert_rounded(
+    what: &str,
+    found: &[f64],
+    expected: &[f64],
+    tolerance: f64,
+    roundings: i32,
+    format: Format,
+) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let mean = expected.iter().map(|e| e * e).sum::<f64>() / expected.len().max(1) as f64;
     let ulp = match format {
         Format::F32 => f64::from(f32::EPSILON),
         Format::Bf16 => 1.0 / 256.0,
     };
+    let rounding = (1.0_f64 + ulp).powi(roundings) - 1.0;
     let mut worst = (0.0, 0);
     for (i, (f, e)) in found.iter().zip(expected).enumerate() {
-        let excess = (f - e).abs() / (tolerance * mean.sqrt() + ulp * e.abs() + f64::MIN_POSITIVE);
+        let excess = (f - e).abs() / (tolerance * mean.sqrt() + rounding * e.abs() + f64::MIN_POSITIVE);
         if excess.is_nan() || excess > worst.0 {
             worst = (excess, i);
             if excess.is_nan() {

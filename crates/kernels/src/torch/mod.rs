@@ -19,6 +19,7 @@ mod operations;
 mod projection;
 pub(crate) mod recording;
 mod route;
+pub(crate) mod settings;
 pub(crate) mod update;
 
 use burn::backend::tensor::FloatTensor;
@@ -47,6 +48,14 @@ impl Substrate for LibTorch {
 /// Whether tensors on `device` are LibTorch's.
 pub(crate) fn is_here(device: &Device) -> bool {
     matches!(device.clone().inner().as_dispatch(), DispatchDevice::LibTorch(_))
+}
+
+/// Where LibTorch has the tensors of `device`, if they are its own.
+pub(crate) fn place(device: &Device) -> Option<tch::Device> {
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::LibTorch(device) => Some((*device).into()),
+        _ => None,
+    }
 }
 
 pub(crate) fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> TchTensor {

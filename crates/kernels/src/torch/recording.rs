@@ -7,22 +7,22 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
-use burn::backend::{DispatchDevice, LibTorch};
+use burn::backend::LibTorch;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
-use burn_tch::{LibTorchDevice, TchTensor};
+use burn_tch::TchTensor;
 use switchyard_cuda::{CudaError, Stream};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::device::GPU_FAILED;
 use crate::torch::gpu::{fill_noise_step, gpu, in_process};
+use crate::torch::place;
 
-/// Bytes of a message of the functions in shim.cpp.
+/// Bytes of a message of the functions in graph.cpp.
 const MESSAGE: usize = 512;
 
-// SAFETY: these are the functions of shim.cpp.
+// SAFETY: these are the functions of graph.cpp.
 unsafe extern "C" {
     fn switchyard_torch_empty_cache(error: *mut c_char) -> c_int;
-    fn switchyard_torch_memory(device: c_int, bytes: *mut i64, error: *mut c_char) -> c_int;
     fn switchyard_torch_graph_new(graph: *mut *mut c_void, error: *mut c_char) -> c_int;
     fn switchyard_torch_graph_begin(graph: *mut c_void, error: *mut c_char) -> c_int;
     fn switchyard_torch_graph_end(graph: *mut c_void, error: *mut c_char) -> c_int;
@@ -30,47 +30,23 @@ unsafe extern "C" {
     fn switchyard_torch_graph_delete(graph: *mut c_void, error: *mut c_char) -> c_int;
 }
 
-/// Calls a function of the shim, which returns 0 or writes why not.
+/// Calls a function of graph.cpp, which returns 0 or writes why not.
 fn ask(call: impl FnOnce(*mut c_char) -> c_int) -> Result<(), String> {
     let mut message = [0; MESSAGE];
     if call(message.as_mut_ptr()) == 0 {
         return Ok(());
     }
-    // SAFETY: the shim ends its messages with a zero.
+    // SAFETY: graph.cpp ends its messages with a zero.
     let said = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy();
     Err(said.lines().next().unwrap_or_default().to_owned())
 }
 
 /// The number of the GPU that a device is.
 fn index_of(device: &Device) -> Option<usize> {
-    match device.clone().inner().as_dispatch() {
-        DispatchDevice::LibTorch(LibTorchDevice::Cuda(index)) => Some(*index),
+    match place(device)? {
+        tch::Device::Cuda(index) => Some(index),
         _ => None,
     }
-}
-
-/// Bytes that LibTorch has of a GPU's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceMemory {
-    /// Those of tensors.
-    pub used: u64,
-    /// The most that tensors had.
-    pub most_used: u64,
-    /// Those that were taken from the GPU, for tensors or for later.
-    pub taken: u64,
-    /// The most that were taken.
-    pub most_taken: u64,
-}
-
-/// What LibTorch has of the memory of `device`; `None` where that is no GPU.
-pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
-    let index = index_of(device)?;
-    let mut bytes = [0; 4];
-    // SAFETY: there is room for four numbers.
-    let asked = ask(|error| unsafe { switchyard_torch_memory(index as c_int, bytes.as_mut_ptr(), error) });
-    asked.ok()?;
-    let [used, most_used, taken, most_taken] = bytes.map(i64::cast_unsigned);
-    Some(DeviceMemory { used, most_used, taken, most_taken })
 }
 
 thread_local! {

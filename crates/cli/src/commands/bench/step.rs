@@ -6,8 +6,9 @@ use std::time::Instant;
 use burn::tensor::Device;
 use switchyard_comm::Choice;
 use switchyard_config::plan::PrecisionMode;
-use switchyard_config::{MeshShape, Resolved, preset, resolve_str, step_flops};
+use switchyard_config::{MemorySummary, MeshShape, Resolved, preset, rank_memory, resolve_str, step_flops};
 use switchyard_data::{HostBatch, Share};
+use switchyard_kernels::{DeviceMemory, allow_tf32, device_memory};
 use switchyard_parallel::Mesh;
 use switchyard_train::Learner;
 
@@ -56,6 +57,9 @@ struct Figures {
     peak: Option<f64>,
     loss: f64,
     fraction_tokens_dropped: f64,
+    /// Memory of this rank that the plan fixes, and what a GPU counted.
+    planned_memory: MemorySummary,
+    device_memory: Option<DeviceMemory>,
 }
 
 fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow::Result<Figures> {
@@ -72,7 +76,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         Err(anyhow::anyhow!("--rows {} cannot be shared by {data_ranks} data-parallel ranks", arguments.rows))
     })?;
     let text = format!(
-        "name = \"bench\"\n[model]\npreset = \"{}\"\n{sparse}\n[precision]\nmode = \"{}\"\n\
+        "name = \"bench\"\n[model]\npreset = \"{}\"\n{sparse}\n[precision]\nmode = \"{}\"\nallow_tf32 = {}\n\
          [optimizer]\nkind = \"{}\"\nlearning_rate = 1e-4\n[schedule]\nkind = \"constant\"\nwarmup_steps = 0\n\
          [routing]\ncapacity_factor = {:?}\n\
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
@@ -80,6 +84,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
          [trainer]\nrecompute_activations = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n",
         arguments.preset,
         arguments.precision,
+        arguments.allow_tf32,
         arguments.optimizer,
         arguments.capacity_factor,
         arguments.inputs_length,
@@ -93,6 +98,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
     let Resolved { plan, provenance } = job.agree(resolve_str(&text, &[]).map_err(in_options))?;
     let shape = job.agree(MeshShape::of(&plan, job.ranks(), &provenance).map_err(in_options))?;
     let mesh = Arc::new(Mesh::new(Arc::clone(job.communicator()), shape, false)?);
+    job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let share = Share { index: mesh.at().data, of: shape.data, micro_batch_rows: plan.data.micro_batch_rows };
     let vocabulary = plan.model.vocab_size;
     let mut learner = Learner::new(&plan, &device.clone().autodiff(), Arc::clone(&mesh));
@@ -136,11 +142,13 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
             .then(|| peak_flops(plan.precision != PrecisionMode::Fp32, PEAK_ROUNDS)),
         loss,
         fraction_tokens_dropped: dropped as f64 / routed.max(1) as f64,
+        planned_memory: rank_memory(&plan, shape, job.rank()),
+        device_memory: device_memory(device),
     })
 }
 
 fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Outcome> {
-    let Figures { parameters, mesh, step_ms, flops, peak: peak_flops, loss, fraction_tokens_dropped } =
+    let Figures { parameters, mesh, step_ms, flops, peak: peak_flops, loss, fraction_tokens_dropped, .. } =
         figures;
     let [step_ms, min_ms, max_ms] = step_ms;
     let gflops = flops / step_ms / 1e6;
@@ -151,12 +159,18 @@ fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Out
     if arguments.json {
         output::json(&serde_json::json!({
             "preset": arguments.preset, "experts": arguments.experts, "optimizer": arguments.optimizer,
-            "precision": arguments.precision, "recompute": arguments.recompute, "parameters": parameters,
+            "precision": arguments.precision, "allow_tf32": arguments.allow_tf32, "recompute": arguments.recompute, "parameters": parameters,
             "data_parallel_size": mesh.data, "expert_parallel_size": mesh.expert,
             "tensor_parallel_size": mesh.tensor,
             "step_ms": step_ms, "min_ms": min_ms, "max_ms": max_ms,
             "tokens_per_second": tokens_per_second, "gflops": gflops, "share_of_peak": share,
-            "peak_memory_bytes": peak, "loss": loss,
+            "peak_memory_bytes": peak, "planned_memory": figures.planned_memory,
+            "device_memory": figures.device_memory.map(|memory| serde_json::json!({
+                "allocated_bytes": memory.allocated,
+                "peak_allocated_bytes": memory.peak_allocated,
+                "peak_reserved_bytes": memory.peak_reserved,
+            })),
+            "loss": loss,
             "fraction_tokens_dropped": fraction_tokens_dropped,
         }))?;
     } else {
@@ -168,6 +182,9 @@ fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Out
             peak.map_or("unknown".to_owned(), output::bytes),
             fraction_tokens_dropped * 100.0,
         ))?;
+        if let Some(memory) = figures.device_memory {
+            output::line(format!("on the GPU {}", memory::on_device(memory, figures.planned_memory)))?;
+        }
     }
     Ok(Outcome::Done)
 }

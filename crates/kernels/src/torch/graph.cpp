@@ -1,5 +1,5 @@
-// What LibTorch has for C++ alone: the statistics of its allocator, and CUDA graphs whose memory the
-// allocator keeps for them. Every function returns 0, or writes why not.
+// CUDA graphs whose memory LibTorch's allocator keeps for them, which LibTorch has for C++ alone. Every
+// function returns 0, or writes why not.
 //
 // A build needs no CUDA headers: the methods of at::cuda::CUDAGraph are found by their names in the
 // LibTorch that runs.
@@ -18,14 +18,13 @@ namespace {
 constexpr size_t ERROR_ROOM = 512;
 
 template <class Work> int guarded(char* error, Work&& work) {
-  const char* said = "unknown exception";
   try {
     work();
     return 0;
   } catch (const std::exception& exception) {
     std::strncpy(error, exception.what(), ERROR_ROOM - 1);
   } catch (...) {
-    std::strncpy(error, said, ERROR_ROOM - 1);
+    std::strncpy(error, "an exception of another kind", ERROR_ROOM - 1);
   }
   error[ERROR_ROOM - 1] = 0;
   return 1;
@@ -55,17 +54,6 @@ extern "C" {
 // Returns what the allocator keeps without use to the GPU.
 int switchyard_torch_empty_cache(char* error) {
   return guarded(error, [] { allocator()->emptyCache(); });
-}
-
-// Bytes in use now and at most, and bytes taken from the GPU now and at most.
-int switchyard_torch_memory(int device, int64_t* bytes, char* error) {
-  return guarded(error, [&] {
-    const auto stats = allocator()->getDeviceStats(c10::DeviceIndex(device));
-    const auto& used = stats.allocated_bytes[0];
-    const auto& taken = stats.reserved_bytes[0];
-    const int64_t all[4] = {used.current, used.peak, taken.current, taken.peak};
-    std::memcpy(bytes, all, sizeof all);
-  });
 }
 
 int switchyard_torch_graph_new(void** graph, char* error) {
