@@ -37,7 +37,7 @@ mod tuning;
 
 pub use activation::{
     Activation, ActivationGradients, ExpertNoise, Hidden, HiddenDropout, UsedRows, activate,
-    activate_backward,
+    activate_backward, clear_empty_rows,
 };
 pub use address::{Address, Format};
 pub use attention::{

@@ -211,7 +211,10 @@ pub fn has_product(gpu: &Gpu, product: &Product) -> Result<bool, CudaError> {
     if !BlasLt::is_there() || product.check().is_err() {
         return Ok(false);
     }
-    Ok(product.is_empty() || !product_algorithms(gpu, product)?.is_empty())
+    if product.is_empty() {
+        return Ok(true);
+    }
+    with_products(gpu, |products| Ok(!products.known(product)?.1.algorithms.is_empty()))
 }
 
 /// The library's algorithms for a product, those first that it expects to be fastest.

@@ -191,7 +191,7 @@ impl Inputs {
 const TRANSPOSED: [[bool; 2]; 4] = [[false, false], [false, true], [true, false], [true, true]];
 
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn factors_lie_as_they_like() {
     for transposed in TRANSPOSED {
         for format in [Format::F32, Format::Bf16] {
@@ -204,7 +204,7 @@ fn factors_lie_as_they_like() {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn products_add_to_what_there_is() {
     for format in [Format::F32, Format::Bf16] {
         for (count, lie) in [(1, dense as Lie), (3, gapped)] {
@@ -220,7 +220,7 @@ fn products_add_to_what_there_is() {
 
 /// Long sums, which algorithms may cut.
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn sums_may_be_long() {
     for format in [Format::F32, Format::Bf16] {
         let product = case(1, [64, 8192, 96], [true, false], format, dense);
@@ -229,7 +229,7 @@ fn sums_may_be_long() {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn tf32_rounds_factors() {
     let product = Product { tf32: true, ..case(1, [136, 72, 200], [false, false], Format::F32, dense) };
     Inputs::new(product, 9).check(false, Address::NONE, |_, sum| sum);
@@ -237,7 +237,7 @@ fn tf32_rounds_factors() {
 
 /// Sizes that fill nothing; the library need not have them all.
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn odd_sizes_have_products() {
     for transposed in TRANSPOSED {
         for format in [Format::F32, Format::Bf16] {
@@ -253,7 +253,7 @@ fn odd_sizes_have_products() {
 
 /// A layer's hidden values, and the gradient through them by what was noted of their signs.
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn relu_and_its_gradient() {
     for format in [Format::F32, Format::Bf16] {
         for (count, cols) in [(1, 256), (1, 200), (3, 256), (3, 72)] {
@@ -287,7 +287,7 @@ fn relu_and_its_gradient() {
 
 /// While a stream is captured, nothing is timed and nothing waited for.
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn products_can_be_captured() {
     let inputs = Inputs::new(case(1, [104, 88, 120], [false, false], Format::Bf16, dense), 19);
     let (out, stream) = (inputs.room(false), gpu().context().new_stream().expect("a stream"));
@@ -306,7 +306,7 @@ fn products_can_be_captured() {
 }
 
 #[test]
-#[ignore = "needs a GPU"]
+#[ignore = "needs an NVIDIA GPU"]
 fn what_cannot_be_is_refused() {
     let fits = case(2, [16, 8, 24], [false, false], Format::Bf16, dense);
     let refused = [
