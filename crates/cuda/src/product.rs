@@ -114,6 +114,11 @@ impl Product {
         (self.count - 1) * self.out.step + (self.rows - 1) * self.out.stride + self.cols
     }
 
+    /// Multiplications of values.
+    pub(crate) fn multiplications(&self) -> usize {
+        self.count * self.rows * self.inner * self.cols
+    }
+
     fn is_empty(&self) -> bool {
         self.count == 0 || self.rows == 0 || self.cols == 0
     }
@@ -231,8 +236,8 @@ pub fn product_algorithms(gpu: &Gpu, product: &Product) -> Result<Vec<Algorithm>
 
 /// Computes a product.
 ///
-/// The first call for a kind of product may time the library's algorithms on these very values and wait for
-/// the device, but not while the queue is being captured into a graph.
+/// The first call for a kind of product that is large may time the library's algorithms on these very values
+/// and wait for the device, but not while the queue is being captured into a graph.
 ///
 /// # Errors
 /// [`CudaError::Size`] where [`has_product`] is false, [`CudaError::NoBlas`] without the library,

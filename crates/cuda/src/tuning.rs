@@ -24,6 +24,10 @@ use crate::product::{PRODUCT_WORKSPACE, Product, ProductAt};
 const LAUNCHES: usize = 4;
 const ROUNDS: usize = 3;
 
+/// Multiplications of a product that is worth it: those of about a microsecond. Smaller ones come in many sizes,
+/// as prompts and the rests of batches do.
+const TUNED_FROM: usize = 1 << 28;
+
 /// What an algorithm must save of the time of those that the library prefers to it.
 const WORTH: f32 = 0.02;
 
@@ -40,6 +44,9 @@ pub(crate) unsafe fn choose(
     product: &Product,
 ) -> Result<Option<Algorithm>, CudaError> {
     let [first, _, ..] = algorithms else { return Ok(algorithms.first().copied()) };
+    if product.multiplications() < TUNED_FROM {
+        return Ok(Some(*first));
+    }
     let Some(directory) = directory() else { return Ok(Some(*first)) };
     let kept = Kept::new(&directory, queue, lt, product);
     if let Some(algorithm) = kept.read(lt, described) {

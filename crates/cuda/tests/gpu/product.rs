@@ -285,6 +285,22 @@ fn relu_and_its_gradient() {
     }
 }
 
+/// Large enough to be tuned, where what is added to must survive the timing.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn large_products_are_tuned() {
+    for epilogue in [Epilogue::None, Epilogue::Relu] {
+        let product = Product { epilogue, ..case(1, [512, 1032, 640], [false, true], Format::Bf16, dense) };
+        for onto in [None, Some(product.out)] {
+            let inputs = Inputs::new(Product { onto, ..product }, 21);
+            let least = if epilogue == Epilogue::Relu { 0.0 } else { f64::NEG_INFINITY };
+            if has_product(gpu(), &inputs.product).expect("the library answers") {
+                inputs.check(onto.is_some(), Address::NONE, |_, sum| sum.max(least));
+            }
+        }
+    }
+}
+
 /// While a stream is captured, nothing is timed and nothing waited for.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]

@@ -284,6 +284,34 @@ mod tests {
         }
     }
 
+    /// Where the operations are tested.
+    fn device() -> tch::Device {
+        let on_gpu = std::env::var("SWITCHYARD_TEST_DEVICE").is_ok_and(|name| name.starts_with("cuda"));
+        if on_gpu { tch::Device::Cuda(0) } else { tch::Device::Cpu }
+    }
+
+    #[test]
+    fn products_of_parts_of_wider_rows() {
+        for (kind, off) in [(Kind::Float, 1e-5), (Kind::BFloat16, 2e-2)] {
+            let wide = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, device())).to_kind(kind);
+            let (a, b) = (wide([40, 72]).narrow(1, 16, 24), wide([32, 48]).narrow(1, 8, 24).tr());
+            let expected = a.to_kind(Kind::Double).matmul(&b.to_kind(Kind::Double));
+            let near = |found: &Tensor, expected: &Tensor| {
+                let error = (found.to_kind(Kind::Double) - expected).abs().max().double_value(&[]);
+                assert!(error <= off * expected.abs().max().double_value(&[]), "{kind:?} is off by {error}");
+            };
+            near(&product(&a, &b), &expected);
+            let all = wide([40, 64]).ones_like();
+            let part = all.narrow(1, 8, 32);
+            product_into(&part, &a, &b);
+            near(&part, &expected);
+            add_product(&part, &a, &b);
+            near(&part, &(&expected * 2.0));
+            let around = all.sum(Kind::Double) - part.sum(Kind::Double);
+            assert_eq!(around.double_value(&[]), 40.0 * 32.0, "written beside the part");
+        }
+    }
+
     #[test]
     fn views_are_read_where_they_lie() {
         let all = random([4, 24, 48]);
