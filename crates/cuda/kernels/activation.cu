@@ -191,6 +191,14 @@ __device__ __forceinline__ void activate_backward(const T* gradient, const T* x,
   }
 }
 
+// Rows without a token become zeros, the others stay. `vectors` are the 16-byte accesses of a row.
+extern "C" __global__ void __launch_bounds__(128)
+clear_empty(uint4* values, u32 rows, u32 vectors, const int* used, u32 segment_rows) {
+  u32 row = blockIdx.x * 4 + threadIdx.x / 32;
+  if (row >= rows || int(row % segment_rows) < used[row / segment_rows]) return;
+  for (u32 v = threadIdx.x % 32; v < vectors; v += 32) values[u64(row) * vectors + v] = make_uint4(0, 0, 0, 0);
+}
+
 #define KERNELS(T, suffix, Activation, name)                                                         \
   extern "C" __global__ void __launch_bounds__(128)                                                  \
       name##_##suffix(const T* x, const T* linear, u64 in_stride, T* out, HIDDEN_PARAMETERS) {       \

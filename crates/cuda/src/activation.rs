@@ -114,20 +114,9 @@ impl Hidden {
     fn args(&self) -> Result<Vec<Arg>, CudaError> {
         lanes(OPERATION, "d_ff", self.d_ff, self.format)?;
         lanes(OPERATION, "stride", self.stride, self.format)?;
-        let (used, segment_rows) = match self.used {
-            Some(used) => (used.counts, used.segment_rows),
-            None => (Address::NONE, 1),
-        };
-        if segment_rows == 0 || !self.rows.is_multiple_of(segment_rows) {
-            let reason = format!("{} rows cannot be cut into segments of {segment_rows}", self.rows);
-            return Err(CudaError::Size { operation: OPERATION, reason });
-        }
-        let mut args: Vec<Arg> = vec![
-            count(OPERATION, "rows", self.rows)?.into(),
-            count(OPERATION, "d_ff", self.d_ff)?.into(),
-            used.into(),
-            count(OPERATION, "rows of a segment", segment_rows)?.into(),
-        ];
+        let mut args: Vec<Arg> =
+            vec![count(OPERATION, "rows", self.rows)?.into(), count(OPERATION, "d_ff", self.d_ff)?.into()];
+        args.extend(self.used_args()?);
         let (noise, (places, slots, first_expert), rate) = match self.dropout {
             Some(HiddenDropout::Tokens(rate, noise)) if rate > 0.0 => {
                 (noise.args(OPERATION, self.d_ff)?, (Address::NONE, 1, 0), rate)
@@ -145,6 +134,19 @@ impl Hidden {
         args.extend([Arg::from(places), slots.into(), first_expert.into()]);
         args.extend(dropout_args(rate));
         Ok(args)
+    }
+
+    /// Where the counts of used rows are, and the rows of a segment.
+    fn used_args(&self) -> Result<[Arg; 2], CudaError> {
+        let (used, segment_rows) = match self.used {
+            Some(used) => (used.counts, used.segment_rows),
+            None => (Address::NONE, 1),
+        };
+        if segment_rows == 0 || !self.rows.is_multiple_of(segment_rows) {
+            let reason = format!("{} rows cannot be cut into segments of {segment_rows}", self.rows);
+            return Err(CudaError::Size { operation: OPERATION, reason });
+        }
+        Ok([used.into(), count(OPERATION, "rows of a segment", segment_rows)?.into()])
     }
 
     /// Blocks of a kernel whose threads have `accesses` times 16 bytes of a row.
@@ -224,4 +226,28 @@ pub unsafe fn activate_backward(
     let name = format!("{}_backward_{}", hidden.activation.name(), hidden.format.suffix());
     // SAFETY: as in `activate`.
     unsafe { queue.gpu.launch(&ACTIVATION, &name, hidden.grid(2), queue.stream, &args) }
+}
+
+/// Makes the rows of `values`, `[rows, d_ff]` without gaps, 0 that hold no token, and touches no others: for
+/// hidden values, or gradients of them, that a product with ReLU or its mask has made.
+///
+/// # Errors
+/// [`CudaError::Size`] for widths that the kernels do not have.
+///
+/// # Safety
+/// As the crate's documentation demands.
+pub unsafe fn clear_empty_rows(queue: Queue<'_>, values: Address, hidden: Hidden) -> Result<(), CudaError> {
+    let vectors = hidden.d_ff / lanes(OPERATION, "d_ff", hidden.d_ff, hidden.format)?;
+    let mut args: Vec<Arg> = vec![
+        values.into(),
+        count(OPERATION, "rows", hidden.rows)?.into(),
+        count(OPERATION, "d_ff", vectors)?.into(),
+    ];
+    args.extend(hidden.used_args()?);
+    if hidden.is_empty() || hidden.used.is_none() {
+        return Ok(());
+    }
+    let grid = Grid::new(hidden.rows.div_ceil(BLOCK_ROWS) as u32, 128);
+    // SAFETY: as in `activate`.
+    unsafe { queue.gpu.launch(&ACTIVATION, "clear_empty", grid, queue.stream, &args) }
 }

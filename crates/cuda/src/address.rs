@@ -16,7 +16,7 @@ impl Address {
 }
 
 /// The format of activations, weights and gradients.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Format {
     /// float32.
     F32,

@@ -59,6 +59,22 @@ pub enum CudaError {
         source: cudarc::driver::DriverError,
     },
 
+    /// cuBLASLt, which multiplies matrices, was not found.
+    #[error(
+        "libcublasLt.so.13 could not be loaded: name the directory of LibTorch's or of the CUDA toolkit's in \
+         LD_LIBRARY_PATH"
+    )]
+    NoBlas,
+
+    /// A call to cuBLASLt failed.
+    #[error("cuBLASLt: {doing}: {source}")]
+    Blas {
+        /// What was being done.
+        doing: &'static str,
+        /// What the library says.
+        source: cudarc::cublaslt::result::CublasError,
+    },
+
     /// An operation was asked for sizes that its kernels do not have.
     #[error("{operation} on CUDA: {reason}")]
     Size {
@@ -68,8 +84,8 @@ pub enum CudaError {
         reason: String,
     },
 
-    /// Compiled kernels could not be kept.
-    #[error("{}: compiled kernels could not be written: {source}", path.display())]
+    /// Compiled kernels or the choice of an algorithm could not be kept.
+    #[error("{}: what is kept of kernels could not be written: {source}", path.display())]
     Cache {
         /// The file.
         path: PathBuf,

@@ -16,6 +16,7 @@ use cudarc::nvrtc::Ptx;
 use crate::address::Arg;
 use crate::compile::{Compiler, cache_directory};
 use crate::error::CudaError;
+use crate::product::Products;
 use crate::source::Source;
 
 /// Dynamic shared memory that a kernel may use without asking.
@@ -76,6 +77,7 @@ pub struct Gpu {
     compiler: Compiler,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     kernels: Mutex<HashMap<(&'static str, String), Kernel>>,
+    products: Mutex<Option<Products>>,
 }
 
 /// A loaded kernel and the dynamic shared memory that it may use, bytes.
@@ -127,6 +129,7 @@ impl Gpu {
             compiler: Compiler::new(architecture(major, minor), cache_directory()),
             modules: Mutex::default(),
             kernels: Mutex::default(),
+            products: Mutex::default(),
         })
     }
 
@@ -191,6 +194,16 @@ impl Gpu {
         &self.context
     }
 
+    /// What is known of products; none before the first.
+    pub(crate) fn products(&self) -> &Mutex<Option<Products>> {
+        &self.products
+    }
+
+    /// Makes this the device of the thread.
+    pub(crate) fn bind(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().map_err(failed("binding the device"))
+    }
+
     /// Starts kernel `name` of `source`.
     ///
     /// # Errors
@@ -211,7 +224,7 @@ impl Gpu {
         let mut pointers: Vec<*mut c_void> =
             args.iter().map(|arg| ptr::from_ref(&arg.0).cast_mut().cast()).collect();
         let [x, y, z] = grid.blocks;
-        self.context.bind_to_thread().map_err(failed("binding the device"))?;
+        self.bind()?;
         // SAFETY: the driver copies arguments before it returns; the rest is promised by the caller.
         let launched = unsafe {
             result::launch_kernel(
@@ -263,6 +276,6 @@ fn architecture(major: i32, minor: i32) -> String {
     format!("sm_{major}{minor}{own}")
 }
 
-fn failed(doing: &str) -> impl Fn(DriverError) -> CudaError + '_ {
+pub(crate) fn failed(doing: &str) -> impl Fn(DriverError) -> CudaError + '_ {
     move |source| CudaError::Driver { doing: doing.to_owned(), source }
 }

@@ -53,6 +53,11 @@ impl Clock {
         name.contains(&self.wanted) || self.wanted.contains(name)
     }
 
+    /// Whether the operation of this name is timed.
+    pub(crate) fn times(&self, name: &str) -> bool {
+        name.contains(&self.wanted)
+    }
+
     /// Room for `bytes` bytes of zeros.
     pub(crate) fn zeros(&self, bytes: usize) -> Room {
         Room(self.stream.alloc_zeros(bytes).expect("room on the device"), Arc::clone(&self.stream))
@@ -112,7 +117,7 @@ impl Clock {
         bytes: f64,
         mut launch: impl FnMut(Queue<'_>) -> Result<(), CudaError>,
     ) {
-        if !name.contains(&self.wanted) {
+        if !self.times(name) {
             return;
         }
         let event = || self.gpu.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).expect("an event");

@@ -11,6 +11,7 @@ mod embedding;
 mod noise;
 mod norm;
 mod optimizer;
+mod product;
 mod route;
 
 fn main() {
@@ -26,4 +27,5 @@ fn main() {
     dispatch::run(&clock);
     optimizer::run(&clock);
     route::run(&clock);
+    product::run(&clock);
 }

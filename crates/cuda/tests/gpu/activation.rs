@@ -2,7 +2,7 @@
 
 use switchyard_cuda::{
     Activation, ActivationGradients, Address, Columns, ExpertNoise, Format, Hidden, HiddenDropout, UsedRows,
-    activate, activate_backward,
+    activate, activate_backward, clear_empty_rows,
 };
 
 use crate::noise::{STEP, dropout_factor, key, noise, scaled, word, words};
@@ -295,6 +295,29 @@ fn results_may_take_the_place_of_inputs() {
     for case in cases().filter(|case| case.rows == 7) {
         for dropout in [None, Some(HiddenDropout::Tokens(RATE, noise(&step, None)))] {
             case.check_in_place(case.hidden(dropout, None));
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn only_empty_rows_are_cleared() {
+    let counts = [3, 0, 2, 1, 0, 5];
+    let counts_at = Buffer::of(&counts);
+    for format in [Format::F32, Format::Bf16] {
+        let case =
+            Case { rows: 30, d_ff: 1032, format, activation: Activation::Relu, gated: false, packed: false };
+        let before = normal(1, case.rows * case.d_ff, format);
+        let values = Buffer::floats(&before, format);
+        // SAFETY: the buffer has the values of `hidden`.
+        let clear = |used| unsafe { clear_empty_rows(queue(), values.at(), case.hidden(None, used)) };
+        clear(None).unwrap();
+        assert_eq!(values.read_floats(format), before);
+        clear(Some(UsedRows { counts: counts_at.at(), segment_rows: 5 })).unwrap();
+        let after = values.read_floats(format);
+        for (row, (after, before)) in after.chunks(case.d_ff).zip(before.chunks(case.d_ff)).enumerate() {
+            let holds = row % 5 < counts[row / 5] as usize;
+            assert!(after.iter().zip(before).all(|(a, b)| *a == if holds { *b } else { 0.0 }), "row {row}");
         }
     }
 }

@@ -11,5 +11,6 @@ mod embedding;
 mod noise;
 mod norm;
 mod optimizer;
+mod product;
 mod route;
 mod support;

@@ -10,6 +10,7 @@ use tch::{Kind, Tensor, no_grad};
 use crate::cross_entropy::{Fused, HeadLayout};
 use crate::operation::Operation;
 use crate::torch::gpu::{at, format, narrow, queue, room, started};
+use crate::torch::products::{add_product, product, product_into};
 use crate::torch::{exchanged, uploaded, wide};
 use crate::vocabulary::VocabularyShard;
 
@@ -100,7 +101,7 @@ impl Fused {
         queue(hidden).filter(|_| self.shard.is_none() && hidden.kind() == head.kind())
     }
 
-    /// Products by LibTorch, and between them the kernel that makes gradients of logits where they lie.
+    /// Products, and between them the kernel that makes gradients of logits where they lie.
     fn launch(
         &self,
         queue: Queue<'_>,
@@ -122,7 +123,7 @@ impl Fused {
             let rows = rows.min(tokens - start);
             let chunk = |tensor: &Tensor| tensor.narrow(0, start as i64, rows as i64);
             let (x, logits) = (chunk(&x), logits.narrow(0, 0, rows as i64));
-            let _ = x.mm_out(&logits, &by_model);
+            product_into(&logits, &x, &by_model);
             let sizes = CrossEntropy {
                 rows,
                 vocab_size,
@@ -134,11 +135,11 @@ impl Fused {
             // SAFETY: the tensors have room for these rows from there on.
             started(unsafe { switchyard_cuda::cross_entropy(queue, positions.at(&logits, start), sizes) });
             let Some(of_hidden) = &of_hidden else { continue };
-            let _ = logits.mm_out(&chunk(of_hidden), &by_model.tr());
+            product_into(&chunk(of_hidden), &logits, &by_model.tr());
             let (left, right) = if by_vocabulary { (logits.tr(), &x) } else { (x.tr(), &logits) };
             match &mut of_head {
-                Some(sum) => drop(sum.addmm_(&left, right)),
-                None => of_head = Some(left.mm(right)),
+                Some(sum) => add_product(sum, &left, right),
+                None => of_head = Some(product(&left, right)),
             }
         }
         let gradients = of_hidden.map(|of_hidden| Gradients {

@@ -1,7 +1,8 @@
 //! [`crate::feed_forward`] and [`crate::expert_feed_forward`].
 //!
-//! On a GPU the products are LibTorch's, over all slots of every expert; kernels do the pointwise half and
-//! make hidden values of empty slots 0, so that nothing else must know which slots hold a token.
+//! On a GPU the products run over all slots of every expert. Kernels do the pointwise half and make hidden
+//! values of empty slots 0, so that nothing else must know which slots hold a token. ReLU alone is done within
+//! the products, forward and backward, where there are such.
 
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use burn::backend::LibTorch;
 use burn_tch::TchTensor;
 use switchyard_cuda::{
     ActivationGradients, Columns, ExpertNoise, Hidden, HiddenDropout, Queue, UsedRows, activate,
-    activate_backward,
+    activate_backward, clear_empty_rows,
 };
 use tch::{Kind, Tensor, no_grad};
 
@@ -21,6 +22,7 @@ use crate::noise::{Factor, TokenNoise, TokenPlace};
 use crate::operation::{Operation, given};
 use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, at_optional, format, in_pieces, narrow, noise_key, queue, started, token_noise};
+use crate::torch::products::{Activated, Products};
 use crate::torch::{contiguous, exchanged, uploaded, wide};
 
 /// Batch row and position of the token in each slot, any where none is. int32 `[slots, 2]`
@@ -163,6 +165,8 @@ pub(crate) struct Kept {
     wi: Vec<TchTensor>,
     /// `x wi` of every input matrix; of an ungated ReLU layer the hidden values instead.
     projected: Vec<TchTensor>,
+    /// Where ReLU is done within products, which hidden values were positive.
+    mask: Option<TchTensor>,
     rows: DeviceRows,
     has_residual: bool,
 }
@@ -180,43 +184,6 @@ struct DeviceRows {
 fn has_kernel(inputs: &[TchTensor]) -> bool {
     let [x, _, wi, ..] = inputs else { return false };
     in_pieces(wi.tensor.size()[2] as usize, format(&x.tensor))
-}
-
-/// Products of the matrices of two stacks.
-///
-/// Of the second stack each may serve several of the first. `apart` multiplies them one by one, so that the
-/// bits of a product do not depend on how many others there are.
-#[derive(Debug, Clone, Copy)]
-struct Products {
-    apart: bool,
-}
-
-impl Products {
-    fn of(self, a: &Tensor, b: &Tensor) -> Tensor {
-        let (count, served) = (a.size()[0], a.size()[0] / b.size()[0]);
-        if count == 1 {
-            return a.select(0, 0).mm(&b.select(0, 0)).unsqueeze(0);
-        }
-        if !self.apart {
-            return a.bmm(b);
-        }
-        let out = Tensor::empty([count, a.size()[1], b.size()[2]], (a.kind(), a.device()));
-        for i in 0..count {
-            let _ = a.select(0, i).mm_out(&out.select(0, i), &b.select(0, i / served));
-        }
-        out
-    }
-
-    fn add_to(self, onto: &mut Tensor, a: &Tensor, b: &Tensor) {
-        let (count, served) = (a.size()[0], a.size()[0] / b.size()[0]);
-        if count > 1 && !self.apart {
-            let _ = onto.baddbmm_(a, b);
-            return;
-        }
-        for i in 0..count {
-            let _ = onto.select(0, i).addmm_(&a.select(0, i), &b.select(0, i / served));
-        }
-    }
 }
 
 fn transposed(matrices: &Tensor) -> Tensor {
@@ -302,33 +269,58 @@ impl FeedForward {
         let (products, rows) = (self.products(), self.device_rows(&x.tensor));
         let pointwise = self.pointwise(&x.tensor, &wi[0].tensor, &rows);
         let x_by_gradient = self.by_gradient(&x.tensor);
-        let projected: Vec<Tensor> = wi.iter().map(|wi| products.of(&x_by_gradient, &wi.tensor)).collect();
+        let back = transposed(&wo.tensor);
+        let within_product = if self.keeps_activated() && self.dropout.rate == 0.0 {
+            products.relu(&x_by_gradient, &wi[0].tensor, tracked.then_some(&back))
+        } else {
+            None
+        };
+        let (projected, hidden, mask) = match within_product {
+            Some(Activated { hidden, mask }) => {
+                // SAFETY: the hidden values have the sizes of `pointwise`.
+                started(unsafe { clear_empty_rows(queue, at(&hidden), pointwise) });
+                (vec![hidden.shallow_clone()], hidden, mask.map(TchTensor::new))
+            }
+            None => {
+                let (projected, hidden) = self.activated(queue, &x_by_gradient, &wi, pointwise, tracked);
+                (projected, hidden, None)
+            }
+        };
+        let out = match &residual {
+            Some(residual) => products.onto(&self.by_gradient(&residual.tensor), &hidden, &wo.tensor),
+            None => products.of(&hidden, &wo.tensor),
+        };
+        let out = TchTensor::new(out.view_as(&x.tensor));
+        let projected = projected.into_iter().map(TchTensor::new).collect();
+        (out, Kept { x, wo, wi, projected, mask, rows, has_residual: residual.is_some() })
+    }
+
+    /// What every input matrix makes of `x`, and the hidden values, which may lie in the same place.
+    fn activated(
+        &self,
+        queue: Queue<'_>,
+        x: &Tensor,
+        wi: &[TchTensor],
+        pointwise: Hidden,
+        tracked: bool,
+    ) -> (Vec<Tensor>, Tensor) {
+        let projected: Vec<Tensor> = wi.iter().map(|wi| self.products().of(x, &wi.tensor)).collect();
         let in_place = self.keeps_activated() || !tracked;
         let hidden = if in_place { projected[0].shallow_clone() } else { projected[0].empty_like() };
         // SAFETY: all tensors have the sizes of `pointwise`; the hidden values may be written where they are read.
         started(unsafe {
             activate(queue, at(&projected[0]), at_optional(projected.get(1)), at(&hidden), pointwise)
         });
-        let out = match &residual {
-            Some(residual) => {
-                let mut out =
-                    self.by_gradient(&residual.tensor).to_dtype(residual.tensor.kind(), false, true);
-                products.add_to(&mut out, &hidden, &wo.tensor);
-                out
-            }
-            None => products.of(&hidden, &wo.tensor),
-        };
-        let out = TchTensor::new(out.view_as(&x.tensor));
-        let projected = projected.into_iter().map(TchTensor::new).collect();
-        (out, Kept { x, wo, wi, projected, rows, has_residual: residual.is_some() })
+        (projected, hidden)
     }
 
     /// Gradients of `x`, `wo` and every `wi`.
-    fn launch_backward(&self, kept: &Kept, gradient: &Tensor) -> Vec<TchTensor> {
-        let Kept { x, wo, wi, projected, rows, .. } = kept;
-        let queue = queue(gradient).expect("kernels were chosen on a GPU");
+    fn launch_backward(&self, kept: &Kept, gradient: &TchTensor) -> Vec<TchTensor> {
+        let Kept { x, wo, wi, projected, mask, rows, .. } = kept;
+        let gradient = contiguous(gradient).tensor;
+        let queue = queue(&gradient).expect("kernels were chosen on a GPU");
         let products = self.products();
-        let mut pointwise = self.pointwise(&x.tensor, &wi[0].tensor, rows);
+        let pointwise = self.pointwise(&x.tensor, &wi[0].tensor, rows);
         let (before, linear) = (&projected[0].tensor, projected.get(1).map(|linear| &linear.tensor));
         let hidden = if self.keeps_activated() {
             before.shallow_clone()
@@ -338,11 +330,41 @@ impl FeedForward {
             started(unsafe { activate(queue, at(before), at_optional(linear), at(&hidden), pointwise) });
             hidden
         };
-        let gradient = self.by_gradient(gradient);
+        let gradient = self.by_gradient(&gradient);
         let of_wo = products.of(&transposed(&hidden), &gradient);
         drop(hidden);
 
-        let of_hidden = products.of(&gradient, &transposed(&wo.tensor));
+        let back = transposed(&wo.tensor);
+        let (of_hidden, of_linear) = match mask {
+            Some(mask) => {
+                let of_hidden = products.masked(&gradient, &back, &mask.tensor);
+                // SAFETY: as in the forward pass.
+                started(unsafe { clear_empty_rows(queue, at(&of_hidden), pointwise) });
+                (of_hidden, None)
+            }
+            None => self.through_activation(queue, products.of(&gradient, &back), before, linear, pointwise),
+        };
+
+        let rows_of_x = self.by_gradient(&x.tensor);
+        let mut of_x = products.of(&of_hidden, &transposed(&wi[0].tensor));
+        let mut of_weights = vec![of_wo, products.of(&transposed(&rows_of_x), &of_hidden)];
+        if let Some(of_linear) = &of_linear {
+            products.add_to(&mut of_x, of_linear, &transposed(&wi[1].tensor));
+            of_weights.push(products.of(&transposed(&rows_of_x), of_linear));
+        }
+        let of_x = of_x.view_as(&x.tensor);
+        std::iter::once(of_x).chain(of_weights).map(TchTensor::new).collect()
+    }
+
+    /// Turns the gradient of the hidden values into those of the activated and of the linear factor.
+    fn through_activation(
+        &self,
+        queue: Queue<'_>,
+        of_hidden: Tensor,
+        before: &Tensor,
+        linear: Option<&Tensor>,
+        mut pointwise: Hidden,
+    ) -> (Tensor, Option<Tensor>) {
         let of_linear = linear.map(Tensor::empty_like);
         if self.keeps_activated() {
             pointwise.dropout = Some(HiddenDropout::Done(self.dropout.rate));
@@ -356,16 +378,7 @@ impl FeedForward {
         };
         // SAFETY: all tensors have the sizes of `pointwise`; a gradient may be written where it is read.
         started(unsafe { activate_backward(queue, addresses, pointwise) });
-
-        let rows_of_x = self.by_gradient(&x.tensor);
-        let mut of_x = products.of(&of_hidden, &transposed(&wi[0].tensor));
-        let mut of_weights = vec![of_wo, products.of(&transposed(&rows_of_x), &of_hidden)];
-        if let Some(of_linear) = &of_linear {
-            products.add_to(&mut of_x, of_linear, &transposed(&wi[1].tensor));
-            of_weights.push(products.of(&transposed(&rows_of_x), of_linear));
-        }
-        let of_x = of_x.view_as(&x.tensor);
-        std::iter::once(of_x).chain(of_weights).map(TchTensor::new).collect()
+        (of_hidden, of_linear)
     }
 }
 
@@ -394,7 +407,7 @@ macro_rules! operation {
                     Saved::Composed(graph) => graph.gradients(gradients, wanted),
                     Saved::Kernel(kept) => {
                         let [gradient] = given(gradients);
-                        let computed = no_grad(|| self.launch_backward(kept, &gradient.tensor));
+                        let computed = no_grad(|| self.launch_backward(kept, &gradient));
                         let residual = kept.has_residual.then_some(gradient);
                         let mut all = computed.into_iter().chain(residual);
                         std::array::from_fn(|_| all.next())
@@ -423,26 +436,6 @@ mod tests {
         for (pair, token) in found.chunks(2).zip(slots) {
             let place = TokenPlace { row: pair[0] as u32, token: pair[1] as u32 };
             assert_eq!(place, noise.place(token.max(0) as usize));
-        }
-    }
-
-    #[test]
-    fn products_one_by_one_are_those_of_the_stack() {
-        let random = |shape: [i64; 3]| Tensor::randn(shape, (Kind::Float, tch::Device::Cpu));
-        let near = |a: &Tensor, b: &Tensor| a.allclose(b, 1e-5, 1e-5, false);
-        for (count, weights) in [(6, 6), (6, 3), (1, 1)] {
-            let (a, b) = (random([count, 4, 5]), random([weights, 7, 5]));
-            let repeated = transposed(&b.repeat_interleave_self_int(count / weights, 0, None));
-            let apart = Products { apart: true };
-            let product = apart.of(&a, &transposed(&b));
-            assert!(near(&product, &a.bmm(&repeated)));
-            let batched = Products { apart: false }.of(&a, &repeated);
-            assert!(near(&product, &batched));
-            for products in [apart, Products { apart: false }] {
-                let mut sum = product.ones_like();
-                products.add_to(&mut sum, &a, &repeated);
-                assert!(near(&sum, &(&product + 1.0)));
-            }
         }
     }
 }

@@ -16,6 +16,7 @@ mod kernel_tests;
 mod noise;
 mod norm;
 mod operations;
+mod products;
 mod projection;
 pub(crate) mod recording;
 mod route;
@@ -93,7 +94,7 @@ pub(crate) fn update_in_place<const D: usize>(
 pub(crate) fn logits(hidden: Tensor<2>, head: Tensor<2>, layout: HeadLayout) -> Tensor<2> {
     let (hidden, head) = (floats(hidden).tensor, floats(head).tensor);
     let head = if layout == HeadLayout::VocabularyByModel { head.tr() } else { head };
-    Tensor::from_primitive::<LibTorch>(TchTensor::new(hidden.matmul(&head).to_kind(Kind::Float)))
+    Tensor::from_primitive::<LibTorch>(TchTensor::new(products::product(&hidden, &head).to_kind(Kind::Float)))
 }
 
 /// The number of rows with a value that is not negative. int32 `[rows, columns]` to float32 `[1]`
