@@ -16,6 +16,7 @@ mod kernel_tests;
 mod noise;
 mod norm;
 mod operations;
+mod packed;
 mod projection;
 mod route;
 pub(crate) mod update;
