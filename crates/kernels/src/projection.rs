@@ -210,7 +210,8 @@ mod tests {
         };
         // Gradients come in memory of their own, as parts of one tensor, transposed, and repeated.
         let (wide, tall) = (random([33, 62]), random([62, 33]));
-        let losses: [fn([Tensor<2>; 3], Tensor<2>, Tensor<2>) -> Tensor<1>; 6] = [
+        type Loss = fn([Tensor<2>; 3], Tensor<2>, Tensor<2>) -> Tensor<1>;
+        let losses: [Loss; 6] = [
             |[a, b, c], _, _| a.square().sum() + b.square().sum() + c.square().sum(),
             |[a, b, c], wide, _| (Tensor::cat(vec![a, b, c], 1) * wide).sum(),
             |[a, b, c], wide, _| (Tensor::cat(vec![c, a, b], 1) * wide).sum(),

@@ -1,6 +1,5 @@
 //! [`crate::attention`].
 
-use burn::backend::LibTorch;
 use burn_tch::TchTensor;
 use switchyard_cuda::{
     Address, Attention, AttentionGradients, AttentionInputs, AttentionNoise, AttentionOutput, Format,
@@ -12,22 +11,14 @@ use tch::{Device, Kind, Tensor};
 use crate::attention::Core;
 use crate::host::Held;
 use crate::noise::Factor;
-use crate::operation::{Operation, given};
-use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{
     at, at_optional, by_rows, format, narrow, noise_key, queue, room, started, workspace,
 };
 use crate::torch::packed::{room_like, side_by_side};
+use crate::torch::with_kernels::WithKernels;
 use crate::torch::{contiguous, uploaded, wide};
 
 const HIDDEN: f64 = f32::MIN as f64;
-
-/// What the backward pass needs.
-#[derive(Debug)]
-pub(crate) enum Saved {
-    Composed(Graph),
-    Kernel(Box<Launched>),
-}
 
 /// What kernels read and the forward pass wrote.
 #[derive(Debug)]
@@ -77,11 +68,6 @@ impl Launched {
         AttentionOutput { out: rows(&self.out.tensor), log_sums: at(&self.log_sums.tensor) }
     }
 
-    fn launch(&self, queue: Queue<'_>) {
-        // SAFETY: all tensors have the sizes of the rules, which `Core::launch` checked.
-        started(unsafe { switchyard_cuda::attention(queue, self.inputs(), self.output(), self.rules) });
-    }
-
     /// Room for the gradients of queries, keys and values: side by side where these come of one product, whose
     /// gradients are then products with one matrix.
     fn room_for_gradients(&self) -> [Tensor; 3] {
@@ -94,7 +80,7 @@ impl Launched {
     }
 
     /// Gradients of queries, keys, values and, if it is wanted, the bias.
-    fn launch_backward(&self, gradient: &Tensor, bias_wanted: bool) -> [Option<TchTensor>; 4] {
+    fn gradients(&self, gradient: &Tensor, bias_wanted: bool) -> [Option<TchTensor>; 4] {
         let of_out = |tensor: &Tensor| (tensor.size(), tensor.kind());
         assert_eq!(of_out(gradient), of_out(&self.out.tensor), "gradients are like what they belong to");
         let [q, k, v] = self.room_for_gradients();
@@ -195,13 +181,13 @@ impl Core {
         (has_kernel && rules.keys > 0 && rules.fits(queue.gpu)).then_some((queue, rules))
     }
 
-    fn launch(
+    fn launched(
         &self,
         queue: Queue<'_>,
         rules: Attention,
         [q, k, v]: [&TchTensor; 3],
         bias: Option<&TchTensor>,
-    ) -> ([TchTensor; 1], Saved) {
+    ) -> Launched {
         let [q, k, v] = [q, k, v].map(by_rows);
         let Attention { batch, num_heads, queries, keys, .. } = rules;
         let width = num_heads * rules.d_kv;
@@ -234,8 +220,11 @@ impl Core {
         let log_sums = TchTensor::new(room(&[batch, num_heads, queries], Kind::Float, &q.tensor));
         let kept = (rules.dropout > 0.0).then(|| self.draw(queue, rules, &q.tensor));
         let launched = Launched { rules, q, k, v, bias, key_mask, segments, kept, out, log_sums };
-        launched.launch(queue);
-        ([launched.out.clone()], Saved::Kernel(Box::new(launched)))
+        // SAFETY: all tensors have the sizes of the rules.
+        started(unsafe {
+            switchyard_cuda::attention(queue, launched.inputs(), launched.output(), launched.rules)
+        });
+        launched
     }
 
     /// Which probabilities dropout keeps.
@@ -252,61 +241,37 @@ impl Core {
     }
 }
 
-impl Operation<LibTorch, 3, 1> for Core {
-    type Saved = Saved;
-
-    fn forward(&self, inputs: &[TchTensor; 3], tracked: bool) -> ([TchTensor; 1], Saved) {
-        if let Some((queue, rules)) = self.kernels(&inputs[0].tensor) {
-            return self.launch(queue, rules, inputs.each_ref(), None);
-        }
-        let (out, graph) = composed(inputs, tracked, |inputs| [self.composed(inputs, None)]);
-        (out, Saved::Composed(graph))
-    }
-
-    fn backward(
-        &self,
-        saved: &Saved,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 3],
-    ) -> [Option<TchTensor>; 3] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel(launched) => {
-                let [gradient] = given(gradients);
-                let [q, k, v, _] = launched.launch_backward(&gradient.tensor, false);
-                [q, k, v]
-            }
-        }
-    }
+/// Queries, keys and values, and the bias if there is one.
+fn told_apart<T>(inputs: &[T]) -> ([&T; 3], Option<&T>) {
+    let [q, k, v, bias @ ..] = inputs else { panic!("attention takes three tensors at least") };
+    ([q, k, v], bias.first())
 }
 
-impl Operation<LibTorch, 4, 1> for Core {
-    type Saved = Saved;
+/// With a bias or without.
+impl<const N: usize> WithKernels<N, 1> for Core {
+    type Kept = Box<Launched>;
 
-    fn forward(&self, inputs: &[TchTensor; 4], tracked: bool) -> ([TchTensor; 1], Saved) {
-        if let Some((queue, rules)) = self.kernels(&inputs[0].tensor) {
-            let [q, k, v, bias] = inputs;
-            return self.launch(queue, rules, [q, k, v], Some(bias));
-        }
-        let (out, graph) =
-            composed(inputs, tracked, |[q, k, v, bias]| [self.composed([q, k, v], Some(bias))]);
-        (out, Saved::Composed(graph))
+    fn compose(&self, inputs: [&Tensor; N]) -> [Tensor; 1] {
+        let (inputs, bias) = told_apart(&inputs);
+        [self.composed(inputs.map(|input| *input), bias.copied())]
     }
 
-    fn backward(
+    fn launch(&self, inputs: &[TchTensor; N]) -> Option<([TchTensor; 1], Box<Launched>)> {
+        let (inputs, bias) = told_apart(inputs);
+        let (queue, rules) = self.kernels(&inputs[0].tensor)?;
+        let launched = self.launched(queue, rules, inputs, bias);
+        Some(([launched.out.clone()], Box::new(launched)))
+    }
+
+    fn launch_backward(
         &self,
-        saved: &Saved,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 4],
-    ) -> [Option<TchTensor>; 4] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel(launched) => {
-                let [gradient] = given(gradients);
-                let [.., bias_wanted] = wanted;
-                launched.launch_backward(&gradient.tensor, bias_wanted)
-            }
-        }
+        launched: &Box<Launched>,
+        [gradient]: [TchTensor; 1],
+        wanted: [bool; N],
+    ) -> [Option<TchTensor>; N] {
+        let (_, bias_wanted) = told_apart(&wanted);
+        let mut all = launched.gradients(&gradient.tensor, bias_wanted == Some(&true)).into_iter();
+        std::array::from_fn(|_| all.next().flatten())
     }
 }
 
@@ -342,9 +307,8 @@ mod tests {
     fn run(rules: crate::Attention, inputs: [Tensor; 4]) -> (Vec<Tensor>, bool) {
         let core = Core { rules, key_mask: None, segments: None };
         let inputs = inputs.map(TchTensor::new);
-        let ([out], saved) = Operation::<LibTorch, 4, 1>::forward(&core, &inputs, true);
-        let gradients = Operation::<LibTorch, 4, 1>::backward(&core, &saved, [Some(out.clone())], [true; 4]);
-        let Saved::Kernel(launched) = saved else { panic!("attention of this size has a kernel") };
+        let ([out], launched) = core.launch(&inputs).expect("attention of this size has a kernel");
+        let gradients = core.launch_backward(&launched, [out.clone()], [true; 4]);
         let read = [&launched.q, &launched.k, &launched.v];
         let in_place = read.iter().zip(&inputs).all(|(a, b)| a.tensor.data_ptr() == b.tensor.data_ptr());
         let found = [Some(out)].into_iter().chain(gradients).map(|found| found.expect("wanted").tensor);

@@ -1,8 +1,8 @@
 //! Forms of the operations on LibTorch: its CPU device and NVIDIA GPUs.
 //!
-//! Every operation has a form composed of LibTorch's own, whose backward is LibTorch's automatic
+//! Most operations have a form composed of LibTorch's own, whose backward is LibTorch's automatic
 //! differentiation inside one step of burn's ([`composed`]). It serves every device and is the
-//! reference of the hand-written kernels.
+//! reference of the hand-written kernels ([`with_kernels`]).
 
 mod attention;
 mod composed;
@@ -20,6 +20,7 @@ mod packed;
 mod projection;
 mod route;
 pub(crate) mod update;
+mod with_kernels;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{DispatchDevice, LibTorch};
