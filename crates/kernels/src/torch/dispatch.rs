@@ -1,7 +1,7 @@
 //! [`crate::dispatch`] and [`crate::combine`].
 
 use burn_tch::TchTensor;
-use switchyard_cuda::{Address, CombineGradients, Queue, Slots};
+use switchyard_cuda::{CombineGradients, Queue, Slots};
 use tch::{Kind, Tensor};
 
 use crate::dispatch::{Combine, Dispatch, Indices};
@@ -73,9 +73,7 @@ impl WithKernels<1, 1> for Dispatch {
         let (queue, slots) = self.0.for_kernels(&gradient).expect("kernels were chosen on a GPU");
         let out = room(&[slots.tokens, slots.d_model], gradient.kind(), &gradient);
         // SAFETY: all tensors have the sizes of `slots`.
-        started(unsafe {
-            switchyard_cuda::dispatch_backward(queue, at(&gradient), Address::NONE, at(&out), slots)
-        });
+        started(unsafe { switchyard_cuda::dispatch_backward(queue, at(&gradient), at(&out), slots) });
         [Some(TchTensor::new(out))]
     }
 }

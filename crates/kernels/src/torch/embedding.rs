@@ -33,7 +33,7 @@ fn kernels(table: &Tensor) -> Option<(Queue<'static>, Table)> {
     let queue = queue(table)?;
     let (rows, width) = table.size2().expect("tables are matrices");
     // An id that lives elsewhere is no number of a row, which kernels take for just that.
-    let sizes = Table { rows: rows as usize, first_row: 0, width: width as usize, format: format(table) };
+    let sizes = Table { rows: rows as usize, width: width as usize, format: format(table) };
     (in_pieces(sizes.width, sizes.format) && sizes.rows <= MOST_ROWS).then_some((queue, sizes))
 }
 
@@ -49,9 +49,7 @@ fn looked_up<const LISTS: usize>(
         let tokens = ids.numel();
         let out = room(&[tokens, sizes.width], table.kind(), &table);
         // SAFETY: all tensors have the sizes given.
-        started(unsafe {
-            switchyard_cuda::embedding(queue, [at(&table), at(ids), at(&out)], tokens, sizes, None)
-        });
+        started(unsafe { switchyard_cuda::embedding(queue, [at(&table), at(ids), at(&out)], tokens, sizes) });
         TchTensor::new(out)
     });
     Some((rows, Kept { sizes, ids }))

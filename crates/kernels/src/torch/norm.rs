@@ -1,7 +1,7 @@
 //! [`crate::rms_norm`].
 
 use burn_tch::TchTensor;
-use switchyard_cuda::{Address, Queue, RmsNormGradients, rms_norm_backward, rms_norm_workspace};
+use switchyard_cuda::{Queue, RmsNormGradients, rms_norm_backward, rms_norm_workspace};
 use tch::{Kind, Tensor};
 
 use crate::norm::RmsNorm;
@@ -81,13 +81,12 @@ impl RmsNorm {
             gradient: at(&gradient.tensor),
             beside: at_optional(beside.map(|beside| &beside.tensor)),
             x_gradient: at(&of_x),
-            branch_gradient: Address::NONE,
             weight_gradient: at(&of_weight),
             workspace: at(&scratch),
         };
         let queue = queue(x).expect("kernels were chosen on a GPU");
         // SAFETY: all tensors have the sizes of the rules; scratch memory is reused in the order of the stream.
-        started(unsafe { rms_norm_backward(queue, addresses, rules, None, false) });
+        started(unsafe { rms_norm_backward(queue, addresses, rules) });
         [of_x, of_weight].map(|gradient| Some(TchTensor::new(gradient)))
     }
 }
