@@ -120,8 +120,8 @@ struct Position {
 
 #define LOSS_PARAMETERS                                                                                 \
   T *logits, const int *targets, const float *weights, const float *loss_scale, float z, u32 gradients, \
-      float *loss, float *correct, float *log_z, u32 vocab, u64 stride
-#define LOSS_ARGUMENTS logits, targets, weights, loss_scale, z, gradients, loss, correct, log_z, vocab, stride
+      float *loss, float *correct, float *log_z, u32 vocab
+#define LOSS_ARGUMENTS logits, targets, weights, loss_scale, z, gradients, loss, correct, log_z, vocab
 
 // Writes the results of a row and prepares its gradients, e^(logit - largest) factor. A target outside the
 // vocabulary has a loss that is not a number.
@@ -155,7 +155,7 @@ __device__ __forceinline__ void store_gradients(const Row<T, aligned>& row, u32 
 // Rows of up to `threads * accesses` pieces, each read once.
 template <class T, bool aligned, int threads, int accesses>
 __device__ __forceinline__ void losses_kept(LOSS_PARAMETERS) {
-  Row<T, aligned> row(logits + size_t(blockIdx.x) * stride, vocab);
+  Row<T, aligned> row(logits + size_t(blockIdx.x) * vocab, vocab);
   u32 target = targets[blockIdx.x];
   bool known = target < vocab;
   uint4 raw[accesses];
@@ -181,7 +181,7 @@ __device__ __forceinline__ void losses_kept(LOSS_PARAMETERS) {
 // Rows of any length, read twice.
 template <class T, bool aligned> __device__ __forceinline__ void losses_streamed(LOSS_PARAMETERS) {
   constexpr u32 accesses = 4;
-  Row<T, aligned> row(logits + size_t(blockIdx.x) * stride, vocab);
+  Row<T, aligned> row(logits + size_t(blockIdx.x) * vocab, vocab);
   u32 target = targets[blockIdx.x], pieces = row.pieces();
   bool known = target < vocab;
   float target_logit = known ? widen(row.values[target]) : __int_as_float(0x7fc00000);

@@ -10,24 +10,21 @@ constexpr u32 warps = buckets / 32;
 constexpr u32 max_digits = 1024;
 constexpr u32 nowhere = 0xffffffffu;
 
-// Ids of two lists as rows of this table; `nowhere` for those of another device's part of it.
+// Ids of two lists as rows of this table; `nowhere` for those that are no number of a row.
 struct Ids {
   const int *first_list, *second_list;
   u32 first_tokens;
-  int table_row;  // number of the first row here
   u32 rows;
 
   __device__ __forceinline__ u32 row(u32 token) const {
     int id = token < first_tokens ? first_list[token] : second_list[token - first_tokens];
-    u32 row = u32(id) - u32(table_row);
-    return row < rows ? row : nowhere;
+    return u32(id) < rows ? u32(id) : nowhere;
   }
 };
 
-#define IDS_PARAMETERS \
-  const int *first_list, const int *second_list, u32 first_tokens, int table_row, u32 rows
+#define IDS_PARAMETERS const int *first_list, const int *second_list, u32 first_tokens, u32 rows
 #define IDS \
-  Ids { first_list, second_list, first_tokens, table_row, rows }
+  Ids { first_list, second_list, first_tokens, rows }
 
 // Exclusive sums over 256 threads.
 __device__ __forceinline__ u32 sum_before(u32 value) {
@@ -291,9 +288,7 @@ __device__ __forceinline__ void sum_rows(IDS_PARAMETERS, GRADIENT_PARAMETERS, T*
 }
 
 // Rows of the table for all tokens, a warp for each and four accesses of a lane; zeros for rows elsewhere.
-template <class T, bool drops>
-__device__ __forceinline__ void gather(const T* table, IDS_PARAMETERS, T* out, u32 width,
-                                       TOKEN_NOISE_PARAMETERS, Dropout dropout) {
+template <class T> __device__ __forceinline__ void gather(const T* table, IDS_PARAMETERS, T* out, u32 width) {
   constexpr int lanes = Lanes<T>::count, accesses = 4;
   u32 token = blockIdx.x * 4 + threadIdx.x / 32;
   if (token >= first_tokens) return;
@@ -306,29 +301,10 @@ __device__ __forceinline__ void gather(const T* table, IDS_PARAMETERS, T* out, u
     raw[i] = make_uint4(0, 0, 0, 0);
     if (column < width && row != nowhere) raw[i] = *reinterpret_cast<const uint4*>(from + column);
   }
-  auto store = [&](auto change) {
 #pragma unroll
-    for (int i = 0; i < accesses; i++) {
-      u32 column = first + i * 32 * lanes;
-      if (column < width) {
-        change(column, raw[i]);
-        *reinterpret_cast<uint4*>(out + size_t(token) * width + column) = raw[i];
-      }
-    }
-  };
-  if constexpr (drops) {
-    TokenNoise noise(TOKEN_NOISE_ARGUMENTS);
-    store([&](u32 column, uint4& values) {
-      u32 words[lanes];
-      noise.words(token, column, words);
-      float floats[lanes];
-      unpack(values, floats);
-#pragma unroll
-      for (int k = 0; k < lanes; k++) floats[k] *= dropout.factor(words[k]);
-      values = pack(floats);
-    });
-  } else {
-    store([](u32, uint4&) {});
+  for (int i = 0; i < accesses; i++) {
+    u32 column = first + i * 32 * lanes;
+    if (column < width) *reinterpret_cast<uint4*>(out + size_t(token) * width + column) = raw[i];
   }
 }
 
@@ -337,25 +313,17 @@ __device__ __forceinline__ void gather(const T* table, IDS_PARAMETERS, T* out, u
     using T = Format;                                                                                        \
     extern "C" __global__ void __launch_bounds__(256)                                                        \
         embedding_pieces_##suffix(IDS_PARAMETERS, GRADIENT_PARAMETERS) {                                     \
-      sum_pieces<T>(first_list, second_list, first_tokens, table_row, rows, first_gradients,                 \
+      sum_pieces<T>(first_list, second_list, first_tokens, rows, first_gradients,                            \
                     second_gradients, width, by_row, row_start, partial);                                    \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(256)                                                        \
         embedding_rows_##suffix(IDS_PARAMETERS, GRADIENT_PARAMETERS, T * table, u32 onto) {                  \
-      sum_rows<T>(first_list, second_list, first_tokens, table_row, rows, first_gradients, second_gradients, \
+      sum_rows<T>(first_list, second_list, first_tokens, rows, first_gradients, second_gradients,            \
                   width, by_row, row_start, partial, table, onto);                                           \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(128)                                                        \
-        embedding_##suffix(const T* table, IDS_PARAMETERS, T* out, u32 width, TOKEN_NOISE_PARAMETERS,        \
-                           u32 first_kept, float kept) {                                                     \
-      gather<T, false>(table, first_list, second_list, first_tokens, table_row, rows, out, width,            \
-                       TOKEN_NOISE_ARGUMENTS, Dropout{first_kept, kept});                                    \
-    }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128)                                                        \
-        embedding_dropped_##suffix(const T* table, IDS_PARAMETERS, T* out, u32 width,                        \
-                                   TOKEN_NOISE_PARAMETERS, u32 first_kept, float kept) {                     \
-      gather<T, true>(table, first_list, second_list, first_tokens, table_row, rows, out, width,             \
-                      TOKEN_NOISE_ARGUMENTS, Dropout{first_kept, kept});                                     \
+        embedding_##suffix(const T* table, IDS_PARAMETERS, T* out, u32 width) {                              \
+      gather<T>(table, first_list, second_list, first_tokens, rows, out, width);                             \
     }                                                                                                        \
   }
 KERNELS(float, f32)

@@ -1,4 +1,4 @@
-// Root-mean-square norm, alone or behind a residual connection. A row stays in registers between the sum of
+// Root-mean-square norm. A row stays in registers between the sum of
 // its squares and its output, so that everything is read once. Narrow rows have a warp each, wider ones a
 // block; `accesses` 16-byte accesses of each of `threads` threads cover a row.
 
@@ -7,8 +7,8 @@ template <int threads> constexpr int block_rows = threads == 32 ? 4 : 1;
 template <int threads> constexpr int block_threads = threads * block_rows<threads>;
 
 // Blocks of a backward pass that share a multiprocessor; src/norm.rs starts as many for each of 132.
-template <int threads, int accesses, bool drops>
-constexpr int resident_blocks = (accesses == 4 || drops ? 512 : 640) / block_threads<threads>;
+template <int threads, int accesses>
+constexpr int resident_blocks = (accesses == 4 ? 512 : 640) / block_threads<threads>;
 
 // Sum over the threads of a row. `turn` counts the calls of a block: buffers take turns, so that nobody
 // overwrites what a slower warp still reads.
@@ -60,53 +60,15 @@ __device__ __forceinline__ void load_row(const T* row, u32 width, uint4 (&raw)[a
   }
 }
 
-// No residual connection, one, one with dropout of the branch.
-enum Mode { alone, joined, dropped };
-
-// With a residual connection `x` is the residual, and `sum` takes what is normalised: `x + branch`.
-template <class T, int threads, int accesses, Mode mode>
-__device__ __forceinline__ void forward(const T* x, const T* branch, const void* weight, u32 wide, T* sum,
-                                        T* out, float* inverse_rms, u32 rows, u32 width, float epsilon,
-                                        TOKEN_NOISE_PARAMETERS, Dropout dropout) {
+template <class T, int threads, int accesses>
+__device__ __forceinline__ void forward(const T* x, const void* weight, u32 wide, T* out, float* inverse_rms,
+                                        u32 rows, u32 width, float epsilon) {
   constexpr int lanes = Lanes<T>::count;
   u32 row = blockIdx.x * block_rows<threads> + threadIdx.x / threads;
   if (row >= rows) return;
   size_t start = size_t(row) * width;
   uint4 raw[accesses];
   load_row<T, threads>(x + start, width, raw);
-  if constexpr (mode != alone) {
-    uint4 added[accesses];
-    load_row<T, threads>(branch + start, width, added);
-    auto join = [&](auto factors) {
-#pragma unroll
-      for (int i = 0; i < accesses; i++) {
-        u32 column = column_of<T, threads>(i);
-        if (column < width) {
-          float values[lanes], others[lanes];
-          unpack(added[i], others);
-          factors(column, others);
-          unpack(raw[i], values);
-#pragma unroll
-          for (int k = 0; k < lanes; k++) values[k] += others[k];
-          raw[i] = pack(values);
-          *reinterpret_cast<uint4*>(sum + start + column) = raw[i];
-        }
-      }
-    };
-    if constexpr (mode == dropped) {
-      TokenNoise noise(TOKEN_NOISE_ARGUMENTS);
-      join([&](u32 column, float (&values)[lanes]) {
-        u32 words[lanes];
-        noise.words(row, column, words);
-        // Rounded on its own, not in one with the sum.
-#pragma unroll
-        for (int k = 0; k < lanes; k++) values[k] = __fmul_rn(values[k], dropout.factor(words[k]));
-        unpack(pack(values), values);
-      });
-    } else {
-      join([](u32, float (&)[lanes]) {});
-    }
-  }
   float squares = 0.f;
 #pragma unroll
   for (int i = 0; i < accesses; i++) {
@@ -133,13 +95,11 @@ __device__ __forceinline__ void forward(const T* x, const T* branch, const void*
 
 // With y = w x r, r = 1 / rms: gx = r (g w - x r^2 mean(g w x)), plus what flows `beside`. A block walks over
 // its rows and leaves its sum of g x r, the gradient of the weight, in `partial`, `[blocks, width]`.
-template <class T, int threads, int accesses, bool drops>
+template <class T, int threads, int accesses>
 __device__ __forceinline__ void backward(const T* x, const void* weight, u32 wide, const float* inverse_rms,
-                                         const T* g, const T* beside, T* gx, T* g_branch, float* partial,
-                                         u32 rows, u32 width, TOKEN_NOISE_PARAMETERS, Dropout dropout) {
+                                         const T* g, const T* beside, T* gx, float* partial, u32 rows,
+                                         u32 width) {
   constexpr int lanes = Lanes<T>::count, groups = block_rows<threads>;
-  Philox philox;
-  if constexpr (drops) philox = noise_of(seed, *step, site);
   float gw[accesses][lanes];
 #pragma unroll
   for (int i = 0; i < accesses; i++) {
@@ -183,17 +143,7 @@ __device__ __forceinline__ void backward(const T* x, const void* weight, u32 wid
 #pragma unroll
           for (int k = 0; k < lanes; k++) values[k] += gradients[k];
         }
-        uint4 result = pack(values);
-        if (gx) *reinterpret_cast<uint4*>(gx + start + column) = result;
-        if constexpr (drops) {
-          u32 words[lanes];
-          u64 element = u64(row % row_tokens) * all_columns + first_column + column;
-          noise_words(philox, element, first_row + row / row_tokens, 0, words);
-          unpack(result, values);
-#pragma unroll
-          for (int k = 0; k < lanes; k++) values[k] *= dropout.factor(words[k]);
-          *reinterpret_cast<uint4*>(g_branch + start + column) = pack(values);
-        }
+        *reinterpret_cast<uint4*>(gx + start + column) = pack(values);
       }
     }
   }
@@ -230,7 +180,7 @@ __device__ __forceinline__ void backward(const T* x, const void* weight, u32 wid
 
 // Sums `partial`, `[parts, width]`, over its parts, 32 columns a block.
 template <class T>
-__device__ __forceinline__ void sum_parts(const float* partial, T* gw, u32 parts, u32 width, u32 onto) {
+__device__ __forceinline__ void sum_parts(const float* partial, T* gw, u32 parts, u32 width) {
   __shared__ float sums[32][33];
   u32 lane = threadIdx.x % 32, group = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
   float sum = 0.f;
@@ -243,45 +193,34 @@ __device__ __forceinline__ void sum_parts(const float* partial, T* gw, u32 parts
   // A warp takes one column: its lanes the groups of threads that have summed it.
   sum = warp_sum(sums[lane][group]);
   column = blockIdx.x * 32 + group;
-  if (lane == 0 && column < width) gw[column] = rounded<T>(onto ? widen(gw[column]) + sum : sum);
+  if (lane == 0 && column < width) gw[column] = rounded<T>(sum);
 }
 
-#define FORWARD(T, suffix, threads, accesses, mode)                                                      \
-  extern "C" __global__ void __launch_bounds__(block_threads<threads>)                                   \
-      rms_norm_##mode##_##threads##x##accesses##_##suffix(                                               \
-          const T* x, const T* branch, const void* weight, u32 wide, T* sum, T* out, float* inverse_rms, \
-          u32 rows, u32 width, float epsilon, TOKEN_NOISE_PARAMETERS, u32 first_kept, float kept) {      \
-    forward<T, threads, accesses, mode>(x, branch, weight, wide, sum, out, inverse_rms, rows, width,     \
-                                        epsilon, TOKEN_NOISE_ARGUMENTS, Dropout{first_kept, kept});      \
+#define ROWS(T, suffix, threads, accesses)                                                                   \
+  extern "C" __global__ void __launch_bounds__(block_threads<threads>)                                       \
+      rms_norm_forward_##threads##x##accesses##_##suffix(const T* x, const void* weight, u32 wide, T* out,   \
+                                                         float* inverse_rms, u32 rows, u32 width,            \
+                                                         float epsilon) {                                    \
+    forward<T, threads, accesses>(x, weight, wide, out, inverse_rms, rows, width, epsilon);                  \
+  }                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(block_threads<threads>, resident_blocks<threads, accesses>)   \
+      rms_norm_backward_##threads##x##accesses##_##suffix(                                                   \
+          const T* x, const void* weight, u32 wide, const float* inverse_rms, const T* g, const T* beside,   \
+          T* gx, float* partial, u32 rows, u32 width) {                                                      \
+    backward<T, threads, accesses>(x, weight, wide, inverse_rms, g, beside, gx, partial, rows, width);       \
   }
-#define BACKWARD(T, suffix, threads, accesses, name, drops)                                                \
-  extern "C" __global__ void __launch_bounds__(block_threads<threads>,                                     \
-                                               resident_blocks<threads, accesses, drops>)                  \
-      rms_norm_##name##_##threads##x##accesses##_##suffix(                                                 \
-          const T* x, const void* weight, u32 wide, const float* inverse_rms, const T* g, const T* beside, \
-          T* gx, T* g_branch, float* partial, u32 rows, u32 width, TOKEN_NOISE_PARAMETERS, u32 first_kept, \
-          float kept) {                                                                                    \
-    backward<T, threads, accesses, drops>(x, weight, wide, inverse_rms, g, beside, gx, g_branch, partial,  \
-                                          rows, width, TOKEN_NOISE_ARGUMENTS, Dropout{first_kept, kept});  \
-  }
-#define ROWS(T, suffix, threads, accesses)                \
-  FORWARD(T, suffix, threads, accesses, alone)            \
-  FORWARD(T, suffix, threads, accesses, joined)           \
-  FORWARD(T, suffix, threads, accesses, dropped)          \
-  BACKWARD(T, suffix, threads, accesses, backward, false) \
-  BACKWARD(T, suffix, threads, accesses, backward_dropped, true)
-#define KERNELS(T, suffix)                                                                    \
-  ROWS(T, suffix, 32, 1)                                                                      \
-  ROWS(T, suffix, 32, 2)                                                                      \
-  ROWS(T, suffix, 32, 3)                                                                      \
-  ROWS(T, suffix, 32, 4)                                                                      \
-  ROWS(T, suffix, 128, 2)                                                                     \
-  ROWS(T, suffix, 128, 4)                                                                     \
-  ROWS(T, suffix, 512, 2)                                                                     \
-  ROWS(T, suffix, 512, 4)                                                                     \
-  extern "C" __global__ void __launch_bounds__(1024)                                          \
-      rms_norm_weight_##suffix(const float* partial, T* gw, u32 parts, u32 width, u32 onto) { \
-    sum_parts(partial, gw, parts, width, onto);                                               \
+#define KERNELS(T, suffix)                                                          \
+  ROWS(T, suffix, 32, 1)                                                            \
+  ROWS(T, suffix, 32, 2)                                                            \
+  ROWS(T, suffix, 32, 3)                                                            \
+  ROWS(T, suffix, 32, 4)                                                            \
+  ROWS(T, suffix, 128, 2)                                                           \
+  ROWS(T, suffix, 128, 4)                                                           \
+  ROWS(T, suffix, 512, 2)                                                           \
+  ROWS(T, suffix, 512, 4)                                                           \
+  extern "C" __global__ void __launch_bounds__(1024)                                \
+      rms_norm_weight_##suffix(const float* partial, T* gw, u32 parts, u32 width) { \
+    sum_parts(partial, gw, parts, width);                                           \
   }
 KERNELS(float, f32)
 KERNELS(bf16, bf16)

@@ -14,8 +14,6 @@ pub struct CrossEntropy {
     /// Logits of a row. Rows of up to 65,536 (bfloat16) or 32,768 (float32) are read once, others twice;
     /// rows are best multiples of 8 (bfloat16) or 4 (float32) long.
     pub vocab_size: usize,
-    /// Logits from a row to the next, at least `vocab_size`.
-    pub stride: usize,
     /// Format of the logits and their gradients.
     pub format: Format,
     /// Weight of `logsumexp(logits)^2` in the loss.
@@ -54,7 +52,7 @@ const OPERATION: &str = "cross_entropy";
 /// The z term follows T5X and Mesh TensorFlow: `1e-4 * logsumexp(logits)^2`.
 ///
 /// # Errors
-/// [`CudaError::Size`] when `stride` is below `vocab_size`, or that is 0.
+/// [`CudaError::Size`] when `vocab_size` is 0.
 ///
 /// # Safety
 /// As the crate's documentation demands.
@@ -63,10 +61,9 @@ pub unsafe fn cross_entropy(
     at: CrossEntropyAt,
     rules: CrossEntropy,
 ) -> Result<(), CudaError> {
-    let CrossEntropy { rows, vocab_size, stride, format, z_coefficient, gradients } = rules;
-    if vocab_size == 0 || stride < vocab_size {
-        let reason =
-            format!("rows {stride} apart with {vocab_size} logits; they must not overlap or be empty");
+    let CrossEntropy { rows, vocab_size, format, z_coefficient, gradients } = rules;
+    if vocab_size == 0 {
+        let reason = "a row has no logits; it must have one at least".to_owned();
         return Err(CudaError::Size { operation: OPERATION, reason });
     }
     let vocab = count(OPERATION, "vocab_size", vocab_size)?;
@@ -74,7 +71,7 @@ pub unsafe fn cross_entropy(
         return Ok(());
     }
     let lanes = 16 / format.bytes();
-    let aligned = vocab_size.is_multiple_of(lanes) && stride.is_multiple_of(lanes);
+    let aligned = vocab_size.is_multiple_of(lanes);
     let pieces = (vocab_size + if aligned { 0 } else { lanes - 1 }).div_ceil(lanes);
     let (share, threads) = match pieces {
         ..=1024 => ("512x2", 512),
@@ -83,7 +80,7 @@ pub unsafe fn cross_entropy(
         4097..=8192 => ("1024x8", 1024),
         _ => ("streamed", 1024),
     };
-    let args: [Arg; 11] = [
+    let args: [Arg; 10] = [
         at.logits.into(),
         at.targets.into(),
         at.weights.into(),
@@ -94,7 +91,6 @@ pub unsafe fn cross_entropy(
         at.correct.into(),
         at.log_z.into(),
         vocab.into(),
-        (stride as u64).into(),
     ];
     let alignment = if aligned { "aligned" } else { "unaligned" };
     let name = format!("{OPERATION}_{alignment}_{share}_{}", format.suffix());

@@ -103,8 +103,8 @@ pub unsafe fn dispatch(queue: Queue<'_>, tokens: Address, out: Address, to: Slot
     unsafe { queue.gpu.launch(&DISPATCH, "dispatch", Slots::grid(slots), queue.stream, &args) }
 }
 
-/// Writes to `out`, `[tokens, d_model]`, `onto` plus the rows of `gradient`, `[slots, d_model]`, of each
-/// token's slots. `onto` may be [`Address::NONE`], for 0, or `out`.
+/// Writes to `out`, `[tokens, d_model]`, the sums of the rows of `gradient`, `[slots, d_model]`, of each token's
+/// slots.
 ///
 /// # Errors
 /// [`CudaError::Size`] for a `d_model` that is not a multiple of 16 bytes, or more than two choices.
@@ -114,12 +114,11 @@ pub unsafe fn dispatch(queue: Queue<'_>, tokens: Address, out: Address, to: Slot
 pub unsafe fn dispatch_backward(
     queue: Queue<'_>,
     gradient: Address,
-    onto: Address,
     out: Address,
     to: Slots,
 ) -> Result<(), CudaError> {
     // SAFETY: passed on.
-    unsafe { to.gather("dispatch", queue, [gradient, Address::NONE, onto, out]) }
+    unsafe { to.gather("dispatch", queue, [gradient, Address::NONE, Address::NONE, out]) }
 }
 
 /// Writes `residual + sum(gates * expert_outputs)` over each token's slots to `out`, rounded once.

@@ -3,17 +3,14 @@
 use crate::address::{Address, Arg, Format};
 use crate::error::CudaError;
 use crate::gpu::{Grid, Queue};
-use crate::noise::{Dropout, optional_dropout_args};
 use crate::size::{count, lanes};
 use crate::source::EMBEDDING;
 
-/// A table `[rows, width]`, or the part of one that is on this device.
+/// A table `[rows, width]`; an id that is no number of a row gives 0 and gets nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Table {
     /// Rows, up to 262,144.
     pub rows: usize,
-    /// Number of the first row within the whole table; ids of rows that are not here give 0 and get nothing.
-    pub first_row: u32,
     /// Values of a row, a multiple of 8 (bfloat16) or 4 (float32).
     pub width: usize,
     /// Format of the table, of what is looked up and of their gradients.
@@ -62,7 +59,6 @@ impl Table {
             lists[0].into(),
             lists[1].into(),
             count(OPERATION, "tokens", first_tokens)?.into(),
-            count(OPERATION, "first row", self.first_row as usize)?.into(),
             count(OPERATION, "rows", self.rows)?.into(),
         ])
     }
@@ -103,8 +99,7 @@ fn tiles(tokens: usize) -> usize {
     tokens.div_ceil(TILE).max(1)
 }
 
-/// Writes row `ids[i]` of `table` for every `i`, with `dropout`, to `out`. `i32` `[tokens]`,
-/// `[tokens, width]`
+/// Writes row `ids[i]` of `table` for every `i` to `out`. `i32` `[tokens]`, `[tokens, width]`
 ///
 /// # Errors
 /// [`CudaError::Size`] for widths that the kernels do not have.
@@ -116,21 +111,17 @@ pub unsafe fn embedding(
     [table, ids, out]: [Address; 3],
     tokens: usize,
     sizes: Table,
-    dropout: Option<Dropout>,
 ) -> Result<(), CudaError> {
     let lanes = lanes(OPERATION, "width", sizes.width, sizes.format)?;
     if tokens == 0 || sizes.width == 0 {
         return Ok(());
     }
-    let dropout = dropout.and_then(Dropout::unless_idle);
     let mut args = vec![Arg::from(table)];
     args.extend(sizes.args([ids, Address::NONE], tokens)?);
     args.extend([Arg::from(out), count(OPERATION, "width", sizes.width)?.into()]);
-    args.extend(optional_dropout_args(OPERATION, dropout, sizes.width)?);
     let parts = sizes.width.div_ceil(32 * 4 * lanes) as u32;
     let grid = Grid { blocks: [tokens.div_ceil(4) as u32, parts, 1], threads: 128, shared: 0 };
-    let kind = if dropout.is_some() { "_dropped" } else { "" };
-    let name = format!("embedding{kind}_{}", sizes.format.suffix());
+    let name = format!("embedding_{}", sizes.format.suffix());
     // SAFETY: the arguments are those of the kernels in `embedding.cu`; the addresses are promised by the
     // caller.
     unsafe { queue.gpu.launch(&EMBEDDING, &name, grid, queue.stream, &args) }

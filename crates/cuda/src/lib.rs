@@ -52,10 +52,7 @@ pub use embedding::{LookedUp, Table, embedding, embedding_backward, embedding_wo
 pub use error::CudaError;
 pub use gpu::{Gpu, Queue, Stream};
 pub use noise::{Columns, Dropout, NoiseKey, TokenNoise, TokenTensor, dropout, jitter};
-pub use norm::{
-    ResidualNorm, RmsNorm, RmsNormGradients, residual_rms_norm, rms_norm, rms_norm_backward,
-    rms_norm_workspace,
-};
+pub use norm::{RmsNorm, RmsNormGradients, rms_norm, rms_norm_backward, rms_norm_workspace};
 pub use optimizer::{
     UpdateControl, UpdateMemory, UpdatePlan, UpdateRules, UpdatedTensor, gradient_squares, parameter_squares,
     prepare_update, update,

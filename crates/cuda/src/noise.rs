@@ -42,7 +42,7 @@ pub struct TokenNoise {
 /// Dropout of a `[tokens, width]` tensor.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
-    /// Probability of a zero; with 0 nothing is drawn.
+    /// Probability of a zero.
     pub rate: f64,
     /// Random numbers.
     pub noise: TokenNoise,
@@ -86,26 +86,6 @@ pub(crate) fn dropout_args(rate: f64) -> [Arg; 2] {
     let rate = rate as f32;
     let first_kept = (f64::from(rate) * f64::from(1_u32 << 24)).ceil() as u32;
     [first_kept.into(), (1.0 / (1.0 - rate)).into()]
-}
-
-/// Dropout arguments of an operation that may have none: those of the noise, then those of the rate.
-pub(crate) fn optional_dropout_args(
-    operation: &'static str,
-    dropout: Option<Dropout>,
-    width: usize,
-) -> Result<Vec<Arg>, CudaError> {
-    let (noise, rate) = match dropout {
-        Some(dropout) => (dropout.noise.args(operation, width)?, dropout.rate),
-        None => (TokenNoise::no_args(), 0.0),
-    };
-    Ok(noise.into_iter().chain(dropout_args(rate)).collect())
-}
-
-impl Dropout {
-    /// Itself, unless nothing is ever dropped.
-    pub(crate) fn unless_idle(self) -> Option<Self> {
-        (self.rate > 0.0).then_some(self)
-    }
 }
 
 /// A `[tokens, width]` tensor.

@@ -1,9 +1,8 @@
-//! Root-mean-square norm, alone or behind a residual connection, and its gradients.
+//! Root-mean-square norm and its gradients.
 
 use crate::address::{Address, Arg, Format};
 use crate::error::CudaError;
 use crate::gpu::{Grid, Queue};
-use crate::noise::{Dropout, optional_dropout_args};
 use crate::size::{count, lanes};
 use crate::source::NORM;
 
@@ -22,23 +21,6 @@ pub struct RmsNorm {
     pub weight_format: Format,
 }
 
-/// Where a norm behind a residual connection finds and leaves its values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ResidualNorm {
-    /// What the branch is added to. `[rows, d_model]`
-    pub residual: Address,
-    /// What a sub-layer computed. `[rows, d_model]`
-    pub branch: Address,
-    /// `[d_model]`
-    pub weight: Address,
-    /// Takes `residual + branch`; may be one of them. `[rows, d_model]`
-    pub x: Address,
-    /// Takes the norm of `x`. `[rows, d_model]`
-    pub out: Address,
-    /// Takes `1 / rms` of every row, or [`Address::NONE`]. float32 `[rows]`
-    pub inverse_rms: Address,
-}
-
 /// Where the backward pass of a norm finds and leaves its values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RmsNormGradients {
@@ -52,12 +34,8 @@ pub struct RmsNormGradients {
     pub gradient: Address,
     /// What else flows into `x`, as through a residual connection, or [`Address::NONE`]. `[rows, d_model]`
     pub beside: Address,
-    /// Takes the gradient of `x`, unless it is [`Address::NONE`]; may be `gradient` or `beside`.
-    /// `[rows, d_model]`
+    /// Takes the gradient of `x`; may be `gradient` or `beside`. `[rows, d_model]`
     pub x_gradient: Address,
-    /// With dropout takes the gradient of the branch: that of `x` with the same dropout; without dropout
-    /// the two are the same, and this is not written. `[rows, d_model]`
-    pub branch_gradient: Address,
     /// Takes the gradient of the weight. `[d_model]`
     pub weight_gradient: Address,
     /// Room for [`rms_norm_workspace`] bytes.
@@ -102,8 +80,8 @@ impl Share {
     }
 
     /// As many blocks as are at work at once on an H100; the order of sums does not depend on the device.
-    fn backward_blocks(self, rows: usize, drops: bool) -> usize {
-        let resident = if self.accesses == 4 || drops { 512 } else { 640 } / self.block_threads();
+    fn backward_blocks(self, rows: usize) -> usize {
+        let resident = if self.accesses == 4 { 512 } else { 640 } / self.block_threads();
         rows.div_ceil(self.block_rows()).min(132 * resident)
     }
 
@@ -131,57 +109,22 @@ pub unsafe fn rms_norm(
     inverse_rms: Address,
     rules: RmsNorm,
 ) -> Result<(), CudaError> {
-    let at = ResidualNorm { residual: x, branch: Address::NONE, weight, x: Address::NONE, out, inverse_rms };
-    // SAFETY: passed on; the kernel does without a branch.
-    unsafe { forward(queue, "alone", at, rules, None) }
-}
-
-/// [`rms_norm`] of `x = residual + branch`, with `dropout` of the branch; both are rounded as if they stood
-/// alone.
-///
-/// # Errors
-/// [`CudaError::Size`] for widths that the kernels do not have.
-///
-/// # Safety
-/// As the crate's documentation demands.
-pub unsafe fn residual_rms_norm(
-    queue: Queue<'_>,
-    at: ResidualNorm,
-    rules: RmsNorm,
-    dropout: Option<Dropout>,
-) -> Result<(), CudaError> {
-    let dropout = dropout.and_then(Dropout::unless_idle);
-    let kind = if dropout.is_some() { "dropped" } else { "joined" };
-    // SAFETY: passed on.
-    unsafe { forward(queue, kind, at, rules, dropout) }
-}
-
-unsafe fn forward(
-    queue: Queue<'_>,
-    kind: &str,
-    at: ResidualNorm,
-    rules: RmsNorm,
-    dropout: Option<Dropout>,
-) -> Result<(), CudaError> {
     let share = Share::of(&rules)?;
     if rules.rows == 0 {
         return Ok(());
     }
-    let mut args: Vec<Arg> = vec![
-        at.residual.into(),
-        at.branch.into(),
-        at.weight.into(),
+    let args: [Arg; 8] = [
+        x.into(),
+        weight.into(),
         u32::from(rules.weight_format == Format::F32).into(),
-        at.x.into(),
-        at.out.into(),
-        at.inverse_rms.into(),
+        out.into(),
+        inverse_rms.into(),
         count("rms_norm", "rows", rules.rows)?.into(),
         count("rms_norm", "d_model", rules.d_model)?.into(),
         (rules.epsilon as f32).into(),
     ];
-    args.extend(optional_dropout_args("rms_norm", dropout, rules.d_model)?);
     let grid = Grid::new(rules.rows.div_ceil(share.block_rows()) as u32, share.block_threads() as u32);
-    let name = share.name(kind, rules.format);
+    let name = share.name("forward", rules.format);
     // SAFETY: the arguments are those of the kernels in `norm.cu`; the addresses are promised by the caller.
     unsafe { queue.gpu.launch(&NORM, &name, grid, queue.stream, &args) }
 }
@@ -191,11 +134,10 @@ unsafe fn forward(
 /// # Errors
 /// [`CudaError::Size`] for widths that the kernels do not have.
 pub fn rms_norm_workspace(rules: &RmsNorm) -> Result<usize, CudaError> {
-    Ok(Share::of(rules)?.backward_blocks(rules.rows, false) * rules.d_model * 4)
+    Ok(Share::of(rules)?.backward_blocks(rules.rows) * rules.d_model * 4)
 }
 
-/// Gradients of `x`, of the branch where there was dropout, and of the weight, which with `onto` is added
-/// to what stands there.
+/// Gradients of `x` and of the weight.
 ///
 /// # Errors
 /// [`CudaError::Size`] for widths that the kernels do not have.
@@ -206,15 +148,12 @@ pub unsafe fn rms_norm_backward(
     queue: Queue<'_>,
     at: RmsNormGradients,
     rules: RmsNorm,
-    dropout: Option<Dropout>,
-    onto: bool,
 ) -> Result<(), CudaError> {
     let share = Share::of(&rules)?;
-    let dropout = dropout.and_then(Dropout::unless_idle);
-    let blocks = share.backward_blocks(rules.rows, dropout.is_some());
+    let blocks = share.backward_blocks(rules.rows);
     let width = count("rms_norm", "d_model", rules.d_model)?;
     if blocks > 0 {
-        let mut args: Vec<Arg> = vec![
+        let args: [Arg; 10] = [
             at.x.into(),
             at.weight.into(),
             u32::from(rules.weight_format == Format::F32).into(),
@@ -222,24 +161,16 @@ pub unsafe fn rms_norm_backward(
             at.gradient.into(),
             at.beside.into(),
             at.x_gradient.into(),
-            at.branch_gradient.into(),
             at.workspace.into(),
             count("rms_norm", "rows", rules.rows)?.into(),
             width.into(),
         ];
-        args.extend(optional_dropout_args("rms_norm", dropout, rules.d_model)?);
-        let kind = if dropout.is_some() { "backward_dropped" } else { "backward" };
         let grid = Grid::new(blocks as u32, share.block_threads() as u32);
-        // SAFETY: as in `forward`; every block writes its row of the workspace.
-        unsafe { queue.gpu.launch(&NORM, &share.name(kind, rules.format), grid, queue.stream, &args)? };
+        let name = share.name("backward", rules.format);
+        // SAFETY: as in `rms_norm`; every block writes its row of the workspace.
+        unsafe { queue.gpu.launch(&NORM, &name, grid, queue.stream, &args)? };
     }
-    let args = [
-        at.workspace.into(),
-        at.weight_gradient.into(),
-        (blocks as u32).into(),
-        width.into(),
-        u32::from(onto).into(),
-    ];
+    let args = [at.workspace.into(), at.weight_gradient.into(), (blocks as u32).into(), width.into()];
     let name = format!("rms_norm_weight_{}", rules.weight_format.suffix());
     // SAFETY: as above.
     unsafe { queue.gpu.launch(&NORM, &name, Grid::new(width.div_ceil(32), 1024), queue.stream, &args) }

@@ -42,6 +42,10 @@ pub(crate) trait Operation<B: Backend, const N: usize, const M: usize>:
     /// each output that the loss depends on.
     const TOGETHER: bool = false;
 
+    /// Whether the backward pass takes gradients as they come, transposed, repeated or parts of others. Otherwise
+    /// their values lie row by row, which may be a copy.
+    const ANY_STRIDES: bool = false;
+
     /// Computes the outputs; `tracked` says whether a backward pass may follow.
     fn forward(&self, inputs: &[FloatTensor<B>; N], tracked: bool) -> ([FloatTensor<B>; M], Self::Saved);
 
@@ -245,7 +249,8 @@ where
     type State = Arc<State<FloatTensor<B>, O, O::Saved, M>>;
 
     fn backward(self, ops: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
-        let gradient = B::contiguous(gradients.consume::<B>(&ops.node));
+        let gradient = gradients.consume::<B>(&ops.node);
+        let gradient = if O::ANY_STRIDES { gradient } else { B::contiguous(gradient) };
         let State { operation, saved, arrived } = &*ops.state;
         let mut outputs = [const { None }; M];
         if O::TOGETHER {

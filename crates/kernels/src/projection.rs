@@ -202,24 +202,37 @@ mod tests {
     #[test]
     fn products_of_one_input_equal_separate_ones() {
         let device = test_device().autodiff();
-        let random = |shape| Tensor::<2>::random(shape, Distribution::Default, &device).require_grad();
-        let (x, weights) = (random([33, 20]), [random([20, 17]), random([20, 5]), random([20, 40])]);
-        let run = |outs: [Tensor<2>; 3]| {
-            let loss = outs.iter().map(|out| out.clone().square().sum()).reduce(|a, b| a + b);
-            let gradients = loss.expect("three outputs").backward();
-            let of = |t: &Tensor<2>| t.grad(&gradients).expect("leaf").into_data();
-            (outs.map(|out| out.into_data()), of(&x), weights.each_ref().map(of))
-        };
+        let random = |shape| Tensor::<2>::random(shape, Distribution::Default, &device);
+        let leaf = |shape| random(shape).require_grad();
+        let (x, weights) = (leaf([33, 20]), [leaf([20, 17]), leaf([20, 5]), leaf([20, 40])]);
         let close = |a: &burn::tensor::TensorData, b: &burn::tensor::TensorData| {
             a.assert_approx_eq::<f32>(b, burn::tensor::Tolerance::relative(1e-5));
         };
-        let fused = run(project_three(x.clone(), weights.clone()));
-        let plain = run(weights.clone().map(|w| x.clone().matmul(w)));
-        for i in 0..3 {
-            close(&fused.0[i], &plain.0[i]);
-            close(&fused.2[i], &plain.2[i]);
+        // Gradients come in memory of their own, as parts of one tensor, transposed, and repeated.
+        let (wide, tall) = (random([33, 62]), random([62, 33]));
+        type Loss = fn([Tensor<2>; 3], Tensor<2>, Tensor<2>) -> Tensor<1>;
+        let losses: [Loss; 6] = [
+            |[a, b, c], _, _| a.square().sum() + b.square().sum() + c.square().sum(),
+            |[a, b, c], wide, _| (Tensor::cat(vec![a, b, c], 1) * wide).sum(),
+            |[a, b, c], wide, _| (Tensor::cat(vec![c, a, b], 1) * wide).sum(),
+            |[a, b, c], _, tall| (Tensor::cat(vec![a, b, c], 1).transpose() * tall).sum(),
+            |[a, b, c], _, _| a.sum() + b.sum() * 2.0 + c.sum() * 3.0,
+            |[a, b, c], _, _| a.sum_dim(1).square().sum() + b.sum() + c.square().sum(),
+        ];
+        for loss in losses {
+            let run = |outs: [Tensor<2>; 3]| {
+                let gradients = loss(outs.clone(), wide.clone(), tall.clone()).backward();
+                let of = |t: &Tensor<2>| t.grad(&gradients).expect("leaf").into_data();
+                (outs.map(|out| out.into_data()), of(&x), weights.each_ref().map(of))
+            };
+            let fused = run(project_three(x.clone(), weights.clone()));
+            let plain = run(weights.clone().map(|w| x.clone().matmul(w)));
+            for i in 0..3 {
+                close(&fused.0[i], &plain.0[i]);
+                close(&fused.2[i], &plain.2[i]);
+            }
+            close(&fused.1, &plain.1);
         }
-        close(&fused.1, &plain.1);
     }
 
     #[test]

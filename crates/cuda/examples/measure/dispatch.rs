@@ -1,7 +1,7 @@
 //! All encoder tokens of Switch-Base into slots at capacity factor 1.25 and back.
 
 use switchyard_cuda::{
-    Address, CombineGradients, Format, Slots, combine, combine_backward, dispatch, dispatch_backward,
+    CombineGradients, Format, Slots, combine, combine_backward, dispatch, dispatch_backward,
 };
 use switchyard_random::Philox;
 
@@ -50,7 +50,7 @@ pub(crate) fn run(clock: &Clock) {
         });
         // SAFETY: as above.
         clock.time(&name("dispatch backward"), 0.0, row * (kept + tokens as f64), |queue| unsafe {
-            dispatch_backward(queue, rows.at(), Address::NONE, out.at(), plan)
+            dispatch_backward(queue, rows.at(), out.at(), plan)
         });
         // SAFETY: as above.
         clock.time(&name("combine"), 0.0, row * (kept + 2.0 * tokens as f64), |queue| unsafe {

@@ -1,15 +1,12 @@
 //! The shared table of T5-Base, looked up for encoder and decoder.
 
-use switchyard_cuda::{
-    Dropout, Format, LookedUp, NoiseKey, Table, TokenNoise, embedding, embedding_backward,
-    embedding_workspace,
-};
+use switchyard_cuda::{Format, LookedUp, Table, embedding, embedding_backward, embedding_workspace};
 use switchyard_random::Philox;
 
 use crate::clock::Clock;
 
 pub(crate) fn run(clock: &Clock) {
-    let sizes = Table { rows: 32_128, first_row: 0, width: 768, format: Format::Bf16 };
+    let sizes = Table { rows: 32_128, width: 768, format: Format::Bf16 };
     let Table { rows, width, .. } = sizes;
     let tokens = [32_768, 7296];
     let row_bytes = width as f64 * 2.0;
@@ -24,17 +21,10 @@ pub(crate) fn run(clock: &Clock) {
     let table = clock.normal_bf16(rows * width, 1.0, 3);
     let out = clock.zeros(tokens[0] * width * 2);
     let workspace = clock.zeros(embedding_workspace(&sizes, tokens[0] + tokens[1]));
-    let step = clock.of(&[1_u32]);
-    let key = NoiseKey { seed: 1, step: step.at(), site: 2 };
-    let noise = TokenNoise { key, first_row: 0, row_tokens: 512, columns: None };
-    for (name, dropout) in
-        [("embedding 32768 tokens", None), ("embedding dropout 0.1", Some(Dropout { rate: 0.1, noise }))]
-    {
-        // SAFETY: all rooms have the values of `sizes`.
-        clock.time(name, 0.0, 2.0 * tokens[0] as f64 * row_bytes, |queue| unsafe {
-            embedding(queue, [table.at(), ids[0].at(), out.at()], tokens[0], sizes, dropout)
-        });
-    }
+    // SAFETY: all rooms have the values of `sizes`.
+    clock.time("embedding 32768 tokens", 0.0, 2.0 * tokens[0] as f64 * row_bytes, |queue| unsafe {
+        embedding(queue, [table.at(), ids[0].at(), out.at()], tokens[0], sizes)
+    });
     let list = |i: usize| LookedUp { ids: ids[i].at(), gradient: gradients[i].at(), tokens: tokens[i] };
     for (name, onto) in [("embedding backward", false), ("embedding backward onto", true)] {
         let bytes = (tokens[0] + tokens[1] + rows) as f64 * row_bytes;

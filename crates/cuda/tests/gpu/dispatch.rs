@@ -113,16 +113,14 @@ fn rows_come_back_to_their_tokens() {
             assert_close(&what, &out.read_floats(format), &expected, tolerance(format), format);
         };
         let out = || Buffer::poisoned(tokens * d_model, format);
-        let (alone, added, combined, without) = (out(), out(), out(), out());
+        let (alone, combined, without) = (out(), out(), out());
         // SAFETY: all buffers have the values of `slots`.
         unsafe {
-            dispatch_backward(queue(), at.at(), Address::NONE, alone.at(), case.slots).unwrap();
-            dispatch_backward(queue(), at.at(), beside.at(), added.at(), case.slots).unwrap();
+            dispatch_backward(queue(), at.at(), alone.at(), case.slots).unwrap();
             combine(queue(), at.at(), weights.at(), beside.at(), combined.at(), case.slots).unwrap();
             combine(queue(), at.at(), weights.at(), Address::NONE, without.at(), case.slots).unwrap();
         }
         close(&alone, case.gathered(&rows, None, None));
-        close(&added, case.gathered(&rows, None, Some(&onto)));
         close(&combined, case.gathered(&rows, Some(&gates), Some(&onto)));
         close(&without, case.gathered(&rows, Some(&gates), None));
         // SAFETY: as above; what is added to may be written.
@@ -179,7 +177,7 @@ fn no_tokens_and_no_slots_are_none() {
     // SAFETY: nothing is read or written.
     unsafe {
         dispatch(queue(), rows.at(), out.at(), empty).unwrap();
-        dispatch_backward(queue(), rows.at(), Address::NONE, out.at(), empty).unwrap();
+        dispatch_backward(queue(), rows.at(), out.at(), empty).unwrap();
     }
     assert!(out.read_floats(Format::F32).iter().all(|value| value.is_nan()));
     let odd = Slots { d_model: 6, ..none.slots };

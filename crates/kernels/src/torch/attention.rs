@@ -1,6 +1,5 @@
 //! [`crate::attention`].
 
-use burn::backend::LibTorch;
 use burn_tch::TchTensor;
 use switchyard_cuda::{
     Address, Attention, AttentionGradients, AttentionInputs, AttentionNoise, AttentionOutput, Format,
@@ -12,19 +11,14 @@ use tch::{Device, Kind, Tensor};
 use crate::attention::Core;
 use crate::host::Held;
 use crate::noise::Factor;
-use crate::operation::{Operation, given};
-use crate::torch::composed::{Graph, composed};
-use crate::torch::gpu::{at, at_optional, format, narrow, noise_key, queue, room, started, workspace};
+use crate::torch::gpu::{
+    at, at_optional, by_rows, format, narrow, noise_key, queue, room, started, workspace,
+};
+use crate::torch::packed::{room_like, side_by_side};
+use crate::torch::with_kernels::WithKernels;
 use crate::torch::{contiguous, uploaded, wide};
 
 const HIDDEN: f64 = f32::MIN as f64;
-
-/// What the backward pass needs.
-#[derive(Debug)]
-pub(crate) enum Saved {
-    Composed(Graph),
-    Kernel(Box<Launched>),
-}
 
 /// What kernels read and the forward pass wrote.
 #[derive(Debug)]
@@ -44,18 +38,22 @@ pub(crate) struct Launched {
     log_sums: TchTensor,
 }
 
-impl Launched {
-    /// Rows of all heads.
-    fn rows(&self, tensor: &Tensor) -> HeadRows {
-        HeadRows { at: at(tensor), stride: self.rules.num_heads * self.rules.d_kv }
+/// Rows of all heads: of a tensor that lies row by row, or that [`by_rows`] returned.
+fn rows(matrix: &Tensor) -> HeadRows {
+    if matrix.is_contiguous() {
+        return HeadRows { at: at(matrix), stride: matrix.size()[1] as usize };
     }
+    let [stride, 1] = matrix.stride()[..] else { panic!("kernels take values of a row one after the other") };
+    HeadRows { at: Address(matrix.data_ptr() as u64), stride: stride as usize }
+}
 
+impl Launched {
     fn inputs(&self) -> AttentionInputs {
         let optional = |tensor: Option<&TchTensor>| at_optional(tensor.map(|tensor| &tensor.tensor));
         AttentionInputs {
-            q: self.rows(&self.q.tensor),
-            k: self.rows(&self.k.tensor),
-            v: self.rows(&self.v.tensor),
+            q: rows(&self.q.tensor),
+            k: rows(&self.k.tensor),
+            v: rows(&self.v.tensor),
             relative_bias: optional(self.bias.as_ref().map(|(bias, _)| bias)),
             key_mask: optional(self.key_mask.as_ref()),
             segments: self
@@ -67,27 +65,33 @@ impl Launched {
     }
 
     fn output(&self) -> AttentionOutput {
-        AttentionOutput { out: self.rows(&self.out.tensor), log_sums: at(&self.log_sums.tensor) }
+        AttentionOutput { out: rows(&self.out.tensor), log_sums: at(&self.log_sums.tensor) }
     }
 
-    fn launch(&self, queue: Queue<'_>) {
-        // SAFETY: all tensors have the sizes of the rules, which `Core::launch` checked.
-        started(unsafe { switchyard_cuda::attention(queue, self.inputs(), self.output(), self.rules) });
+    /// Room for the gradients of queries, keys and values: side by side where these come of one product, whose
+    /// gradients are then products with one matrix.
+    fn room_for_gradients(&self) -> [Tensor; 3] {
+        let [q, k, v] = [&self.q.tensor, &self.k.tensor, &self.v.tensor];
+        if side_by_side(&[q, k, v]).is_some() {
+            return room_like([q, k, v]);
+        }
+        let ([q], [k, v]) = (room_like([q]), room_like([k, v]));
+        [q, k, v]
     }
 
     /// Gradients of queries, keys, values and, if it is wanted, the bias.
-    fn launch_backward(&self, gradient: &Tensor, bias_wanted: bool) -> [Option<TchTensor>; 4] {
+    fn gradients(&self, gradient: &Tensor, bias_wanted: bool) -> [Option<TchTensor>; 4] {
         let of_out = |tensor: &Tensor| (tensor.size(), tensor.kind());
         assert_eq!(of_out(gradient), of_out(&self.out.tensor), "gradients are like what they belong to");
-        let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| x.tensor.empty_like());
+        let [q, k, v] = self.room_for_gradients();
         let bias = self.bias.as_ref().filter(|_| bias_wanted);
         let bias = bias.map(|(bias, kind)| (bias.tensor.empty_like(), *kind));
         let scratch = workspace(attention_workspace(&self.rules), gradient);
         let to = AttentionGradients {
-            out: self.rows(gradient),
-            q: self.rows(&q),
-            k: self.rows(&k),
-            v: self.rows(&v),
+            out: rows(gradient),
+            q: rows(&q),
+            k: rows(&k),
+            v: rows(&v),
             relative_bias: bias.as_ref().map_or(Address::NONE, |(bias, _)| at(bias)),
             workspace: at(&scratch),
         };
@@ -177,14 +181,14 @@ impl Core {
         (has_kernel && rules.keys > 0 && rules.fits(queue.gpu)).then_some((queue, rules))
     }
 
-    fn launch(
+    fn launched(
         &self,
         queue: Queue<'_>,
         rules: Attention,
         [q, k, v]: [&TchTensor; 3],
         bias: Option<&TchTensor>,
-    ) -> ([TchTensor; 1], Saved) {
-        let [q, k, v] = [q, k, v].map(contiguous);
+    ) -> Launched {
+        let [q, k, v] = [q, k, v].map(by_rows);
         let Attention { batch, num_heads, queries, keys, .. } = rules;
         let width = num_heads * rules.d_kv;
         let assert_shape = |tensor: &TchTensor, rows: usize, width: usize| {
@@ -212,12 +216,15 @@ impl Core {
         let segments = self.segments.as_ref();
         let segments =
             segments.map(|[of_queries, of_keys]| [integers(of_queries, queries), integers(of_keys, keys)]);
-        let out = TchTensor::new(q.tensor.empty_like());
+        let out = TchTensor::new(room(&[batch * queries, width], q.tensor.kind(), &q.tensor));
         let log_sums = TchTensor::new(room(&[batch, num_heads, queries], Kind::Float, &q.tensor));
         let kept = (rules.dropout > 0.0).then(|| self.draw(queue, rules, &q.tensor));
         let launched = Launched { rules, q, k, v, bias, key_mask, segments, kept, out, log_sums };
-        launched.launch(queue);
-        ([launched.out.clone()], Saved::Kernel(Box::new(launched)))
+        // SAFETY: all tensors have the sizes of the rules.
+        started(unsafe {
+            switchyard_cuda::attention(queue, launched.inputs(), launched.output(), launched.rules)
+        });
+        launched
     }
 
     /// Which probabilities dropout keeps.
@@ -234,59 +241,108 @@ impl Core {
     }
 }
 
-impl Operation<LibTorch, 3, 1> for Core {
-    type Saved = Saved;
+/// Queries, keys and values, and the bias if there is one.
+fn told_apart<T>(inputs: &[T]) -> ([&T; 3], Option<&T>) {
+    let [q, k, v, bias @ ..] = inputs else { panic!("attention takes three tensors at least") };
+    ([q, k, v], bias.first())
+}
 
-    fn forward(&self, inputs: &[TchTensor; 3], tracked: bool) -> ([TchTensor; 1], Saved) {
-        if let Some((queue, rules)) = self.kernels(&inputs[0].tensor) {
-            return self.launch(queue, rules, inputs.each_ref(), None);
-        }
-        let (out, graph) = composed(inputs, tracked, |inputs| [self.composed(inputs, None)]);
-        (out, Saved::Composed(graph))
+/// With a bias or without.
+impl<const N: usize> WithKernels<N, 1> for Core {
+    type Kept = Box<Launched>;
+
+    fn compose(&self, inputs: [&Tensor; N]) -> [Tensor; 1] {
+        let (inputs, bias) = told_apart(&inputs);
+        [self.composed(inputs.map(|input| *input), bias.copied())]
     }
 
-    fn backward(
+    fn launch(&self, inputs: &[TchTensor; N]) -> Option<([TchTensor; 1], Box<Launched>)> {
+        let (inputs, bias) = told_apart(inputs);
+        let (queue, rules) = self.kernels(&inputs[0].tensor)?;
+        let launched = self.launched(queue, rules, inputs, bias);
+        Some(([launched.out.clone()], Box::new(launched)))
+    }
+
+    fn launch_backward(
         &self,
-        saved: &Saved,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 3],
-    ) -> [Option<TchTensor>; 3] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel(launched) => {
-                let [gradient] = given(gradients);
-                let [q, k, v, _] = launched.launch_backward(&gradient.tensor, false);
-                [q, k, v]
-            }
-        }
+        launched: &Box<Launched>,
+        [gradient]: [TchTensor; 1],
+        wanted: [bool; N],
+    ) -> [Option<TchTensor>; N] {
+        let (_, bias_wanted) = told_apart(&wanted);
+        let mut all = launched.gradients(&gradient.tensor, bias_wanted == Some(&true)).into_iter();
+        std::array::from_fn(|_| all.next().flatten())
     }
 }
 
-impl Operation<LibTorch, 4, 1> for Core {
-    type Saved = Saved;
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{DType, Distribution};
 
-    fn forward(&self, inputs: &[TchTensor; 4], tracked: bool) -> ([TchTensor; 1], Saved) {
-        if let Some((queue, rules)) = self.kernels(&inputs[0].tensor) {
-            let [q, k, v, bias] = inputs;
-            return self.launch(queue, rules, [q, k, v], Some(bias));
-        }
-        let (out, graph) =
-            composed(inputs, tracked, |[q, k, v, bias]| [self.composed([q, k, v], Some(bias))]);
-        (out, Saved::Composed(graph))
+    use super::*;
+    use crate::noise::NoiseKey;
+    use crate::test_device;
+    use crate::torch::floats;
+
+    const RULES: crate::Attention = crate::Attention {
+        batch: 2,
+        num_heads: 3,
+        queries: 70,
+        keys: 70,
+        key_room: 70,
+        causal: true,
+        query_offset: 0,
+        dropout: 0.1,
+        noise: NoiseKey { seed: 5, step: 1, site: 2 },
+        first_row: 4,
+        first_head: 0,
+    };
+
+    fn random(rows: usize, width: usize, format: DType) -> Tensor {
+        let tensor = burn::tensor::Tensor::<2>::random([rows, width], Distribution::Default, &test_device());
+        floats(tensor.cast(format)).tensor
     }
 
-    fn backward(
-        &self,
-        saved: &Saved,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 4],
-    ) -> [Option<TchTensor>; 4] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel(launched) => {
-                let [gradient] = given(gradients);
-                let [.., bias_wanted] = wanted;
-                launched.launch_backward(&gradient.tensor, bias_wanted)
+    /// The output, its gradients with respect to all inputs, and whether kernels read `inputs` where they lie.
+    fn run(rules: crate::Attention, inputs: [Tensor; 4]) -> (Vec<Tensor>, bool) {
+        let core = Core { rules, key_mask: None, segments: None };
+        let inputs = inputs.map(TchTensor::new);
+        let ([out], launched) = core.launch(&inputs).expect("attention of this size has a kernel");
+        let gradients = core.launch_backward(&launched, [out.clone()], [true; 4]);
+        let read = [&launched.q, &launched.k, &launched.v];
+        let in_place = read.iter().zip(&inputs).all(|(a, b)| a.tensor.data_ptr() == b.tensor.data_ptr());
+        let found = [Some(out)].into_iter().chain(gradients).map(|found| found.expect("wanted").tensor);
+        (found.collect(), in_place)
+    }
+
+    #[test]
+    fn parts_of_one_product_are_read_where_they_lie_and_so_are_their_gradients() {
+        if queue(&random(1, 1, DType::F32)).is_none() {
+            return;
+        }
+        for (format, d_kv) in [(DType::F32, 64), (DType::BF16, 64), (DType::BF16, 128)] {
+            for to_itself in [true, false] {
+                let queries = if to_itself { RULES.keys } else { 33 };
+                let rules = crate::Attention { queries, causal: to_itself, ..RULES };
+                let (tokens, width) = (RULES.batch * RULES.keys, RULES.num_heads * d_kv);
+                let part = |of: &Tensor, i: usize| of.narrow(1, (i * width) as i64, width as i64);
+                let bias = random(RULES.num_heads, queries + RULES.keys - 1, DType::F32);
+                let inputs = if to_itself {
+                    let packed = random(tokens, 3 * width, format);
+                    [part(&packed, 0), part(&packed, 1), part(&packed, 2), bias]
+                } else {
+                    let packed = random(tokens, 2 * width, format);
+                    [random(RULES.batch * queries, width, format), part(&packed, 0), part(&packed, 1), bias]
+                };
+                let (separate, _) = run(rules, inputs.each_ref().map(Tensor::contiguous));
+                let (found, in_place) = run(rules, inputs);
+                assert!(in_place);
+                for (separate, found) in separate.iter().zip(&found) {
+                    assert!(separate.equal(found));
+                }
+                let [_, q, k, v, _] = &found[..] else { panic!("an output and four gradients") };
+                assert_eq!(side_by_side(&[q, k, v]).is_some(), to_itself);
+                assert!(side_by_side(&[k, v]).is_some());
             }
         }
     }

@@ -127,7 +127,6 @@ impl Fused {
             let sizes = CrossEntropy {
                 rows,
                 vocab_size,
-                stride: vocab_size,
                 format: format(&logits),
                 z_coefficient: rules.z_coefficient,
                 gradients: tracked,

@@ -1,15 +1,13 @@
 //! [`crate::dispatch`] and [`crate::combine`].
 
-use burn::backend::LibTorch;
 use burn_tch::TchTensor;
-use switchyard_cuda::{Address, CombineGradients, Queue, Slots};
+use switchyard_cuda::{CombineGradients, Queue, Slots};
 use tch::{Kind, Tensor};
 
 use crate::dispatch::{Combine, Dispatch, Indices};
-use crate::operation::{Operation, given};
 use crate::plan::ByToken;
-use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, at_optional, format, in_pieces, queue, room, started};
+use crate::torch::with_kernels::WithKernels;
 use crate::torch::{contiguous, wide};
 
 impl Indices {
@@ -54,58 +52,49 @@ impl Indices {
     }
 }
 
-/// What the backward pass of [`Dispatch`] needs.
-#[derive(Debug)]
-pub(crate) enum Dispatched {
-    Composed(Graph),
-    Kernel,
-}
+impl WithKernels<1, 1> for Dispatch {
+    type Kept = ();
 
-impl Operation<LibTorch, 1, 1> for Dispatch {
-    type Saved = Dispatched;
-
-    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 1], Dispatched) {
-        let indices = &self.0;
-        if let Some((queue, slots)) = indices.for_kernels(&inputs[0].tensor) {
-            let tokens = contiguous(&inputs[0]).tensor;
-            let out = room(&[indices.experts, indices.slots, slots.d_model], tokens.kind(), &tokens);
-            // SAFETY: all tensors have the sizes of `slots`.
-            started(unsafe { switchyard_cuda::dispatch(queue, at(&tokens), at(&out), slots) });
-            return ([TchTensor::new(out)], Dispatched::Kernel);
-        }
-        let (out, graph) = composed(inputs, tracked, |[rows]| [indices.composed_dispatch(rows)]);
-        (out, Dispatched::Composed(graph))
+    fn compose(&self, [rows]: [&Tensor; 1]) -> [Tensor; 1] {
+        [self.0.composed_dispatch(rows)]
     }
 
-    fn backward(
-        &self,
-        saved: &Dispatched,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 1],
-    ) -> [Option<TchTensor>; 1] {
-        let Dispatched::Composed(graph) = saved else {
-            let [gradient] = given(gradients).map(|gradient| gradient.tensor);
-            let (queue, slots) = self.0.for_kernels(&gradient).expect("kernels were chosen on a GPU");
-            let out = room(&[slots.tokens, slots.d_model], gradient.kind(), &gradient);
-            // SAFETY: all tensors have the sizes of `slots`.
-            started(unsafe {
-                switchyard_cuda::dispatch_backward(queue, at(&gradient), Address::NONE, at(&out), slots)
-            });
-            return [Some(TchTensor::new(out))];
-        };
-        graph.gradients(gradients, wanted)
+    fn launch(&self, [tokens]: &[TchTensor; 1]) -> Option<([TchTensor; 1], ())> {
+        let (queue, slots) = self.0.for_kernels(&tokens.tensor)?;
+        let tokens = contiguous(tokens).tensor;
+        let out = room(&[self.0.experts, self.0.slots, slots.d_model], tokens.kind(), &tokens);
+        // SAFETY: all tensors have the sizes of `slots`.
+        started(unsafe { switchyard_cuda::dispatch(queue, at(&tokens), at(&out), slots) });
+        Some(([TchTensor::new(out)], ()))
+    }
+
+    fn launch_backward(&self, (): &(), [gradient]: [TchTensor; 1], _: [bool; 1]) -> [Option<TchTensor>; 1] {
+        let gradient = gradient.tensor;
+        let (queue, slots) = self.0.for_kernels(&gradient).expect("kernels were chosen on a GPU");
+        let out = room(&[slots.tokens, slots.d_model], gradient.kind(), &gradient);
+        // SAFETY: all tensors have the sizes of `slots`.
+        started(unsafe { switchyard_cuda::dispatch_backward(queue, at(&gradient), at(&out), slots) });
+        [Some(TchTensor::new(out))]
     }
 }
 
-/// What the backward pass of [`Combine`] needs.
+/// What the kernels of the backward pass of [`Combine`] need.
 #[derive(Debug)]
-pub(crate) enum Combined {
-    Composed(Graph),
-    Kernel { expert_outputs: TchTensor, gates: TchTensor },
+pub(crate) struct Combined {
+    expert_outputs: TchTensor,
+    gates: TchTensor,
 }
 
-impl Combine {
-    fn launch(&self, (queue, slots): (Queue<'_>, Slots), inputs: &[TchTensor]) -> (TchTensor, Combined) {
+/// With a residual or without.
+impl<const N: usize> WithKernels<N, 1> for Combine {
+    type Kept = Combined;
+
+    fn compose(&self, inputs: [&Tensor; N]) -> [Tensor; 1] {
+        [self.0.composed_combine(inputs[0], inputs[1], inputs.get(2).copied())]
+    }
+
+    fn launch(&self, inputs: &[TchTensor; N]) -> Option<([TchTensor; 1], Combined)> {
+        let (queue, slots) = self.0.for_kernels(&inputs[0].tensor)?;
         let (expert_outputs, gates) = (contiguous(&inputs[0]), contiguous(&inputs[1]));
         let residual = inputs.get(2).map(contiguous);
         let outputs = &expert_outputs.tensor;
@@ -115,15 +104,20 @@ impl Combine {
         started(unsafe {
             switchyard_cuda::combine(queue, at(outputs), at(&gates.tensor), residual, at(&out), slots)
         });
-        (TchTensor::new(out), Combined::Kernel { expert_outputs, gates })
+        Some(([TchTensor::new(out)], Combined { expert_outputs, gates }))
     }
 
-    /// Gradients of the expert outputs and of the gates.
-    fn launch_backward(&self, expert_outputs: &Tensor, gates: &Tensor, gradient: &Tensor) -> [TchTensor; 2] {
+    fn launch_backward(
+        &self,
+        Combined { expert_outputs, gates }: &Combined,
+        [gradient]: [TchTensor; 1],
+        _: [bool; N],
+    ) -> [Option<TchTensor>; N] {
+        let (expert_outputs, gates) = (&expert_outputs.tensor, &gates.tensor);
         let (queue, slots) = self.0.for_kernels(expert_outputs).expect("kernels were chosen on a GPU");
         let (of_outputs, of_gates) = (expert_outputs.empty_like(), room(&[slots.slots], Kind::Float, gates));
         let addresses = CombineGradients {
-            gradient: at(gradient),
+            gradient: at(&gradient.tensor),
             expert_outputs: at(expert_outputs),
             gates: at(gates),
             expert_outputs_gradient: at(&of_outputs),
@@ -131,47 +125,8 @@ impl Combine {
         };
         // SAFETY: all tensors have the sizes of `slots`.
         started(unsafe { switchyard_cuda::combine_backward(queue, addresses, slots) });
-        [of_outputs, of_gates].map(TchTensor::new)
+        // The gradient of a residual is that of the sum.
+        let mut all = [TchTensor::new(of_outputs), TchTensor::new(of_gates), gradient].into_iter();
+        std::array::from_fn(|_| all.next())
     }
 }
-
-macro_rules! combine {
-    ($inputs:literal) => {
-        impl Operation<LibTorch, $inputs, 1> for Combine {
-            type Saved = Combined;
-
-            fn forward(&self, inputs: &[TchTensor; $inputs], tracked: bool) -> ([TchTensor; 1], Combined) {
-                if let Some(kernels) = self.0.for_kernels(&inputs[0].tensor) {
-                    let (out, saved) = self.launch(kernels, inputs);
-                    return ([out], saved);
-                }
-                let (out, graph) = composed(inputs, tracked, |inputs| {
-                    [self.0.composed_combine(inputs[0], inputs[1], inputs.get(2).copied())]
-                });
-                (out, Combined::Composed(graph))
-            }
-
-            fn backward(
-                &self,
-                saved: &Combined,
-                gradients: [Option<TchTensor>; 1],
-                wanted: [bool; $inputs],
-            ) -> [Option<TchTensor>; $inputs] {
-                match saved {
-                    Combined::Composed(graph) => graph.gradients(gradients, wanted),
-                    Combined::Kernel { expert_outputs, gates } => {
-                        let [gradient] = given(gradients);
-                        let computed =
-                            self.launch_backward(&expert_outputs.tensor, &gates.tensor, &gradient.tensor);
-                        // The gradient of a residual is that of the sum.
-                        let mut all = computed.into_iter().chain([gradient]);
-                        std::array::from_fn(|_| all.next())
-                    }
-                }
-            }
-        }
-    };
-}
-
-combine!(2);
-combine!(3);

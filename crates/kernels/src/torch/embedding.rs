@@ -1,26 +1,22 @@
 //! [`crate::embedding`] and its relatives.
 
-use burn::backend::LibTorch;
 use burn_tch::TchTensor;
 use switchyard_cuda::{LookedUp, Queue, Table, embedding_backward, embedding_workspace};
 use tch::{Kind, Tensor};
 
 use crate::embedding::{ELSEWHERE, Embedding, Embeddings};
 use crate::host::Held;
-use crate::operation::{Operation, given};
-use crate::torch::composed::{Graph, composed};
 use crate::torch::contiguous;
 use crate::torch::gpu::{at, format, in_pieces, narrow, queue, room, started, workspace};
+use crate::torch::with_kernels::WithKernels;
 
-/// What the backward pass of so many lists of ids needs.
+/// What the kernels of the backward pass of so many lists of ids need.
 #[derive(Debug)]
-pub(crate) enum Saved<const LISTS: usize> {
-    Composed(Graph),
-    /// The table's sizes, and ids as kernels take them.
-    Kernel {
-        sizes: Table,
-        ids: [TchTensor; LISTS],
-    },
+pub(crate) struct Kept<const LISTS: usize> {
+    /// Of the table.
+    sizes: Table,
+    /// As kernels take them.
+    ids: [TchTensor; LISTS],
 }
 
 /// Rows of the largest table whose gradient has kernels.
@@ -37,29 +33,26 @@ fn kernels(table: &Tensor) -> Option<(Queue<'static>, Table)> {
     let queue = queue(table)?;
     let (rows, width) = table.size2().expect("tables are matrices");
     // An id that lives elsewhere is no number of a row, which kernels take for just that.
-    let sizes = Table { rows: rows as usize, first_row: 0, width: width as usize, format: format(table) };
+    let sizes = Table { rows: rows as usize, width: width as usize, format: format(table) };
     (in_pieces(sizes.width, sizes.format) && sizes.rows <= MOST_ROWS).then_some((queue, sizes))
 }
 
 /// The rows of each list, and the lists for the backward pass.
-fn launch<const LISTS: usize>(
-    queue: Queue<'_>,
-    sizes: Table,
+fn looked_up<const LISTS: usize>(
     table: &TchTensor,
     lists: [&Held<i32>; LISTS],
-) -> ([TchTensor; LISTS], Saved<LISTS>) {
+) -> Option<([TchTensor; LISTS], Kept<LISTS>)> {
+    let (queue, sizes) = kernels(&table.tensor)?;
     let table = contiguous(table).tensor;
     let ids = lists.map(|ids| TchTensor::new(narrow(ids.in_torch())));
     let rows = ids.each_ref().map(|TchTensor { tensor: ids, .. }| {
         let tokens = ids.numel();
         let out = room(&[tokens, sizes.width], table.kind(), &table);
         // SAFETY: all tensors have the sizes given.
-        started(unsafe {
-            switchyard_cuda::embedding(queue, [at(&table), at(ids), at(&out)], tokens, sizes, None)
-        });
+        started(unsafe { switchyard_cuda::embedding(queue, [at(&table), at(ids), at(&out)], tokens, sizes) });
         TchTensor::new(out)
     });
-    (rows, Saved::Kernel { sizes, ids })
+    Some((rows, Kept { sizes, ids }))
 }
 
 fn assert_sizes(gradient: &Tensor, rows: usize, sizes: Table) {
@@ -68,9 +61,8 @@ fn assert_sizes(gradient: &Tensor, rows: usize, sizes: Table) {
 }
 
 /// The gradient of the table from those of the rows that were looked up, added `onto` another if there is one.
-fn launch_backward<const LISTS: usize>(
-    sizes: Table,
-    ids: &[TchTensor; LISTS],
+fn gradient<const LISTS: usize>(
+    &Kept { sizes, ref ids }: &Kept<LISTS>,
     gradients: [&Tensor; LISTS],
     onto: Option<TchTensor>,
 ) -> TchTensor {
@@ -96,92 +88,67 @@ fn launch_backward<const LISTS: usize>(
     table
 }
 
-impl Operation<LibTorch, 1, 1> for Embedding {
-    type Saved = Saved<1>;
+impl WithKernels<1, 1> for Embedding {
+    type Kept = Kept<1>;
 
-    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 1], Saved<1>) {
-        if let Some((queue, sizes)) = kernels(&inputs[0].tensor) {
-            return launch(queue, sizes, &inputs[0], [&self.ids]);
-        }
-        let (out, graph) = composed(inputs, tracked, |[table]| [lookup(table, &self.ids)]);
-        (out, Saved::Composed(graph))
+    fn compose(&self, [table]: [&Tensor; 1]) -> [Tensor; 1] {
+        [lookup(table, &self.ids)]
     }
 
-    fn backward(
+    fn launch(&self, [table]: &[TchTensor; 1]) -> Option<([TchTensor; 1], Kept<1>)> {
+        looked_up(table, [&self.ids])
+    }
+
+    fn launch_backward(
         &self,
-        saved: &Saved<1>,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 1],
+        kept: &Kept<1>,
+        [rows]: [TchTensor; 1],
+        _: [bool; 1],
     ) -> [Option<TchTensor>; 1] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel { sizes, ids } => {
-                let [gradient] = given(gradients);
-                [Some(launch_backward(*sizes, ids, [&gradient.tensor], None))]
-            }
-        }
+        [Some(gradient(kept, [&rows.tensor], None))]
     }
 }
 
-impl Operation<LibTorch, 1, 2> for Embeddings {
-    type Saved = Saved<2>;
+impl WithKernels<1, 2> for Embeddings {
+    type Kept = Kept<2>;
 
-    const TOGETHER: bool = true;
-
-    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 2], Saved<2>) {
-        if let Some((queue, sizes)) = kernels(&inputs[0].tensor) {
-            return launch(queue, sizes, &inputs[0], self.ids.each_ref());
-        }
-        let (out, graph) =
-            composed(inputs, tracked, |[table]| self.ids.each_ref().map(|ids| lookup(table, ids)));
-        (out, Saved::Composed(graph))
+    fn compose(&self, [table]: [&Tensor; 1]) -> [Tensor; 2] {
+        self.ids.each_ref().map(|ids| lookup(table, ids))
     }
 
-    fn backward(
+    fn launch(&self, [table]: &[TchTensor; 1]) -> Option<([TchTensor; 2], Kept<2>)> {
+        looked_up(table, self.ids.each_ref())
+    }
+
+    fn launch_backward(
         &self,
-        saved: &Saved<2>,
-        gradients: [Option<TchTensor>; 2],
-        wanted: [bool; 1],
+        kept: &Kept<2>,
+        [a, b]: [TchTensor; 2],
+        _: [bool; 1],
     ) -> [Option<TchTensor>; 1] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel { sizes, ids } => {
-                let [a, b] = given(gradients);
-                [Some(launch_backward(*sizes, ids, [&a.tensor, &b.tensor], None))]
-            }
-        }
+        [Some(gradient(kept, [&a.tensor, &b.tensor], None))]
     }
 }
 
-impl Operation<LibTorch, 1, 3> for Embeddings {
-    type Saved = Saved<2>;
+impl WithKernels<1, 3> for Embeddings {
+    type Kept = Kept<2>;
 
-    const TOGETHER: bool = true;
-
-    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 3], Saved<2>) {
-        if let Some((queue, sizes)) = kernels(&inputs[0].tensor) {
-            let ([a, b], saved) = launch(queue, sizes, &inputs[0], self.ids.each_ref());
-            return ([a, b, inputs[0].clone()], saved);
-        }
-        let (out, graph) = composed(inputs, tracked, |[table]| {
-            let [a, b] = self.ids.each_ref().map(|ids| lookup(table, ids));
-            [a, b, table.shallow_clone()]
-        });
-        (out, Saved::Composed(graph))
+    fn compose(&self, [table]: [&Tensor; 1]) -> [Tensor; 3] {
+        let [a, b] = self.ids.each_ref().map(|ids| lookup(table, ids));
+        [a, b, table.shallow_clone()]
     }
 
-    fn backward(
+    fn launch(&self, [table]: &[TchTensor; 1]) -> Option<([TchTensor; 3], Kept<2>)> {
+        let ([a, b], kept) = looked_up(table, self.ids.each_ref())?;
+        Some(([a, b, table.clone()], kept))
+    }
+
+    fn launch_backward(
         &self,
-        saved: &Saved<2>,
-        gradients: [Option<TchTensor>; 3],
-        wanted: [bool; 1],
+        kept: &Kept<2>,
+        [a, b, table]: [TchTensor; 3],
+        _: [bool; 1],
     ) -> [Option<TchTensor>; 1] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel { sizes, ids } => {
-                let [a, b, table] = given(gradients);
-                [Some(launch_backward(*sizes, ids, [&a.tensor, &b.tensor], Some(table)))]
-            }
-        }
+        [Some(gradient(kept, [&a.tensor, &b.tensor], Some(table)))]
     }
 }

@@ -6,11 +6,13 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use burn_tch::TchTensor;
 use switchyard_cuda::{Address, CudaError, Format, Gpu, NoiseKey, Queue, Stream};
 use tch::{Device, Kind, Tensor};
 
 use crate::device::GPU_FAILED;
 use crate::noise;
+use crate::torch::contiguous;
 
 /// GPU number `index`, opened when first asked for and kept until the process ends.
 pub(crate) fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
@@ -82,6 +84,15 @@ pub(crate) fn at_optional(tensor: Option<&Tensor>) -> Address {
     tensor.map_or(Address::NONE, at)
 }
 
+/// The matrix itself where kernels can read every row in pieces of 16 bytes, be they parts of longer ones, else
+/// a copy.
+pub(crate) fn by_rows(matrix: &TchTensor) -> TchTensor {
+    let tensor = &matrix.tensor;
+    let [stride, unit] = tensor.stride().try_into().expect("a matrix");
+    let readable = unit == 1 && stride >= tensor.size()[1] && in_pieces(stride as usize, format(tensor));
+    if readable && begins_a_piece(tensor) { matrix.clone() } else { contiguous(matrix) }
+}
+
 /// The format of a tensor's values.
 pub(crate) fn format(tensor: &Tensor) -> Format {
     match tensor.kind() {
@@ -115,7 +126,11 @@ pub(crate) fn narrow(integers: &Tensor) -> Tensor {
 /// The values row by row, and beginning where kernels may read 16 bytes at once: the tensor itself, or a copy.
 pub(crate) fn aligned(tensor: &Tensor) -> Tensor {
     let tensor = tensor.contiguous();
-    if (tensor.data_ptr() as usize).is_multiple_of(16) { tensor } else { tensor.copy() }
+    if begins_a_piece(&tensor) { tensor } else { tensor.copy() }
+}
+
+fn begins_a_piece(tensor: &Tensor) -> bool {
+    (tensor.data_ptr() as usize).is_multiple_of(16)
 }
 
 /// A key of random numbers, whose step lies on the device.

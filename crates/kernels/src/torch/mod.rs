@@ -1,8 +1,8 @@
 //! Forms of the operations on LibTorch: its CPU device and NVIDIA GPUs.
 //!
-//! Every operation has a form composed of LibTorch's own, whose backward is LibTorch's automatic
+//! Most operations have a form composed of LibTorch's own, whose backward is LibTorch's automatic
 //! differentiation inside one step of burn's ([`composed`]). It serves every device and is the
-//! reference of the hand-written kernels.
+//! reference of the hand-written kernels ([`with_kernels`]).
 
 mod attention;
 mod composed;
@@ -16,12 +16,14 @@ mod kernel_tests;
 mod noise;
 mod norm;
 mod operations;
+mod packed;
 mod products;
 mod projection;
 pub(crate) mod recording;
 mod route;
 pub(crate) mod settings;
 pub(crate) mod update;
+mod with_kernels;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{DispatchDevice, LibTorch};

@@ -1,15 +1,13 @@
 //! [`crate::dropout`] and [`crate::jitter`].
 
-use burn::backend::LibTorch;
 use burn_tch::TchTensor;
 use rayon::prelude::*;
 use switchyard_cuda::{Dropout, Queue, TokenTensor};
 use tch::Tensor;
 
 use crate::noise::{Factor, Scale, TokenNoise};
-use crate::operation::{Operation, given};
-use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, format, in_pieces, queue, started, token_noise};
+use crate::torch::with_kernels::WithKernels;
 use crate::torch::{contiguous, uploaded, wide};
 
 /// The factors of `like`, `[tokens, width]`, in float32.
@@ -26,20 +24,13 @@ pub(crate) fn factors(noise: TokenNoise, factor: Factor, like: &Tensor) -> Tenso
     uploaded(&factors, &[tokens, width], like)
 }
 
-/// What the backward pass needs.
-#[derive(Debug)]
-pub(crate) enum Saved {
-    Composed(Graph),
-    Kernel,
-}
-
 fn sizes(x: &Tensor) -> TokenTensor {
     let (tokens, width) = x.size2().expect("activations are matrices");
     TokenTensor { tokens: tokens as usize, width: width as usize, format: format(x) }
 }
 
 impl Scale {
-    fn launch(&self, queue: Queue<'_>, x: &TchTensor) -> TchTensor {
+    fn scaled(&self, queue: Queue<'_>, x: &TchTensor) -> TchTensor {
         let x = contiguous(x).tensor;
         let out = x.empty_like();
         let (noise, sizes) = (token_noise(self.noise, &x), sizes(&x));
@@ -59,34 +50,21 @@ impl Scale {
     }
 }
 
-impl Operation<LibTorch, 1, 1> for Scale {
-    type Saved = Saved;
+impl WithKernels<1, 1> for Scale {
+    type Kept = ();
 
-    fn forward(&self, inputs: &[TchTensor; 1], tracked: bool) -> ([TchTensor; 1], Saved) {
-        let [x] = inputs;
-        let TokenTensor { width, format, .. } = sizes(&x.tensor);
-        if let Some(queue) = queue(&x.tensor).filter(|_| in_pieces(width, format)) {
-            return ([self.launch(queue, x)], Saved::Kernel);
-        }
-        let (out, graph) = composed(inputs, tracked, |[x]| {
-            [(wide(x) * factors(self.noise, self.factor, x)).to_kind(x.kind())]
-        });
-        (out, Saved::Composed(graph))
+    fn compose(&self, [x]: [&Tensor; 1]) -> [Tensor; 1] {
+        [(wide(x) * factors(self.noise, self.factor, x)).to_kind(x.kind())]
     }
 
-    fn backward(
-        &self,
-        saved: &Saved,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 1],
-    ) -> [Option<TchTensor>; 1] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel => {
-                let [gradient] = given(gradients);
-                let queue = queue(&gradient.tensor).expect("kernels were chosen on a GPU");
-                [Some(self.launch(queue, &gradient))]
-            }
-        }
+    fn launch(&self, [x]: &[TchTensor; 1]) -> Option<([TchTensor; 1], ())> {
+        let TokenTensor { width, format, .. } = sizes(&x.tensor);
+        let queue = queue(&x.tensor).filter(|_| in_pieces(width, format))?;
+        Some(([self.scaled(queue, x)], ()))
+    }
+
+    fn launch_backward(&self, (): &(), [gradient]: [TchTensor; 1], _: [bool; 1]) -> [Option<TchTensor>; 1] {
+        let queue = queue(&gradient.tensor).expect("kernels were chosen on a GPU");
+        [Some(self.scaled(queue, &gradient))]
     }
 }

@@ -1,21 +1,20 @@
 //! [`crate::rms_norm`].
 
-use burn::backend::LibTorch;
 use burn_tch::TchTensor;
-use switchyard_cuda::{Address, Queue, RmsNormGradients, rms_norm_backward, rms_norm_workspace};
+use switchyard_cuda::{Queue, RmsNormGradients, rms_norm_backward, rms_norm_workspace};
 use tch::{Kind, Tensor};
 
 use crate::norm::RmsNorm;
-use crate::operation::{Operation, given};
-use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, at_optional, format, in_pieces, queue, room, started, workspace};
+use crate::torch::with_kernels::WithKernels;
 use crate::torch::{contiguous, wide};
 
-/// What the backward pass needs.
+/// What the kernels of the backward pass need.
 #[derive(Debug)]
-pub(crate) enum Saved {
-    Composed(Graph),
-    Kernel { x: TchTensor, weight: TchTensor, inverse_rms: TchTensor },
+pub(crate) struct Kept {
+    x: TchTensor,
+    weight: TchTensor,
+    inverse_rms: TchTensor,
 }
 
 /// Where kernels normalise `x`; they take rows of whole 16-byte pieces.
@@ -43,7 +42,8 @@ impl RmsNorm {
         }
     }
 
-    fn launch(&self, queue: Queue<'_>, [x, weight]: &[TchTensor; 2]) -> (TchTensor, Saved) {
+    fn normed_by_kernel(&self, [x, weight]: &[TchTensor; 2]) -> Option<(TchTensor, Kept)> {
+        let queue = kernels_for(&x.tensor)?;
         let [x, weight] = [x, weight].map(contiguous);
         let rules = self.rules(&x.tensor, &weight.tensor);
         let out = x.tensor.empty_like();
@@ -59,16 +59,17 @@ impl RmsNorm {
                 rules,
             )
         });
-        (TchTensor::new(out), Saved::Kernel { x, weight, inverse_rms: TchTensor::new(inverse_rms) })
+        Some((TchTensor::new(out), Kept { x, weight, inverse_rms: TchTensor::new(inverse_rms) }))
     }
 
     /// Gradients of `x` and the weight; `beside` is what else flows into `x`.
-    fn launch_backward(
+    fn gradients_by_kernel(
         &self,
-        [x, weight, inverse_rms]: [&Tensor; 3],
-        gradient: &Tensor,
-        beside: Option<&Tensor>,
+        kept: &Kept,
+        gradient: &TchTensor,
+        beside: Option<&TchTensor>,
     ) -> [Option<TchTensor>; 2] {
+        let [x, weight, inverse_rms] = [&kept.x, &kept.weight, &kept.inverse_rms].map(|kept| &kept.tensor);
         let rules = self.rules(x, weight);
         let (of_x, of_weight) = (x.empty_like(), weight.empty_like());
         let bytes = started(rms_norm_workspace(&rules));
@@ -77,77 +78,59 @@ impl RmsNorm {
             x: at(x),
             weight: at(weight),
             inverse_rms: at(inverse_rms),
-            gradient: at(gradient),
-            beside: at_optional(beside),
+            gradient: at(&gradient.tensor),
+            beside: at_optional(beside.map(|beside| &beside.tensor)),
             x_gradient: at(&of_x),
-            branch_gradient: Address::NONE,
             weight_gradient: at(&of_weight),
             workspace: at(&scratch),
         };
         let queue = queue(x).expect("kernels were chosen on a GPU");
         // SAFETY: all tensors have the sizes of the rules; scratch memory is reused in the order of the stream.
-        started(unsafe { rms_norm_backward(queue, addresses, rules, None, false) });
+        started(unsafe { rms_norm_backward(queue, addresses, rules) });
         [of_x, of_weight].map(|gradient| Some(TchTensor::new(gradient)))
     }
 }
 
-impl Operation<LibTorch, 2, 1> for RmsNorm {
-    type Saved = Saved;
+impl WithKernels<2, 1> for RmsNorm {
+    type Kept = Kept;
 
-    fn forward(&self, inputs: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 1], Saved) {
-        if let Some(queue) = kernels_for(&inputs[0].tensor) {
-            let (out, saved) = self.launch(queue, inputs);
-            return ([out], saved);
-        }
-        let (out, graph) = composed(inputs, tracked, |[x, weight]| [self.composed(x, weight)]);
-        (out, Saved::Composed(graph))
+    fn compose(&self, [x, weight]: [&Tensor; 2]) -> [Tensor; 1] {
+        [self.composed(x, weight)]
     }
 
-    fn backward(
+    fn launch(&self, inputs: &[TchTensor; 2]) -> Option<([TchTensor; 1], Kept)> {
+        let (out, kept) = self.normed_by_kernel(inputs)?;
+        Some(([out], kept))
+    }
+
+    fn launch_backward(
         &self,
-        saved: &Saved,
-        gradients: [Option<TchTensor>; 1],
-        wanted: [bool; 2],
+        kept: &Kept,
+        [gradient]: [TchTensor; 1],
+        _: [bool; 2],
     ) -> [Option<TchTensor>; 2] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel { x, weight, inverse_rms } => {
-                let [gradient] = given(gradients);
-                let saved = [x, weight, inverse_rms].map(|tensor| &tensor.tensor);
-                self.launch_backward(saved, &gradient.tensor, None)
-            }
-        }
+        self.gradients_by_kernel(kept, &gradient, None)
     }
 }
 
-impl Operation<LibTorch, 2, 2> for RmsNorm {
-    type Saved = Saved;
+impl WithKernels<2, 2> for RmsNorm {
+    type Kept = Kept;
 
-    const TOGETHER: bool = true;
-
-    fn forward(&self, inputs: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 2], Saved) {
-        if let Some(queue) = kernels_for(&inputs[0].tensor) {
-            let (out, saved) = self.launch(queue, inputs);
-            return ([inputs[0].clone(), out], saved);
-        }
-        let (out, graph) =
-            composed(inputs, tracked, |[x, weight]| [x.shallow_clone(), self.composed(x, weight)]);
-        (out, Saved::Composed(graph))
+    fn compose(&self, [x, weight]: [&Tensor; 2]) -> [Tensor; 2] {
+        [x.shallow_clone(), self.composed(x, weight)]
     }
 
-    fn backward(
+    fn launch(&self, inputs: &[TchTensor; 2]) -> Option<([TchTensor; 2], Kept)> {
+        let (out, kept) = self.normed_by_kernel(inputs)?;
+        Some(([inputs[0].clone(), out], kept))
+    }
+
+    fn launch_backward(
         &self,
-        saved: &Saved,
-        gradients: [Option<TchTensor>; 2],
-        wanted: [bool; 2],
+        kept: &Kept,
+        [beside, gradient]: [TchTensor; 2],
+        _: [bool; 2],
     ) -> [Option<TchTensor>; 2] {
-        match saved {
-            Saved::Composed(graph) => graph.gradients(gradients, wanted),
-            Saved::Kernel { x, weight, inverse_rms } => {
-                let [beside, gradient] = given(gradients);
-                let saved = [x, weight, inverse_rms].map(|tensor| &tensor.tensor);
-                self.launch_backward(saved, &gradient.tensor, Some(&beside.tensor))
-            }
-        }
+        self.gradients_by_kernel(kept, &gradient, Some(&beside))
     }
 }

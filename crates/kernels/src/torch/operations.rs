@@ -4,33 +4,18 @@ use burn::backend::{LibTorch, TensorMetadata};
 use burn::tensor::{Shape, TensorData, bf16};
 use burn_tch::{TchElement, TchTensor};
 use switchyard_cuda::{Format, TokenTensor, jitter};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
 use crate::linear_map::Mapped;
 use crate::noise::Factor;
 use crate::operation::{Followed, Operand, Operation, given};
 use crate::router_logits::RouterLogits;
 use crate::seed::Seed;
-use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, format, in_pieces, queue, started, token_noise};
+use crate::torch::with_kernels::WithKernels;
 use crate::torch::{ONE_DEVICE, contiguous, exchanged, noise, wide};
 
-/// What the backward pass of [`RouterLogits`] needs.
-#[derive(Debug)]
-pub(crate) enum RouterSaved {
-    Composed(Graph),
-    OnGpu { x: TchTensor, weight: TchTensor },
-}
-
 impl RouterLogits {
-    fn composed(&self, x: &Tensor, weight: &Tensor) -> Tensor {
-        let mut seen = wide(x);
-        if let Some((factor, noise)) = self.jitter {
-            seen = &seen * noise::factors(noise, factor, x);
-        }
-        seen.to_kind(weight.kind()).matmul(weight)
-    }
-
     /// Whether this runs on a GPU without LibTorch's automatic differentiation.
     fn has_kernel(&self, x: &Tensor) -> bool {
         let whole = || in_pieces(x.size()[1] as usize, Format::Bf16);
@@ -78,37 +63,36 @@ impl RouterLogits {
     }
 }
 
-impl Operation<LibTorch, 2, 2> for RouterLogits {
-    type Saved = RouterSaved;
+impl WithKernels<2, 2> for RouterLogits {
+    /// What the router is given, and its weight.
+    type Kept = [TchTensor; 2];
 
-    const TOGETHER: bool = true;
-
-    fn forward(&self, inputs: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 2], RouterSaved) {
-        if self.has_kernel(&inputs[0].tensor) {
-            let [x, weight] = inputs.each_ref().map(contiguous);
-            let logits = no_grad(|| self.seen_on_gpu(&x.tensor, &weight.tensor).mm(&weight.tensor));
-            return ([TchTensor::new(logits), inputs[0].clone()], RouterSaved::OnGpu { x, weight });
+    fn compose(&self, [x, weight]: [&Tensor; 2]) -> [Tensor; 2] {
+        let mut seen = wide(x);
+        if let Some((factor, noise)) = self.jitter {
+            seen = &seen * noise::factors(noise, factor, x);
         }
-        let (out, graph) =
-            composed(inputs, tracked, |[x, weight]| [self.composed(x, weight), x.shallow_clone()]);
-        (out, RouterSaved::Composed(graph))
+        [seen.to_kind(weight.kind()).matmul(weight), x.shallow_clone()]
     }
 
-    fn backward(
-        &self,
-        saved: &RouterSaved,
-        gradients: [Option<TchTensor>; 2],
-        wanted: [bool; 2],
-    ) -> [Option<TchTensor>; 2] {
-        match saved {
-            RouterSaved::Composed(graph) => graph.gradients(gradients, wanted),
-            RouterSaved::OnGpu { x, weight } => {
-                let [logits, beside] = given(gradients);
-                let inputs = [&x.tensor, &weight.tensor];
-                let computed = no_grad(|| self.gradients_on_gpu(inputs, &logits.tensor, &beside.tensor));
-                computed.map(|gradient| Some(TchTensor::new(gradient)))
-            }
+    fn launch(&self, inputs: &[TchTensor; 2]) -> Option<([TchTensor; 2], [TchTensor; 2])> {
+        if !self.has_kernel(&inputs[0].tensor) {
+            return None;
         }
+        let [x, weight] = inputs.each_ref().map(contiguous);
+        let logits = self.seen_on_gpu(&x.tensor, &weight.tensor).mm(&weight.tensor);
+        Some(([TchTensor::new(logits), inputs[0].clone()], [x, weight]))
+    }
+
+    fn launch_backward(
+        &self,
+        kept: &[TchTensor; 2],
+        [logits, beside]: [TchTensor; 2],
+        _: [bool; 2],
+    ) -> [Option<TchTensor>; 2] {
+        let inputs = kept.each_ref().map(|input| &input.tensor);
+        let computed = self.gradients_on_gpu(inputs, &logits.tensor, &beside.tensor);
+        computed.map(|gradient| Some(TchTensor::new(gradient)))
     }
 }
 

@@ -7,37 +7,39 @@ use tch::{Tensor, no_grad};
 use crate::operation::{Operation, given};
 use crate::projection::{Add, Project, ProjectOnto};
 use crate::torch::contiguous;
+use crate::torch::packed::{packed, unpacked};
 
 /// What the backward pass needs.
 #[derive(Debug)]
 pub(crate) struct Saved {
     x: TchTensor,
-    weights: Vec<TchTensor>,
+    /// The columns of all matrices, so that one product serves them.
+    weight: TchTensor,
+    /// How many columns each has.
+    widths: Vec<i64>,
 }
 
 impl Saved {
     fn new(x: &TchTensor, weights: &[TchTensor]) -> Self {
-        Self { x: contiguous(x), weights: weights.iter().map(contiguous).collect() }
+        let widths = weights.iter().map(|weight| weight.tensor.size()[1]).collect();
+        let weight = match weights {
+            [only] => contiguous(only),
+            several => {
+                let several: Vec<&Tensor> = several.iter().map(|weight| &weight.tensor).collect();
+                TchTensor::new(Tensor::cat(&several, 1))
+            }
+        };
+        Self { x: contiguous(x), weight, widths }
     }
 
-    fn products(&self) -> impl Iterator<Item = TchTensor> + '_ {
-        self.weights.iter().map(|weight| TchTensor::new(self.x.tensor.matmul(&weight.tensor)))
+    /// `x` times all matrices.
+    fn product(&self) -> Tensor {
+        self.x.tensor.matmul(&self.weight.tensor)
     }
 
-    /// Gradients of `x` and of every weight, in order.
-    fn gradients(&self, gradients: &[TchTensor]) -> std::vec::IntoIter<Option<TchTensor>> {
-        let mut of_input: Option<Tensor> = None;
-        let mut all = vec![None; 1 + gradients.len()];
-        for (i, (weight, gradient)) in self.weights.iter().zip(gradients).enumerate() {
-            let back = weight.tensor.tr();
-            of_input = Some(match of_input {
-                None => gradient.tensor.matmul(&back),
-                Some(mut sum) => sum.addmm_(&gradient.tensor, &back),
-            });
-            all[1 + i] = Some(TchTensor::new(self.x.tensor.tr().matmul(&gradient.tensor)));
-        }
-        all[0] = of_input.map(TchTensor::new);
-        all.into_iter()
+    /// Gradients of `x` and of all matrices, given that of their product.
+    fn gradients(&self, of_product: &Tensor) -> [Tensor; 2] {
+        [of_product.matmul(&self.weight.tensor.tr()), self.x.tensor.tr().matmul(of_product)]
     }
 }
 
@@ -48,9 +50,11 @@ macro_rules! project {
 
             const TOGETHER: bool = true;
 
+            const ANY_STRIDES: bool = true;
+
             fn forward(&self, inputs: &[TchTensor; $inputs], _: bool) -> ([TchTensor; $outputs], Saved) {
                 let saved = Saved::new(&inputs[0], &inputs[1..]);
-                let products: Vec<TchTensor> = no_grad(|| saved.products().collect());
+                let products = no_grad(|| unpacked(&saved.product(), &saved.widths));
                 (products.try_into().expect("a product for every matrix"), saved)
             }
 
@@ -60,8 +64,10 @@ macro_rules! project {
                 gradients: [Option<TchTensor>; $outputs],
                 _: [bool; $inputs],
             ) -> [Option<TchTensor>; $inputs] {
-                let mut all = no_grad(|| saved.gradients(&given(gradients)));
-                std::array::from_fn(|_| all.next().flatten())
+                let [of_x, of_weights] = no_grad(|| saved.gradients(&packed(&given(gradients))));
+                let of_x = std::iter::once(TchTensor::new(of_x));
+                let mut all = of_x.chain(unpacked(&of_weights, &saved.widths));
+                std::array::from_fn(|_| all.next())
             }
         }
     };
@@ -76,7 +82,7 @@ impl Operation<LibTorch, 3, 1> for ProjectOnto {
 
     fn forward(&self, [x, weight, residual]: &[TchTensor; 3], _: bool) -> ([TchTensor; 1], Saved) {
         let saved = Saved::new(x, std::slice::from_ref(weight));
-        let out = no_grad(|| residual.tensor.addmm(&saved.x.tensor, &saved.weights[0].tensor));
+        let out = no_grad(|| residual.tensor.addmm(&saved.x.tensor, &saved.weight.tensor));
         ([TchTensor::new(out)], saved)
     }
 
@@ -86,11 +92,9 @@ impl Operation<LibTorch, 3, 1> for ProjectOnto {
         gradients: [Option<TchTensor>; 1],
         _: [bool; 3],
     ) -> [Option<TchTensor>; 3] {
-        let gradients = given(gradients);
-        let mut all = no_grad(|| saved.gradients(&gradients));
-        let (of_x, of_weight) = (all.next().flatten(), all.next().flatten());
-        let [gradient] = gradients;
-        [of_x, of_weight, Some(gradient)]
+        let [gradient] = given(gradients);
+        let [of_x, of_weight] = no_grad(|| saved.gradients(&gradient.tensor)).map(TchTensor::new);
+        [of_x, of_weight, gradient].map(Some)
     }
 }
 
