@@ -221,7 +221,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: made once and freed once, when all that was started on it has ended. An error leaves nothing to be done.
+        // SAFETY: made once and freed once, when all that was started on it has ended. An error leaves nothing
+        // to be done.
         let _ = unsafe { result::free_sync(self.0) };
     }
 }
