@@ -24,6 +24,11 @@ pub(crate) fn product_into(out: &Tensor, a: &Tensor, b: &Tensor) {
     ALONE.into(&out.unsqueeze(0), &a.unsqueeze(0), &b.unsqueeze(0));
 }
 
+/// `onto + a b` of matrices, rounded once.
+pub(crate) fn product_onto(onto: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
+    ALONE.onto(&onto.unsqueeze(0), &a.unsqueeze(0), &b.unsqueeze(0)).squeeze_dim(0)
+}
+
 /// Adds `a b` of two matrices to `sum`, which may be a part of wider rows.
 pub(crate) fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
     ALONE.add_to(&mut sum.unsqueeze(0), &a.unsqueeze(0), &b.unsqueeze(0));

@@ -1,4 +1,4 @@
-//! [`crate::project`] and its relatives: products by LibTorch, on all of its devices.
+//! [`crate::project`] and its relatives.
 
 use burn::backend::LibTorch;
 use burn_tch::TchTensor;
@@ -8,6 +8,7 @@ use crate::operation::{Operation, given};
 use crate::projection::{Add, Project, ProjectOnto};
 use crate::torch::contiguous;
 use crate::torch::packed::{packed, unpacked};
+use crate::torch::products::{product, product_onto};
 
 /// What the backward pass needs.
 #[derive(Debug)]
@@ -34,12 +35,12 @@ impl Saved {
 
     /// `x` times all matrices.
     fn product(&self) -> Tensor {
-        self.x.tensor.matmul(&self.weight.tensor)
+        product(&self.x.tensor, &self.weight.tensor)
     }
 
     /// Gradients of `x` and of all matrices, given that of their product.
     fn gradients(&self, of_product: &Tensor) -> [Tensor; 2] {
-        [of_product.matmul(&self.weight.tensor.tr()), self.x.tensor.tr().matmul(of_product)]
+        [product(of_product, &self.weight.tensor.tr()), product(&self.x.tensor.tr(), of_product)]
     }
 }
 
@@ -82,7 +83,7 @@ impl Operation<LibTorch, 3, 1> for ProjectOnto {
 
     fn forward(&self, [x, weight, residual]: &[TchTensor; 3], _: bool) -> ([TchTensor; 1], Saved) {
         let saved = Saved::new(x, std::slice::from_ref(weight));
-        let out = no_grad(|| residual.tensor.addmm(&saved.x.tensor, &saved.weight.tensor));
+        let out = no_grad(|| product_onto(&residual.tensor, &saved.x.tensor, &saved.weight.tensor));
         ([TchTensor::new(out)], saved)
     }
 
