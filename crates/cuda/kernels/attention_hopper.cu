@@ -1,8 +1,8 @@
 // Attention in bfloat16 for heads of 64, with the products of a warpgroup that only Hopper has (wgmma).
 //
 // The passes are those of attention.cu: forward, backward over the keys for the gradients of queries and bias,
-// backward over the queries for those of keys and values. A block is one warpgroup with 128 rows in two blocks of 64, and two of them share a
-// multiprocessor: while one does arithmetic on scores, the other's products keep the tensor cores busy. Left
+// backward over the queries for those of keys and values. A block is one warpgroup with 128 rows in two blocks of
+// 64, and two of them share a multiprocessor: while one does arithmetic on scores, the other's products keep the tensor cores busy. Left
 // factors lie in registers where there is room for them, since a right factor alone takes half of what shared
 // memory can deliver. Products run on their own and end in the order in which they start, so a block waits only for
 // those that it is about to read: it exponentiates scores while the gradients of probabilities are on their way,
@@ -53,12 +53,16 @@ template <class T, int M, int N> __device__ __forceinline__ void hold(T (&x)[M][
   for (int m = 0; m < M; m++) hold(x[m]);
 }
 
-// A matrix in a tile whose rows have 128 bytes, in the order of the 128-byte swizzle, which is that of Mover. From
-// 8 rows to the next 8 there are 1,024 bytes, whether the inner dimension runs along rows (then a step of 16 is 32
-// bytes further on) or across them (then it is 2,048). The other distance is not used: no factor is wider than a
-// row.
-__device__ __forceinline__ u64 matrix_at(u32 address) {
-  return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | (address & 0x3ffff) >> 4;
+// Where a matrix starts in shared memory, in the units of its descriptor; `+ units(n)` is n bytes further on.
+__device__ __forceinline__ u32 place_of(u32 address) { return (address & 0x3ffff) >> 4; }
+__device__ constexpr u32 units(int bytes) { return u32(bytes >> 4); }
+
+// Describes a matrix in a tile whose rows have 128 bytes, in the order of the 128-byte swizzle, which is that of
+// Mover. From 8 rows to the next 8 there are 1,024 bytes, whether the inner dimension runs along rows (then a step
+// of 16 is 32 bytes further on) or across them (then it is 16 rows). The other distance is not used: no factor is
+// wider than a row.
+__device__ __forceinline__ u64 matrix_at(u32 place) {
+  return u64(1 << 30 | 1024 >> 4) << 32 | (place | 1 << 16);
 }
 
 // d = a b, plus d if ADD, for `a` of 64 x 16 and `b` of 16 x 32, whose columns are rows of a tile. Warp `w` holds
@@ -203,6 +207,7 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
   __syncthreads();
   if (tile > 0) start_tile(tile, 0);
 
+  const u32 queries = place_of(base + Room::q);
   float o[BLOCKS][D / 8][4] = {}, total[4] = {}, greatest[4];
 #pragma unroll
   for (int row = 0; row < 4; row++) greatest[row] = minus_infinity();
@@ -221,7 +226,7 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
     begin_products();
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
-      add_product_with_rows(o[block], left[block][step], matrix_at(values + 16 * ROW_BYTES * step));
+      add_product_with_rows(o[block], left[block][step], matrix_at(values + units(16 * ROW_BYTES * step)));
     end_group();
   };
 
@@ -233,16 +238,17 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
     if (following < tiles) start_tile(following, next_stage(stage));
 
     const float* window = window_lane + stage * (Room::window / 4);
-    const u32 k_at = base + Room::stages + stage * 2 * TILE_BYTES;
+    const u32 keys = place_of(base + Room::stages + stage * 2 * TILE_BYTES);
     float p[BLOCKS][N][4];
     begin_products();
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
-        const u64 queries = matrix_at(base + Room::q + 64 * ROW_BYTES * block + 32 * step);
-        if (step == 0) product_of_64_rows<false>(p[block], queries, matrix_at(k_at + 32 * step));
-        else product_of_64_rows<true>(p[block], queries, matrix_at(k_at + 32 * step));
+        const u64 left_at = matrix_at(queries + units(64 * ROW_BYTES * block + 32 * step));
+        const u64 right_at = matrix_at(keys + units(32 * step));
+        if (step == 0) product_of_64_rows<false>(p[block], left_at, right_at);
+        else product_of_64_rows<true>(p[block], left_at, right_at);
       }
     }
     end_group();
@@ -302,7 +308,7 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
         }
       }
       as_left<N>(left[block], kept_p);
-      add_values(block, k_at + TILE_BYTES);
+      add_values(block, keys + units(TILE_BYTES));
     }
     tile = following, stage = next_stage(stage);
   } while (tile < tiles);
@@ -341,7 +347,7 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
           }
         }
         as_left<N>(left[block], ones);
-        add_values(block, base + Room::stages + TILE_BYTES);
+        add_values(block, place_of(base + Room::stages + TILE_BYTES));
         await_products<0>();
         hold(o[block]), hold(left[block]);
       }
@@ -488,7 +494,7 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
     if (following < tiles) start_tile(following, next_stage(stage));
 
     const float* window = window_lane + stage * (Room::window / 4);
-    u32 k_at = base + Room::stages + stage * 2 * TILE_BYTES;
+    u32 keys = place_of(base + Room::stages + stage * 2 * TILE_BYTES);
     u64 seen = visible[tile];
 #pragma unroll 1
     for (int chunk = 0; chunk < COLUMNS / CHUNK; chunk++) {
@@ -498,9 +504,9 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
       for (int step = 0; step < D / 16; step++) {
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++) {
-          const u64 keys = matrix_at(k_at + 32 * step);
-          if (step == 0) product_of_32_rows<false>(p[block], queries.held[step][block], keys);
-          else product_of_32_rows<true>(p[block], queries.held[step][block], keys);
+          const u64 right = matrix_at(keys + units(32 * step));
+          if (step == 0) product_of_32_rows<false>(p[block], queries.held[step][block], right);
+          else product_of_32_rows<true>(p[block], queries.held[step][block], right);
         }
       }
       end_group();
@@ -508,9 +514,9 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
       for (int step = 0; step < D / 16; step++) {
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++) {
-          const u64 values = matrix_at(k_at + TILE_BYTES + 32 * step);
-          if (step == 0) product_of_32_rows<false>(dp[block], gradients.held[step][block], values);
-          else product_of_32_rows<true>(dp[block], gradients.held[step][block], values);
+          const u64 right = matrix_at(keys + units(TILE_BYTES + 32 * step));
+          if (step == 0) product_of_32_rows<false>(dp[block], gradients.held[step][block], right);
+          else product_of_32_rows<true>(dp[block], gradients.held[step][block], right);
         }
       }
       end_group();
@@ -573,10 +579,10 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
       for (int step = 0; step < CHUNK / 16; step++) {
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
-          add_product_with_rows(dq[block], left[block][step], matrix_at(k_at + 16 * ROW_BYTES * step));
+          add_product_with_rows(dq[block], left[block][step], matrix_at(keys + units(16 * ROW_BYTES * step)));
       }
       end_group();
-      window += CHUNK, ring_at += CHUNK, k_at += CHUNK * ROW_BYTES, seen >>= CHUNK;
+      window += CHUNK, ring_at += CHUNK, keys += units(CHUNK * ROW_BYTES), seen >>= CHUNK;
     }
     stage = next_stage(stage);
   }
@@ -629,8 +635,8 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
   const size_t key_row = size_t(blockIdx.z) * given.key_room + first_key;
   const Mover<COLUMNS, D> q(base + Room::stages, given.q + query_row * given.q_stride + blockIdx.y * D,
                             given.q_stride);
-  const Mover<COLUMNS, D> gradients(base + Room::stages + TILE_BYTES,
-                                    gradient + query_row * gradient_stride + blockIdx.y * D, gradient_stride);
+  const Mover<COLUMNS, D> g_rows(base + Room::stages + TILE_BYTES,
+                                 gradient + query_row * gradient_stride + blockIdx.y * D, gradient_stride);
   const int bias_count = given.queries + given.keys - 1;
   const float* bias = given.bias + size_t(blockIdx.y) * bias_count;
   const size_t padded_row = given.head() * ((given.queries + ROWS - 1) / ROWS * ROWS);
@@ -646,7 +652,7 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
   auto start_tile = [&](int tile, int stage) {
     const int first = tile * COLUMNS;
     q.start(tile, 2 * stage * TILE_BYTES, given.queries - first);
-    gradients.start(tile, 2 * stage * TILE_BYTES, given.queries - first);
+    g_rows.start(tile, 2 * stage * TILE_BYTES, given.queries - first);
     if (given.bias) {
       copy_bias<ROWS, COLUMNS, -1>(base + Room::bias + stage * Room::window, bias,
                                    first_key - first + ROWS + given.queries - 2, bias_count);
@@ -682,6 +688,7 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
   __syncthreads();
   if (tile != guess && tile < tiles) start_tile(tile, 0);
 
+  const u32 keys = place_of(base + Room::k), values = place_of(base + Room::v);
   float dk[BLOCKS][D / 8][4] = {}, dv[BLOCKS][D / 8][4] = {};
   u32 left_p[COLUMNS / 16][4] = {}, left_ds[COLUMNS / 16][4] = {};
   const float* window_lane =
@@ -695,7 +702,8 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
 
     const float* window = window_lane + stage * (Room::window / 4);
     const float* rows = reinterpret_cast<const float*>(shared + Room::rows) + stage * 2 * COLUMNS + 2 * c;
-    const u32 q_at = base + Room::stages + stage * 2 * TILE_BYTES, gradients_at = q_at + TILE_BYTES;
+    const u32 queries = place_of(base + Room::stages + stage * 2 * TILE_BYTES);
+    const u32 gradients = queries + units(TILE_BYTES);
     const bool masked = flags[tile] & MASKED;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) {
@@ -703,16 +711,18 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
       begin_products();
 #pragma unroll
       for (int step = 0; step < D / 16; step++) {
-        const u64 keys = matrix_at(base + Room::k + 64 * ROW_BYTES * block + 32 * step);
-        if (step == 0) product_of_64_rows<false>(p, keys, matrix_at(q_at + 32 * step));
-        else product_of_64_rows<true>(p, keys, matrix_at(q_at + 32 * step));
+        const u64 left_at = matrix_at(keys + units(64 * ROW_BYTES * block + 32 * step));
+        const u64 right_at = matrix_at(queries + units(32 * step));
+        if (step == 0) product_of_64_rows<false>(p, left_at, right_at);
+        else product_of_64_rows<true>(p, left_at, right_at);
       }
       end_group();
 #pragma unroll
       for (int step = 0; step < D / 16; step++) {
-        const u64 values = matrix_at(base + Room::v + 64 * ROW_BYTES * block + 32 * step);
-        if (step == 0) product_of_64_rows<false>(dp, values, matrix_at(gradients_at + 32 * step));
-        else product_of_64_rows<true>(dp, values, matrix_at(gradients_at + 32 * step));
+        const u64 left_at = matrix_at(values + units(64 * ROW_BYTES * block + 32 * step));
+        const u64 right_at = matrix_at(gradients + units(32 * step));
+        if (step == 0) product_of_64_rows<false>(dp, left_at, right_at);
+        else product_of_64_rows<true>(dp, left_at, right_at);
       }
       end_group();
 
@@ -756,7 +766,7 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
       begin_products();
 #pragma unroll
       for (int step = 0; step < COLUMNS / 16; step++)
-        add_product_with_rows(dv[block], left_p[step], matrix_at(gradients_at + 16 * ROW_BYTES * step));
+        add_product_with_rows(dv[block], left_p[step], matrix_at(gradients + units(16 * ROW_BYTES * step)));
       end_group();
 
       await_products<1>();
@@ -780,7 +790,7 @@ __device__ __forceinline__ void backward_keys(const Given<bf16> given, const bf1
       begin_products();
 #pragma unroll
       for (int step = 0; step < COLUMNS / 16; step++)
-        add_product_with_rows(dk[block], left_ds[step], matrix_at(q_at + 16 * ROW_BYTES * step));
+        add_product_with_rows(dk[block], left_ds[step], matrix_at(queries + units(16 * ROW_BYTES * step)));
       end_group();
     }
     tile = following;
