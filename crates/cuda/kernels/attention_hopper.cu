@@ -372,6 +372,17 @@ __device__ __forceinline__ void forward(const Given<bf16> given, bf16* out, int 
 
 // ---- Gradients of queries and bias ----
 
+// The assembler of CUDA 13.0 may give registers that nothing but products in a loop reads to other values before the
+// loop comes round. That something else might read them behind the loop keeps it from that; nothing does.
+template <int STEPS>
+__device__ __forceinline__ void might_read(bool never, const u32 (&x)[STEPS][BLOCKS][4]) {
+  if (never) {
+    u32* to = reinterpret_cast<u32*>(shared) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < STEPS * BLOCKS * 4; i++) to[i * THREADS] = x[i / (BLOCKS * 4)][i / 4 % BLOCKS][i % 4];
+  }
+}
+
 struct QueriesRoom {
   static constexpr int q = 0;
   static constexpr int gradient = ROWS * ROW_BYTES;
@@ -589,6 +600,7 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
 
   await_products<0>();
   hold(dq), hold(left);
+  might_read(given.queries < 0, queries.held), might_read(given.queries < 0, gradients.held);
   if (diagonals) {
     float* ring_at = ring_lane + (end * COLUMNS & (RING - 1));
 #pragma unroll
