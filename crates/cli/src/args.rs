@@ -518,6 +518,9 @@ pub(crate) struct BenchStepArguments {
     /// Run blocks again in the backward pass instead of keeping their activations.
     #[arg(long)]
     pub recompute: bool,
+    /// On a GPU, let the host ask for every kernel of every step instead of recording a step as a CUDA graph.
+    #[arg(long)]
+    pub no_cuda_graph: bool,
     #[command(flatten)]
     pub mesh: MeshArguments,
     /// Print a JSON object.

@@ -46,7 +46,6 @@ pub(crate) struct Described {
     onto: Layout,
     out: Layout,
     adds: bool,
-    masks: bool,
 }
 
 impl BlasLt {
@@ -163,9 +162,6 @@ impl BlasLt {
         at: ProductAt,
         stream: Stream,
     ) -> Result<(), CudaError> {
-        if described.masks {
-            described.operation.set(Operation::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, at.mask.0)?;
-        }
         let (one, beta) = (1.0_f32, if described.adds { 1.0_f32 } else { 0.0 });
         let onto = if described.adds { at.onto } else { at.out };
         let address = |at: Address| at.0 as *mut c_void;
@@ -262,16 +258,6 @@ impl Described {
         operation.set(Operation::CUBLASLT_MATMUL_DESC_TRANSA, transposition(b.transposed))?;
         operation.set(Operation::CUBLASLT_MATMUL_DESC_TRANSB, transposition(a.transposed))?;
         operation.set(Operation::CUBLASLT_MATMUL_DESC_EPILOGUE, code(epilogue) as u32)?;
-        let masks = matches!(epilogue, Epilogue::ReluAndMask | Epilogue::Mask);
-        if masks {
-            let width = Product::mask_width(cols);
-            operation.set(Operation::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, width as i64)?;
-            let step = (rows * width) as i64;
-            operation.set(Operation::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE, step)?;
-            // Only the alignment of this address counts until there is a true one.
-            let any = u64::from(ALIGNMENT);
-            operation.set(Operation::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, any)?;
-        }
         let factor = |factor: Factor, rows, cols| {
             let (rows, cols) = if factor.transposed { (cols, rows) } else { (rows, cols) };
             Layout::new(format, count, rows, cols, factor.rows)
@@ -283,7 +269,6 @@ impl Described {
             onto: Layout::new(format, count, rows, cols, onto.unwrap_or(out))?,
             out: Layout::new(format, count, rows, cols, out)?,
             adds: onto.is_some(),
-            masks,
         })
     }
 }
@@ -300,8 +285,6 @@ fn code(epilogue: Epilogue) -> sys::cublasLtEpilogue_t {
     match epilogue {
         Epilogue::None => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
         Epilogue::Relu => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_RELU,
-        Epilogue::ReluAndMask => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_RELU_AUX,
-        Epilogue::Mask => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DRELU,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Products of matrices, with ReLU or its mask on what comes out, by cuBLASLt.
+//! Products of matrices, with ReLU on what comes out, by cuBLASLt.
 //!
 //! Which of the library's algorithms computes a product is decided once for each kind of product and GPU,
 //! in `tuning.rs`, and never by anything that changes between two calls: equal inputs give equal bits.
@@ -39,13 +39,10 @@ pub enum Epilogue {
     None,
     /// `max(x, 0)`, which makes NaN 0.
     Relu,
-    /// The same, and notes for [`Epilogue::Mask`] which values were positive.
-    ReluAndMask,
-    /// Multiplies by 1 where [`Epilogue::ReluAndMask`] has noted a positive value, elsewhere by 0.
-    Mask,
 }
 
-/// `out[i] = epilogue(onto[i] + a[i] b[i])` for a stack of matrices, summed in float32.
+/// `out[i] = epilogue(onto[i] + a[i] b[i])` for a stack of matrices, summed in float32; the library may round a
+/// product to the format before it is added to `onto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Product {
     /// Matrices in the stack.
@@ -83,9 +80,6 @@ pub struct ProductAt {
     pub onto: Address,
     /// Takes the product.
     pub out: Address,
-    /// Taken by [`Epilogue::ReluAndMask`] and read by [`Epilogue::Mask`], [`Product::mask_bytes`] bytes; else
-    /// [`Address::NONE`].
-    pub mask: Address,
     /// [`PRODUCT_WORKSPACE`] bytes, aligned to 256, that nothing else on another stream uses.
     pub workspace: Address,
 }
@@ -99,16 +93,6 @@ const ALGORITHMS: usize = 16;
 const OPERATION: &str = "product";
 
 impl Product {
-    /// Bits from a row of the mask to the next.
-    pub(crate) fn mask_width(cols: usize) -> usize {
-        cols.next_multiple_of(128)
-    }
-
-    /// Bytes of the mask of `rows` rows of `cols` values; those of a stack follow each other without a gap.
-    pub fn mask_bytes(rows: usize, cols: usize) -> usize {
-        rows * Self::mask_width(cols) / 8
-    }
-
     /// Values from the first of `out` to behind its last.
     pub(crate) fn out_extent(&self) -> usize {
         (self.count - 1) * self.out.step + (self.rows - 1) * self.out.stride + self.cols

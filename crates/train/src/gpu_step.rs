@@ -1,6 +1,8 @@
 //! Steps of one rank on a GPU: nothing waits for the host between their first kernel and their last, so that
 //! they can be recorded once and repeated.
 
+use std::time::{Duration, Instant};
+
 use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
 use switchyard_data::HostBatch;
@@ -25,6 +27,7 @@ pub(crate) struct GpuStep {
     way: Way,
     /// What the last step left, or the recording leaves each time.
     done: Option<Done>,
+    host_time: Duration,
 }
 
 /// How the next step is done.
@@ -118,6 +121,7 @@ impl GpuStep {
             loss_scale: Tensor::ones([1], (&device.clone().inner(), DType::F32)),
             way: if plan.trainer.cuda_graph { Way::Watch } else { Way::Eager },
             done: None,
+            host_time: Duration::ZERO,
             shapes,
         }
     }
@@ -136,6 +140,7 @@ impl GpuStep {
         micro_batches: &[HostBatch],
         now: Now,
     ) -> Did {
+        let started = Instant::now();
         for (ids, micro) in self.ids.iter_mut().zip(micro_batches) {
             ids.write(&[&*micro.input_ids, &micro.decoder_input_ids(), &micro.target_ids].concat());
         }
@@ -162,10 +167,16 @@ impl GpuStep {
             }
             Way::Record | Way::Eager => self.done = Some(self.run(plan, &mut learner, now, false)),
         }
+        self.host_time = started.elapsed();
         let done = self.done.as_ref().expect("a step was done");
         let (losses, moe) = done.read();
         let UpdateOutcome { grad_norm, applied } = learner.optimizer.outcome();
         Did { losses, grad_norm, updated: applied, moe }
+    }
+
+    /// How long the host took to ask for the last step.
+    pub(crate) fn host_time(&self) -> Duration {
+        self.host_time
     }
 
     /// Whether the next step repeats a recording.

@@ -1,6 +1,7 @@
 //! One update: forward and backward over the micro-batches, clipping, optimizer.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
@@ -153,6 +154,11 @@ impl Learner {
     /// Whether a GPU repeats a recording of the step.
     pub fn is_recorded(&self) -> bool {
         self.gpu_step.as_ref().is_some_and(GpuStep::is_recorded)
+    }
+
+    /// How long the host took to ask a GPU for the last step, if this rank works on one alone.
+    pub fn host_time(&self) -> Option<Duration> {
+        self.gpu_step.as_ref().map(GpuStep::host_time)
     }
 
     /// This rank's place in the job.

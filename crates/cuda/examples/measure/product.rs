@@ -27,9 +27,7 @@ pub(crate) fn run(clock: &Clock) {
         |name, sizes, transposed| Case { name, count: 1, sizes, transposed, adds: false, epilogue: plain };
     let (n, d, f) = (32_768, 768, 3072);
     let hidden = case("product hidden", [n, d, f], FORWARD);
-    let of_hidden = case("product of hidden", [n, d, f], OF_X);
     let expert = Case { count: 32, ..case("product experts' hidden", [1280, d, f], FORWARD) };
-    let of_expert = Case { count: 32, ..case("product of experts' hidden", [1280, d, f], OF_X) };
     let cases = [
         case("product projection", [n, d, d], FORWARD),
         Case { adds: true, ..case("product projection onto", [n, d, d], FORWARD) },
@@ -39,10 +37,8 @@ pub(crate) fn run(clock: &Clock) {
         case("product q k v of x", [n, 3 * d, d], OF_X),
         case("product q k v of weight", [d, n, 3 * d], OF_WEIGHT),
         Case { name: "product hidden relu", epilogue: Epilogue::Relu, ..hidden },
-        Case { name: "product hidden relu and mask", epilogue: Epilogue::ReluAndMask, ..hidden },
         hidden,
-        Case { name: "product of hidden masked", epilogue: Epilogue::Mask, ..of_hidden },
-        of_hidden,
+        case("product of hidden", [n, d, f], OF_X),
         Case { adds: true, ..case("product output onto", [n, f, d], FORWARD) },
         case("product output", [n, f, d], FORWARD),
         case("product of hidden's x", [n, f, d], OF_X),
@@ -53,10 +49,9 @@ pub(crate) fn run(clock: &Clock) {
         case("product head", [7296, d, 32_128], OF_X),
         case("product head of x", [7296, 32_128, d], FORWARD),
         case("product head of weight", [32_128, 7296, d], OF_WEIGHT),
-        Case { name: "product experts' hidden relu and mask", epilogue: Epilogue::ReluAndMask, ..expert },
+        Case { name: "product experts' hidden relu", epilogue: Epilogue::Relu, ..expert },
         expert,
-        Case { name: "product of experts' hidden masked", epilogue: Epilogue::Mask, ..of_expert },
-        of_expert,
+        Case { count: 32, ..case("product of experts' hidden", [1280, d, f], OF_X) },
         Case { count: 32, ..case("product experts' output", [1280, f, d], FORWARD) },
         Case { count: 32, ..case("product of experts' wi", [d, 1280, f], OF_WEIGHT) },
         Case { count: 32, ..case("product of experts' wo", [f, 1280, d], OF_WEIGHT) },
@@ -107,13 +102,11 @@ impl Case {
         let a = clock.normal_bf16(count * rows * inner, 1.0, 1);
         let b = clock.normal_bf16(count * inner * cols, 0.03, 2);
         let (onto, out) = (clock.zeros(count * rows * cols * 2), clock.zeros(count * rows * cols * 2));
-        let mask = clock.zeros(count * Product::mask_bytes(rows, cols));
         let at = ProductAt {
             a: a.at(),
             b: b.at(),
             onto: if adds { onto.at() } else { Address::NONE },
             out: out.at(),
-            mask: mask.at(),
             workspace: workspace.at(),
         };
         let flops = 2.0 * (count * rows * inner * cols) as f64;

@@ -22,7 +22,7 @@ use crate::noise::{Factor, TokenNoise, TokenPlace};
 use crate::operation::{Operation, given};
 use crate::torch::composed::{Graph, composed};
 use crate::torch::gpu::{at, at_optional, format, in_pieces, narrow, noise_key, queue, started, token_noise};
-use crate::torch::products::{Activated, Products};
+use crate::torch::products::Products;
 use crate::torch::{contiguous, exchanged, uploaded, wide};
 
 /// Batch row and position of the token in each slot, any where none is. int32 `[slots, 2]`
@@ -165,8 +165,6 @@ pub(crate) struct Kept {
     wi: Vec<TchTensor>,
     /// `x wi` of every input matrix; of an ungated ReLU layer the hidden values instead.
     projected: Vec<TchTensor>,
-    /// Where ReLU is done within products, which hidden values were positive.
-    mask: Option<TchTensor>,
     rows: DeviceRows,
     has_residual: bool,
 }
@@ -269,22 +267,15 @@ impl FeedForward {
         let (products, rows) = (self.products(), self.device_rows(&x.tensor));
         let pointwise = self.pointwise(&x.tensor, &wi[0].tensor, &rows);
         let x_by_gradient = self.by_gradient(&x.tensor);
-        let back = transposed(&wo.tensor);
-        let within_product = if self.keeps_activated() && self.dropout.rate == 0.0 {
-            products.relu(&x_by_gradient, &wi[0].tensor, tracked.then_some(&back))
-        } else {
-            None
-        };
-        let (projected, hidden, mask) = match within_product {
-            Some(Activated { hidden, mask }) => {
+        let within_product = self.keeps_activated() && self.dropout.rate == 0.0;
+        let relu = within_product.then(|| products.relu(&x_by_gradient, &wi[0].tensor)).flatten();
+        let (projected, hidden) = match relu {
+            Some(hidden) => {
                 // SAFETY: the hidden values have the sizes of `pointwise`.
                 started(unsafe { clear_empty_rows(queue, at(&hidden), pointwise) });
-                (vec![hidden.shallow_clone()], hidden, mask.map(TchTensor::new))
+                (vec![hidden.shallow_clone()], hidden)
             }
-            None => {
-                let (projected, hidden) = self.activated(queue, &x_by_gradient, &wi, pointwise, tracked);
-                (projected, hidden, None)
-            }
+            None => self.activated(queue, &x_by_gradient, &wi, pointwise, tracked),
         };
         let out = match &residual {
             Some(residual) => products.onto(&self.by_gradient(&residual.tensor), &hidden, &wo.tensor),
@@ -292,7 +283,7 @@ impl FeedForward {
         };
         let out = TchTensor::new(out.view_as(&x.tensor));
         let projected = projected.into_iter().map(TchTensor::new).collect();
-        (out, Kept { x, wo, wi, projected, mask, rows, has_residual: residual.is_some() })
+        (out, Kept { x, wo, wi, projected, rows, has_residual: residual.is_some() })
     }
 
     /// What every input matrix makes of `x`, and the hidden values, which may lie in the same place.
@@ -316,7 +307,7 @@ impl FeedForward {
 
     /// Gradients of `x`, `wo` and every `wi`.
     fn launch_backward(&self, kept: &Kept, gradient: &TchTensor) -> Vec<TchTensor> {
-        let Kept { x, wo, wi, projected, mask, rows, .. } = kept;
+        let Kept { x, wo, wi, projected, rows, .. } = kept;
         let gradient = contiguous(gradient).tensor;
         let queue = queue(&gradient).expect("kernels were chosen on a GPU");
         let products = self.products();
@@ -334,16 +325,8 @@ impl FeedForward {
         let of_wo = products.of(&transposed(&hidden), &gradient);
         drop(hidden);
 
-        let back = transposed(&wo.tensor);
-        let (of_hidden, of_linear) = match mask {
-            Some(mask) => {
-                let of_hidden = products.masked(&gradient, &back, &mask.tensor);
-                // SAFETY: as in the forward pass.
-                started(unsafe { clear_empty_rows(queue, at(&of_hidden), pointwise) });
-                (of_hidden, None)
-            }
-            None => self.through_activation(queue, products.of(&gradient, &back), before, linear, pointwise),
-        };
+        let of_hidden = products.of(&gradient, &transposed(&wo.tensor));
+        let (of_hidden, of_linear) = self.through_activation(queue, of_hidden, before, linear, pointwise);
 
         let rows_of_x = self.by_gradient(&x.tensor);
         let mut of_x = products.of(&of_hidden, &transposed(&wi[0].tensor));

@@ -24,7 +24,7 @@ pub(crate) fn product_into(out: &Tensor, a: &Tensor, b: &Tensor) {
     ALONE.into(&out.unsqueeze(0), &a.unsqueeze(0), &b.unsqueeze(0));
 }
 
-/// `onto + a b` of matrices, rounded once.
+/// `onto + a b` of matrices.
 pub(crate) fn product_onto(onto: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
     ALONE.onto(&onto.unsqueeze(0), &a.unsqueeze(0), &b.unsqueeze(0)).squeeze_dim(0)
 }
@@ -45,13 +45,6 @@ pub(crate) struct Products {
     pub(crate) apart: bool,
 }
 
-/// Positive parts of a product.
-pub(crate) struct Activated {
-    pub(crate) hidden: Tensor,
-    /// What [`Products::masked`] needs, if it will be called.
-    pub(crate) mask: Option<Tensor>,
-}
-
 impl Products {
     /// `a b`
     pub(crate) fn of(self, a: &Tensor, b: &Tensor) -> Tensor {
@@ -63,7 +56,7 @@ impl Products {
     /// Writes `a b` to `out`, which may be parts of wider rows.
     pub(crate) fn into(self, out: &Tensor, a: &Tensor, b: &Tensor) {
         if let Some(planned) = self.planned(a, b, Some(out), None, Epilogue::None) {
-            planned.launch(out, None, None);
+            planned.launch(out, None);
             return;
         }
         let (count, served) = (a.size()[0], a.size()[0] / b.size()[0]);
@@ -76,11 +69,11 @@ impl Products {
         }
     }
 
-    /// `onto + a b`, rounded once.
+    /// `onto + a b`
     pub(crate) fn onto(self, onto: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
         if let Some(planned) = self.planned(a, b, None, Some(onto), Epilogue::None) {
             let out = planned.room();
-            planned.launch(&out, Some(onto), None);
+            planned.launch(&out, Some(onto));
             return out;
         }
         let mut sum = onto.to_dtype(onto.kind(), false, true);
@@ -91,7 +84,7 @@ impl Products {
     /// Adds `a b` to `sum`, which may be parts of wider rows.
     pub(crate) fn add_to(self, sum: &mut Tensor, a: &Tensor, b: &Tensor) {
         if let Some(planned) = self.planned(a, b, Some(sum), Some(sum), Epilogue::None) {
-            planned.launch(sum, Some(sum), None);
+            planned.launch(sum, Some(sum));
             return;
         }
         let (count, served) = (a.size()[0], a.size()[0] / b.size()[0]);
@@ -105,34 +98,11 @@ impl Products {
     }
 
     /// `max(a b, 0)`, 0 for NaN too; `None` where no product does that at once.
-    ///
-    /// With `back`, [`Self::masked`] can be asked afterwards for products of matrices that lie as `a` does
-    /// with `back`.
-    pub(crate) fn relu(self, a: &Tensor, b: &Tensor, back: Option<&Tensor>) -> Option<Activated> {
-        let epilogue = if back.is_some() { Epilogue::ReluAndMask } else { Epilogue::Relu };
-        let planned = self.planned(a, b, None, None, epilogue)?;
-        let mask = match back {
-            Some(back) => {
-                self.planned(a, back, None, None, Epilogue::Mask)?;
-                Some(workspace(planned.mask_bytes() * a.size()[0] as usize, a))
-            }
-            None => None,
-        };
-        let hidden = planned.room();
-        planned.launch(&hidden, None, mask.as_ref());
-        Some(Activated { hidden, mask })
-    }
-
-    /// `a b` where `mask` has noted a positive value, elsewhere 0.
-    ///
-    /// # Panics
-    /// Where [`Self::relu`] would not have given the mask.
-    pub(crate) fn masked(self, a: &Tensor, b: &Tensor, mask: &Tensor) -> Tensor {
-        let planned = self.planned(a, b, None, None, Epilogue::Mask);
-        let planned = planned.expect("a mask is made where there is this product");
+    pub(crate) fn relu(self, a: &Tensor, b: &Tensor) -> Option<Tensor> {
+        let planned = self.planned(a, b, None, None, Epilogue::Relu)?;
         let out = planned.room();
-        planned.launch(&out, None, Some(mask));
-        out
+        planned.launch(&out, None);
+        Some(out)
     }
 
     /// The product as cuBLASLt takes it; `None` where it is not for it. `out` is new if it is not given.
@@ -192,25 +162,18 @@ impl Planned<'_> {
         room(&[self.a.size()[0] as usize, self.product.rows, self.product.cols], Kind::BFloat16, self.a)
     }
 
-    /// Bytes of the mask of one matrix.
-    fn mask_bytes(&self) -> usize {
-        Product::mask_bytes(self.product.rows, self.product.cols)
-    }
-
     /// `out` is what was planned with, or new room.
-    fn launch(&self, out: &Tensor, onto: Option<&Tensor>, mask: Option<&Tensor>) {
+    fn launch(&self, out: &Tensor, onto: Option<&Tensor>) {
         let Self { queue, product, a, b } = self;
         let stack = a.size()[0];
         let workspace = product_workspace(*queue, a);
         for i in (0..stack).step_by(product.count) {
             let matrix = |tensor: &Tensor| at(&tensor.select(0, i * tensor.size()[0] / stack));
-            let mask = mask.map(|mask| at(mask).plus(i as usize * self.mask_bytes()));
             let at = ProductAt {
                 a: matrix(a),
                 b: matrix(b),
                 onto: onto.map_or(Address::NONE, matrix),
                 out: matrix(out),
-                mask: mask.unwrap_or(Address::NONE),
                 workspace,
             };
             // SAFETY: the tensors have the values of `product`, which was made from them.

@@ -10,11 +10,11 @@ use std::sync::{Mutex, PoisonError};
 use burn::backend::LibTorch;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
 use burn_tch::TchTensor;
-use switchyard_cuda::{CudaError, Stream};
+use switchyard_cuda::{CudaError, PinnedIntegers, Stream};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::device::GPU_FAILED;
-use crate::torch::gpu::{fill_noise_step, gpu, in_process};
+use crate::torch::gpu::{at, fill_noise_step, gpu, in_process, queue, started};
 use crate::torch::place;
 
 /// Bytes of a message of the functions in graph.cpp.
@@ -88,9 +88,8 @@ impl WorkStream {
 
     /// Integers, at first 0, at one place of the GPU's memory.
     pub fn integers(&self, count: usize) -> DeviceIntegers {
-        let gpu = tch::Device::Cuda(self.index);
-        let here = Tensor::zeros([count as i64], (Kind::Int64, gpu));
-        let pinned = Tensor::zeros([count as i64], (Kind::Int64, tch::Device::Cpu)).pin_memory(gpu);
+        let here = Tensor::zeros([count as i64], (Kind::Int64, tch::Device::Cuda(self.index)));
+        let pinned = started(gpu(self.index).and_then(|gpu| PinnedIntegers::new(gpu, count)));
         DeviceIntegers { here: TchTensor::new(here), pinned }
     }
 
@@ -190,20 +189,20 @@ impl Drop for Recording {
 #[derive(Debug)]
 pub struct DeviceIntegers {
     here: TchTensor,
-    /// In memory that the GPU reads itself.
-    pinned: Tensor,
+    pinned: PinnedIntegers,
 }
 
 impl DeviceIntegers {
-    /// Replaces them all.
+    /// Replaces them all, once the GPU is through with what it was asked for.
     ///
     /// # Panics
-    /// When there are others in number.
+    /// When there are others in number, or the GPU fails.
     pub fn write(&mut self, values: &[i32]) {
-        no_grad(|| {
-            self.pinned.copy_(&Tensor::from_slice(values));
-            self.here.tensor.shallow_clone().copy_(&self.pinned);
-        });
+        let here = &self.here.tensor;
+        assert_eq!(here.numel(), values.len(), "all integers are replaced");
+        let queue = queue(here).expect("they are on a GPU");
+        // SAFETY: there is room for as many.
+        started(unsafe { self.pinned.send(queue, values, at(here)) });
     }
 
     /// They themselves, not a copy. `[count]`

@@ -57,6 +57,8 @@ struct Figures {
     peak: Option<f64>,
     loss: f64,
     fraction_tokens_dropped: f64,
+    /// What the host needed to ask a GPU for a step, and whether that was to repeat a recording.
+    host: Option<(f64, bool)>,
     /// Memory of this rank that the plan fixes, and what a GPU counted.
     planned_memory: MemorySummary,
     device_memory: Option<DeviceMemory>,
@@ -81,7 +83,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
          [routing]\ncapacity_factor = {:?}\n\
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
          batch_rows = {rows}\nmicro_batch_rows = {micro_rows}\n\
-         [trainer]\nrecompute_activations = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n",
+         [trainer]\nrecompute_activations = {}\ncuda_graph = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n",
         arguments.preset,
         arguments.precision,
         arguments.allow_tf32,
@@ -90,6 +92,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         arguments.inputs_length,
         arguments.targets_length,
         arguments.recompute,
+        !arguments.no_cuda_graph,
         arguments.mesh.expert_parallel_size,
         arguments.mesh.tensor_parallel_size,
         rows = arguments.rows,
@@ -102,7 +105,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
     let share = Share { index: mesh.at().data, of: shape.data, micro_batch_rows: plan.data.micro_batch_rows };
     let vocabulary = plan.model.vocab_size;
     let mut learner = Learner::new(&plan, &device.clone().autodiff(), Arc::clone(&mesh));
-    let mut times = Vec::new();
+    let (mut times, mut host_times) = (Vec::new(), Vec::new());
     let mut loss = f64::NAN;
     let (mut routed, mut dropped) = (0, 0);
     for step in 0..WARM_UP + arguments.steps {
@@ -123,6 +126,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         loss = outcome.loss;
         if step >= WARM_UP {
             times.push(elapsed_ms);
+            host_times.extend(learner.host_time().map(|time| time.as_secs_f64() * 1e3));
             routed += outcome.moe.iter().map(|(_, layer)| layer.tokens).sum::<u64>();
             dropped += outcome.moe.iter().map(|(_, layer)| layer.dropped).sum::<u64>();
         }
@@ -142,6 +146,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
             .then(|| peak_flops(plan.precision != PrecisionMode::Fp32, PEAK_ROUNDS)),
         loss,
         fraction_tokens_dropped: dropped as f64 / routed.max(1) as f64,
+        host: (!host_times.is_empty()).then(|| (spread(host_times)[0], learner.is_recorded())),
         planned_memory: rank_memory(&plan, shape, job.rank()),
         device_memory: device_memory(device),
     })
@@ -170,6 +175,7 @@ fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Out
                 "peak_allocated_bytes": memory.peak_allocated,
                 "peak_reserved_bytes": memory.peak_reserved,
             })),
+            "host_ms": figures.host.map(|(ms, _)| ms), "cuda_graph": figures.host.map(|(_, recorded)| recorded),
             "loss": loss,
             "fraction_tokens_dropped": fraction_tokens_dropped,
         }))?;
@@ -182,6 +188,10 @@ fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Out
             peak.map_or("unknown".to_owned(), output::bytes),
             fraction_tokens_dropped * 100.0,
         ))?;
+        if let Some((ms, recorded)) = figures.host {
+            let way = if recorded { "repeating a CUDA graph" } else { "kernel by kernel" };
+            output::line(format!("the host asks for a step in {ms:.2} ms, {way}"))?;
+        }
         if let Some(memory) = figures.device_memory {
             output::line(format!("on the GPU {}", memory::on_device(memory, figures.planned_memory)))?;
         }
