@@ -178,21 +178,28 @@ __device__ __forceinline__ void backward(const T* x, const void* weight, u32 wid
   }
 }
 
-// Sums `partial`, `[parts, width]`, over its parts, 32 columns a block.
+// Sums `partial`, `[parts, width]`, over its parts. A block has few columns, so that there are blocks for most
+// multiprocessors, and reads whole sectors of 32 bytes.
+constexpr int SUMMED_COLUMNS = 8, SUMMERS = 1024 / SUMMED_COLUMNS;
 template <class T>
 __device__ __forceinline__ void sum_parts(const float* partial, T* gw, u32 parts, u32 width) {
-  __shared__ float sums[32][33];
-  u32 lane = threadIdx.x % 32, group = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+  __shared__ float sums[SUMMED_COLUMNS][SUMMERS + 1];
+  u32 mine = threadIdx.x % SUMMED_COLUMNS, group = threadIdx.x / SUMMED_COLUMNS;
+  u32 column = blockIdx.x * SUMMED_COLUMNS + mine;
   float sum = 0.f;
   if (column < width) {
 #pragma unroll 8
-    for (u32 part = group; part < parts; part += 32) sum += partial[size_t(part) * width + column];
+    for (u32 part = group; part < parts; part += SUMMERS) sum += partial[size_t(part) * width + column];
   }
-  sums[group][lane] = sum;
+  sums[mine][group] = sum;
   __syncthreads();
-  // A warp takes one column: its lanes the groups of threads that have summed it.
-  sum = warp_sum(sums[lane][group]);
-  column = blockIdx.x * 32 + group;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= SUMMED_COLUMNS) return;
+  sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < SUMMERS / 32; i++) sum += sums[warp][lane + 32 * i];
+  sum = warp_sum(sum);
+  column = blockIdx.x * SUMMED_COLUMNS + warp;
   if (lane == 0 && column < width) gw[column] = rounded<T>(sum);
 }
 

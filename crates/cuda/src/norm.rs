@@ -90,6 +90,9 @@ impl Share {
     }
 }
 
+/// Columns of the weight's gradient that one block adds up.
+const SUMMED_COLUMNS: u32 = 8;
+
 /// Writes `weight * x / sqrt(mean(x^2) + epsilon)` of every row to `out`, which may be `x`, and `1 / rms`,
 /// float32 `[rows]`, to `inverse_rms`, unless that is [`Address::NONE`].
 ///
@@ -173,5 +176,7 @@ pub unsafe fn rms_norm_backward(
     let args = [at.workspace.into(), at.weight_gradient.into(), (blocks as u32).into(), width.into()];
     let name = format!("rms_norm_weight_{}", rules.weight_format.suffix());
     // SAFETY: as above.
-    unsafe { queue.gpu.launch(&NORM, &name, Grid::new(width.div_ceil(32), 1024), queue.stream, &args) }
+    unsafe {
+        queue.gpu.launch(&NORM, &name, Grid::new(width.div_ceil(SUMMED_COLUMNS), 1024), queue.stream, &args)
+    }
 }

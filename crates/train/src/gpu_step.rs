@@ -33,8 +33,8 @@ pub(crate) struct GpuStep {
 /// How the next step is done.
 #[derive(Debug)]
 enum Way {
-    /// As it comes, watched for whether it could be recorded: it is the first.
-    Watch,
+    /// As it comes, watched for whether the next could be recorded.
+    Watch { first: bool },
     /// Recorded, then repeated.
     Record,
     /// Repeated.
@@ -119,7 +119,7 @@ impl GpuStep {
         Self {
             ids: ids.collect(),
             loss_scale: Tensor::ones([1], (&device.clone().inner(), DType::F32)),
-            way: if plan.trainer.cuda_graph { Way::Watch } else { Way::Eager },
+            way: if plan.trainer.cuda_graph { Way::Watch { first: true } } else { Way::Eager },
             done: None,
             host_time: Duration::ZERO,
             shapes,
@@ -152,11 +152,13 @@ impl GpuStep {
         }
         match &self.way {
             Way::Replay(recording) => recording.replay(stream),
-            Way::Watch => {
+            &Way::Watch { first } => {
                 let (done, exchanged) = stream.watched(|| self.run(plan, &mut learner, now, false));
                 self.done = Some(done);
                 self.way = match exchanged {
                     None => Way::Record,
+                    // What stays on the GPU was sent there.
+                    Some(_) if first => Way::Watch { first: false },
                     Some(what) => {
                         tracing::info!(
                             "steps are not recorded as a CUDA graph: the host takes part ({what})"

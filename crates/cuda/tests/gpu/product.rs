@@ -174,7 +174,7 @@ impl Inputs {
             Product { format: Format::F32, tf32: true, .. } => 2e-3,
             Product { format: Format::F32, .. } => 1e-5,
             // The library rounds a product before it adds it: by half of the last of eight bits.
-            Product { onto: Some(_), .. } => 4.0 / 512.0,
+            Product { onto: Some(_), .. } => 6.0 / 512.0,
             _ => 1e-4,
         }
     }

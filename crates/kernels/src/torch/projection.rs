@@ -8,7 +8,7 @@ use crate::operation::{Operation, given};
 use crate::projection::{Add, Project, ProjectOnto};
 use crate::torch::contiguous;
 use crate::torch::packed::{packed, unpacked};
-use crate::torch::products::{product, product_onto};
+use crate::torch::products::{Products, product, product_onto};
 
 /// What the backward pass needs.
 #[derive(Debug)]
@@ -38,9 +38,23 @@ impl Saved {
         product(&self.x.tensor, &self.weight.tensor)
     }
 
-    /// Gradients of `x` and of all matrices, given that of their product.
-    fn gradients(&self, of_product: &Tensor) -> [Tensor; 2] {
-        [product(of_product, &self.weight.tensor.tr()), product(&self.x.tensor.tr(), of_product)]
+    /// Gradients of `x` and of every matrix, given that of their product.
+    fn gradients(&self, of_product: &Tensor) -> impl Iterator<Item = TchTensor> + use<> {
+        let of_x = product(of_product, &self.weight.tensor.tr());
+        let of_weights = self.weight_gradients(of_product).into_iter();
+        std::iter::once(TchTensor::new(of_x)).chain(of_weights)
+    }
+
+    fn weight_gradients(&self, of_product: &Tensor) -> Vec<TchTensor> {
+        let (rows, count, width) = (of_product.size()[0], self.widths.len() as i64, self.widths[0]);
+        let x = self.x.tensor.tr();
+        if self.widths.iter().any(|&other| other != width) {
+            return unpacked(&product(&x, of_product), &self.widths);
+        }
+        // As a stack each lies by itself, as the optimizer takes it.
+        let parts = of_product.view([rows, count, width]).transpose(0, 1);
+        let stack = Products { apart: false }.of(&x.unsqueeze(0).expand([count, -1, -1], false), &parts);
+        stack.unbind(0).into_iter().map(TchTensor::new).collect()
     }
 }
 
@@ -65,9 +79,7 @@ macro_rules! project {
                 gradients: [Option<TchTensor>; $outputs],
                 _: [bool; $inputs],
             ) -> [Option<TchTensor>; $inputs] {
-                let [of_x, of_weights] = no_grad(|| saved.gradients(&packed(&given(gradients))));
-                let of_x = std::iter::once(TchTensor::new(of_x));
-                let mut all = of_x.chain(unpacked(&of_weights, &saved.widths));
+                let mut all = no_grad(|| saved.gradients(&packed(&given(gradients))));
                 std::array::from_fn(|_| all.next())
             }
         }
@@ -94,8 +106,8 @@ impl Operation<LibTorch, 3, 1> for ProjectOnto {
         _: [bool; 3],
     ) -> [Option<TchTensor>; 3] {
         let [gradient] = given(gradients);
-        let [of_x, of_weight] = no_grad(|| saved.gradients(&gradient.tensor)).map(TchTensor::new);
-        [of_x, of_weight, gradient].map(Some)
+        let mut all = no_grad(|| saved.gradients(&gradient.tensor));
+        [all.next(), all.next(), Some(gradient)]
     }
 }
 

@@ -1,11 +1,11 @@
 //! Work that a GPU records once and repeats without the host (a CUDA graph), and the memory through which the
 //! host reaches it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
 
 use burn::backend::LibTorch;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
@@ -142,17 +142,16 @@ impl Drop for WorkStream {
     }
 }
 
-/// The stream of a GPU's work, made when first asked for and kept until the process ends.
+/// This thread's stream of a GPU, made when first asked for and kept until the process ends: nobody else may
+/// use a stream that records.
 fn work_stream(index: usize) -> Result<Stream, CudaError> {
-    static STREAMS: Mutex<Option<HashMap<usize, usize>>> = Mutex::new(None);
-    let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
-    let streams = streams.get_or_insert_default();
-    if let Some(&address) = streams.get(&index) {
-        return Ok(Stream(address as *mut _));
+    thread_local! {
+        static STREAMS: RefCell<HashMap<usize, Stream>> = RefCell::default();
     }
-    let stream = gpu(index)?.new_stream()?;
-    streams.insert(index, stream.0 as usize);
-    Ok(stream)
+    STREAMS.with_borrow_mut(|streams| match streams.entry(index) {
+        Entry::Occupied(made) => Ok(*made.get()),
+        Entry::Vacant(place) => Ok(*place.insert(gpu(index)?.new_stream()?)),
+    })
 }
 
 /// Recorded work.
