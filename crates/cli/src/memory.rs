@@ -32,8 +32,8 @@ pub(crate) fn peak_bytes() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// What a GPU's memory was needed for, beside what the plan foresees: between steps only parameters and optimizer
-/// are there, at the peak gradients, activations and workspace as well.
+/// What a GPU's memory was needed for, beside what the plan foresees: between steps parameters and optimizer are
+/// there, and gradients where the step is recorded; at the peak gradients, activations and workspace as well.
 pub(crate) fn on_device(memory: DeviceMemory, planned: MemorySummary) -> String {
     format!(
         "{} between steps (planned: parameters {}, optimizer {}), {} at the peak with activations (planned: \

@@ -270,7 +270,7 @@ table! {
         /// Keep the states between blocks alone and run every block again in the backward pass: less
         /// memory, about a fifth more time.
         recompute_activations: bool = Value("false"),
-        /// On a GPU, record the second step and repeat the recording (a CUDA graph), so that the GPU never waits
+        /// On a GPU, record one of the first steps and repeat the recording (a CUDA graph), so that the GPU never waits
         /// for the host to say what is next. Nothing is computed otherwise; steps that cannot be recorded are
         /// not, and the log says why.
         cuda_graph: bool = Value("true"),

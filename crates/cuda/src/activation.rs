@@ -229,7 +229,7 @@ pub unsafe fn activate_backward(
 }
 
 /// Makes the rows of `values`, `[rows, d_ff]` without gaps, 0 that hold no token, and touches no others: for
-/// hidden values, or gradients of them, that a product with ReLU or its mask has made.
+/// hidden values that a product with ReLU has made.
 ///
 /// # Errors
 /// [`CudaError::Size`] for widths that the kernels do not have.

@@ -3,8 +3,8 @@
 //! A file of `src/` holds what an operation launches, the file of the same name in `kernels/` what
 //! runs on the device. Nothing here knows of tensors or of automatic differentiation: operations take
 //! device addresses, sizes and a [`Queue`], never wait for the device and never allocate, so that whole
-//! training steps can be captured into a CUDA graph, once every operation has been compiled and every
-//! [`product`] tuned. What changes from step to step (the number of the step, the learning rate, the factor of
+//! training steps can be captured into a CUDA graph; but the first [`product`] of a kind may do both, and the
+//! first launch of a kernel loads it. What changes from step to step (the number of the step, the learning rate, the factor of
 //! clipping) is therefore read from device memory.
 //!
 //! The driver and NVRTC are loaded when a [`Gpu`] is opened, cuBLASLt with the first product: a program with

@@ -3,18 +3,22 @@
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::slice;
+use std::sync::Arc;
 
-use cudarc::driver::result;
+use cudarc::driver::{CudaContext, result};
 
 use crate::address::Address;
 use crate::error::CudaError;
-use crate::gpu::{Gpu, Queue, failed};
+use crate::gpu::{Gpu, Queue, Stream, failed};
 
 /// Integers on their way to a device.
 #[derive(Debug)]
 pub struct PinnedIntegers {
+    context: Arc<CudaContext>,
     at: NonNull<i64>,
     len: usize,
+    /// Where the last copy of them went.
+    sent_by: Option<Stream>,
 }
 
 // SAFETY: the memory belongs to this value alone.
@@ -35,10 +39,10 @@ impl PinnedIntegers {
         let at = NonNull::new(at.cast()).expect("the driver has said that it succeeded");
         // SAFETY: there is room for so many, aligned to pages.
         unsafe { slice::from_raw_parts_mut(at.as_ptr(), len) }.fill(0);
-        Ok(Self { at, len })
+        Ok(Self { context: Arc::clone(gpu.context()), at, len, sent_by: None })
     }
 
-    /// Waits for what was put into the queue, then puts a copy of `values` to `to` into it.
+    /// Waits for the copy before, then puts one of `values` to `to` into the queue.
     ///
     /// # Errors
     /// When the driver refuses.
@@ -51,8 +55,11 @@ impl PinnedIntegers {
     pub unsafe fn send(&mut self, queue: Queue<'_>, values: &[i32], to: Address) -> Result<(), CudaError> {
         assert!(values.len() <= self.len, "{} values do not fit into {}", values.len(), self.len);
         let doing = "sending integers";
-        // SAFETY: the stream is alive.
-        unsafe { result::stream::synchronize(queue.stream.0) }.map_err(failed(doing))?;
+        self.context.bind_to_thread().map_err(failed(doing))?;
+        if let Some(earlier) = self.sent_by.replace(queue.stream) {
+            // SAFETY: streams live as long as the process.
+            unsafe { result::stream::synchronize(earlier.0) }.map_err(failed(doing))?;
+        }
         // SAFETY: there are at least so many, written when they were made, which no copy reads any more.
         let room = unsafe { slice::from_raw_parts_mut(self.at.as_ptr(), values.len()) };
         room.iter_mut().zip(values).for_each(|(room, &value)| *room = value.into());
@@ -63,8 +70,9 @@ impl PinnedIntegers {
 
 impl Drop for PinnedIntegers {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` and freed once; the driver waits for copies from it. An error leaves nothing
-        // to be done.
+        // An error leaves nothing to be done, here as below.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated in `new` and freed once; the driver waits for copies from it.
         let _ = unsafe { result::free_host(self.at.as_ptr().cast::<c_void>()) };
     }
 }

@@ -224,8 +224,7 @@ pub fn product_algorithms(gpu: &Gpu, product: &Product) -> Result<Vec<Algorithm>
 /// and wait for the device, but not while the queue is being captured into a graph.
 ///
 /// # Errors
-/// [`CudaError::Size`] where [`has_product`] is false, [`CudaError::NoBlas`] without the library,
-/// [`CudaError::Cache`] when the choice of an algorithm cannot be kept.
+/// [`CudaError::Size`] where [`has_product`] is false, [`CudaError::NoBlas`] without the library.
 ///
 /// # Safety
 /// As the crate's documentation demands, for as many values as the strides of `product` span.

@@ -55,13 +55,17 @@ pub(crate) unsafe fn choose(
     if is_capturing(queue.stream)? {
         return Ok(Some(*first));
     }
+    kept.clear();
     // SAFETY: promised by the caller.
     let Some(fastest) = (unsafe { fastest(queue, lt, described, algorithms, at, product)? }) else {
         return Ok(Some(*first));
     };
-    let written = kept.write(&fastest);
-    let is_ours = written.map_err(|source| CudaError::Cache { path: kept.path.clone(), source })?;
-    Ok(Some(if is_ours { fastest } else { kept.read(lt, described).unwrap_or(fastest) }))
+    Ok(Some(match kept.write(&fastest) {
+        Ok(true) => fastest,
+        Ok(false) => kept.read(lt, described).unwrap_or(*first),
+        // What cannot be kept would be another one in the next process.
+        Err(_) => *first,
+    }))
 }
 
 /// Where choices are kept; `None` where none are made: without a directory for them, and with `SWITCHYARD_TUNE=0`.
@@ -104,6 +108,12 @@ impl Kept {
         let words: Vec<u64> =
             words.map(|word| u64::from_str_radix(word, 16)).collect::<Result<_, _>>().ok()?;
         lt.algorithm_of(described, words.try_into().ok()?, PRODUCT_WORKSPACE)
+    }
+
+    /// Makes room where something is of no use.
+    fn clear(&self) {
+        // Nothing need be there; what cannot be removed cannot be replaced either, and then the first is taken.
+        let _ = std::fs::remove_file(&self.path);
     }
 
     /// Whether this process was the first to write; another's choice stands, so that ranks on one machine agree.

@@ -84,7 +84,10 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
                 return Err(DeviceError::TorchWithoutCuda);
             }
             // Float32 is float32 unless a run says otherwise, whatever the environment has told LibTorch.
-            allow_tf32(false)?;
+            static TOLD: std::sync::Once = std::sync::Once::new();
+            let mut told = Ok(());
+            TOLD.call_once(|| told = allow_tf32(false));
+            told?;
             Ok(Device::libtorch_cuda(index))
         }
         #[cfg(not(feature = "libtorch"))]
@@ -156,7 +159,8 @@ pub fn gpu_failure(panic: &str) -> Option<String> {
     }
     // What follows is advice for PyTorch's own settings.
     let said = line.split(" Of the allocated memory").next()?.trim_end_matches('.');
-    let mend = "; lower data.micro_batch_rows, or set trainer.recompute_activations = true";
+    let mend = "; lower data.micro_batch_rows, or set trainer.recompute_activations = true \
+                (trainer.cuda_graph = false saves a little too)";
     Some(format!("{GPU_FAILED}{said}{}", if memory { mend } else { "" }))
 }
 

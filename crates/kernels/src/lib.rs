@@ -62,7 +62,7 @@ pub use linear_map::{LinearMap, linear_map};
 pub use logits::logits;
 pub use memory::CacheLines;
 #[cfg(not(feature = "libtorch"))]
-pub use no_device::{DeviceIntegers, DeviceOptimizer, DeviceValues, Recording, UpdateOutcome, WorkStream};
+pub use no_device::{DeviceIntegers, DeviceOptimizer, DeviceValues, Recording, WorkStream};
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};
 pub use norm::{rms_norm, rms_norm_beside};
 pub use plan::{DispatchPlan, TokenSlots};
@@ -73,5 +73,5 @@ pub use seed::with_gradient;
 #[cfg(feature = "libtorch")]
 pub use torch::recording::{DeviceIntegers, Recording, WorkStream};
 #[cfg(feature = "libtorch")]
-pub use torch::update::{DeviceOptimizer, DeviceValues, UpdateOutcome};
+pub use torch::update::{DeviceOptimizer, DeviceValues};
 pub use vocabulary::{VocabularyGroup, VocabularyShard};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::host::Values;
-use crate::optimizer::{DeviceTensor, OptimizerRules};
+use crate::optimizer::{DeviceTensor, OptimizerRules, UpdateOutcome};
 
 /// Values on a GPU; this build has none.
 #[derive(Debug, Clone, PartialEq)]
@@ -84,15 +84,6 @@ impl DeviceOptimizer {
     }
 }
 
-/// What an update on a GPU did.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct UpdateOutcome {
-    /// Norm of the gradients before clipping.
-    pub grad_norm: f64,
-    /// Whether parameters were updated.
-    pub applied: bool,
-}
-
 /// The stream of a GPU's work; this build has none.
 #[derive(Debug)]
 pub enum WorkStream {}
@@ -118,12 +109,12 @@ impl WorkStream {
         match *self {}
     }
 
-    /// Does `work`.
+    /// Does `work` and tells where in it the host waited for the GPU or sent it values.
     pub fn watched<R>(&self, _: impl FnOnce() -> R) -> (R, Option<&'static str>) {
         match *self {}
     }
 
-    /// Records `work`.
+    /// Records what `work` asks of the GPU.
     ///
     /// # Errors
     /// None: there is no such stream.
@@ -137,8 +128,13 @@ impl WorkStream {
 pub enum Recording {}
 
 impl Recording {
+    /// Whether `stream` may repeat it.
+    pub fn is_of(&self, _: &WorkStream) -> bool {
+        match *self {}
+    }
+
     /// Lets the GPU do the work again.
-    pub fn replay(&self, _: &WorkStream) {
+    pub fn replay(&mut self, _: &WorkStream) {
         match *self {}
     }
 }

@@ -6,33 +6,33 @@ use std::time::{Duration, Instant};
 use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
 use switchyard_data::HostBatch;
-use switchyard_kernels::{
-    DeviceIntegers, DeviceOptimizer, Recording, UpdateOutcome, WorkStream, with_values,
-};
+use switchyard_kernels::optimizer::UpdateOutcome;
+use switchyard_kernels::{DeviceIntegers, DeviceOptimizer, Recording, WorkStream, with_values};
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, SumFormats};
 
 use crate::report::MicroLoss;
-use crate::step::{Now, Pass};
+use crate::step::{Pass, StepInputs, add_layers, sparse_layers};
 
-/// What steps with batches of one shape share.
+/// What steps of one plan with batches of one shape share.
 #[derive(Debug)]
 pub(crate) struct GpuStep {
+    plan: RunPlan,
     shapes: Vec<Shape>,
     /// Input, decoder and target ids of each micro-batch, one behind the other.
     ids: Vec<DeviceIntegers>,
     /// One over the targets of the step. `[1]`
     loss_scale: Tensor<1>,
-    way: Way,
+    mode: Mode,
     /// What the last step left, or the recording leaves each time.
-    done: Option<Done>,
+    done: Option<LeftOnGpu>,
     host_time: Duration,
 }
 
 /// How the next step is done.
 #[derive(Debug)]
-enum Way {
+enum Mode {
     /// As it comes, watched for whether the next could be recorded.
     Watch { first: bool },
     /// Recorded, then repeated.
@@ -45,7 +45,7 @@ enum Way {
 
 /// What a step did.
 #[derive(Debug)]
-pub(crate) struct Did {
+pub(crate) struct StepReport {
     pub(crate) losses: MicroLoss,
     pub(crate) grad_norm: f64,
     /// Whether losses and gradients were finite, so that parameters changed.
@@ -64,7 +64,7 @@ struct Shape {
 
 /// What a step leaves on the GPU.
 #[derive(Debug)]
-struct Done {
+struct LeftOnGpu {
     gradients: Gradients,
     /// Of each micro-batch the cross-entropy and everything that was differentiated, then the sums of every
     /// sparse layer.
@@ -74,6 +74,14 @@ struct Done {
     layers: Vec<String>,
 }
 
+/// The parts of a learner that a step uses.
+pub(crate) struct LearnerParts<'a> {
+    pub(crate) model: &'a SwitchTransformer,
+    pub(crate) mesh: &'a Mesh,
+    pub(crate) sums: &'a SumFormats,
+    pub(crate) optimizer: &'a mut DeviceOptimizer,
+}
+
 impl Shape {
     fn of(batch: &HostBatch) -> Self {
         let (inputs, targets) = (batch.input_ids.len(), batch.target_ids.len());
@@ -81,7 +89,7 @@ impl Shape {
     }
 }
 
-impl Done {
+impl LeftOnGpu {
     /// Losses and metrics summed over micro-batches; waits for the GPU.
     fn read(&self) -> (MicroLoss, Vec<(String, LayerMetrics)>) {
         let report = with_values(self.report.clone(), <[f32]>::to_vec);
@@ -96,11 +104,7 @@ impl Done {
                 let sums: Vec<f64> = sums.iter().map(|&sum| f64::from(sum)).collect();
                 (name.clone(), LayerMetrics::from_sums(&sums))
             });
-            if moe.is_empty() {
-                moe.extend(layers);
-            } else {
-                moe.iter_mut().zip(layers).for_each(|((_, sum), (_, layer))| sum.add(&layer));
-            }
+            add_layers(&mut moe, layers);
         }
         (losses, moe)
     }
@@ -119,16 +123,23 @@ impl GpuStep {
         Self {
             ids: ids.collect(),
             loss_scale: Tensor::ones([1], (&device.clone().inner(), DType::F32)),
-            way: if plan.trainer.cuda_graph { Way::Watch { first: true } } else { Way::Eager },
+            mode: if plan.trainer.cuda_graph { Mode::Watch { first: true } } else { Mode::Eager },
             done: None,
             host_time: Duration::ZERO,
+            plan: plan.clone(),
             shapes,
         }
     }
 
-    /// Whether it is for these.
-    pub(crate) fn fits(&self, micro_batches: &[HostBatch]) -> bool {
-        self.shapes.iter().copied().eq(micro_batches.iter().map(Shape::of))
+    /// Whether it is for these, on this stream.
+    pub(crate) fn fits(&self, stream: &WorkStream, plan: &RunPlan, micro_batches: &[HostBatch]) -> bool {
+        let may_repeat = match &self.mode {
+            Mode::Replay(recording) => recording.is_of(stream),
+            _ => true,
+        };
+        may_repeat
+            && self.plan == *plan
+            && self.shapes.iter().copied().eq(micro_batches.iter().map(Shape::of))
     }
 
     /// One update.
@@ -136,10 +147,10 @@ impl GpuStep {
         &mut self,
         stream: &WorkStream,
         plan: &RunPlan,
-        mut learner: Parts<'_>,
+        mut learner: LearnerParts<'_>,
         micro_batches: &[HostBatch],
-        now: Now,
-    ) -> Did {
+        now: StepInputs,
+    ) -> StepReport {
         let started = Instant::now();
         for (ids, micro) in self.ids.iter_mut().zip(micro_batches) {
             ids.write(&[&*micro.input_ids, &micro.decoder_input_ids(), &micro.target_ids].concat());
@@ -147,33 +158,40 @@ impl GpuStep {
         stream.overwrite(&self.loss_scale, 1.0 / now.denominators.targets);
         stream.set_noise_step(now.step as u32);
         learner.optimizer.set_learning_rate(now.learning_rate);
-        if matches!(self.way, Way::Record) {
+        if matches!(self.mode, Mode::Record) {
             self.record(stream, plan, &mut learner, now);
         }
-        match &self.way {
-            Way::Replay(recording) => recording.replay(stream),
-            &Way::Watch { first } => {
+        match &mut self.mode {
+            Mode::Replay(recording) => recording.replay(stream),
+            &mut Mode::Watch { first } => {
                 let (done, exchanged) = stream.watched(|| self.run(plan, &mut learner, now, false));
                 self.done = Some(done);
-                self.way = match exchanged {
-                    None => Way::Record,
+                self.mode = match exchanged {
+                    None => Mode::Record,
                     // What stays on the GPU was sent there.
-                    Some(_) if first => Way::Watch { first: false },
+                    Some(_) if first => Mode::Watch { first: false },
                     Some(what) => {
                         tracing::info!(
                             "steps are not recorded as a CUDA graph: the host takes part ({what})"
                         );
-                        Way::Eager
+                        Mode::Eager
                     }
                 };
             }
-            Way::Record | Way::Eager => self.done = Some(self.run(plan, &mut learner, now, false)),
+            Mode::Record | Mode::Eager => self.done = Some(self.run(plan, &mut learner, now, false)),
         }
         self.host_time = started.elapsed();
         let done = self.done.as_ref().expect("a step was done");
         let (losses, moe) = done.read();
         let UpdateOutcome { grad_norm, applied } = learner.optimizer.outcome();
-        Did { losses, grad_norm, updated: applied, moe }
+        StepReport { losses, grad_norm, updated: applied, moe }
+    }
+
+    /// Lets go of a recording and the memory of a whole step that it keeps; the next step is recorded anew.
+    pub(crate) fn unrecord(&mut self) {
+        if self.is_recorded() {
+            self.mode = Mode::Record;
+        }
     }
 
     /// How long the host took to ask for the last step.
@@ -183,7 +201,7 @@ impl GpuStep {
 
     /// Whether the next step repeats a recording.
     pub(crate) fn is_recorded(&self) -> bool {
-        matches!(self.way, Way::Replay(_))
+        matches!(self.mode, Mode::Replay(_))
     }
 
     /// The gradients of the last step, before clipping.
@@ -198,23 +216,35 @@ impl GpuStep {
         }
     }
 
-    fn record(&mut self, stream: &WorkStream, plan: &RunPlan, learner: &mut Parts<'_>, now: Now) {
+    fn record(
+        &mut self,
+        stream: &WorkStream,
+        plan: &RunPlan,
+        learner: &mut LearnerParts<'_>,
+        now: StepInputs,
+    ) {
         match stream.record(|| self.run(plan, learner, now, true)) {
             Ok((recording, done)) => {
                 learner.optimizer.point();
                 self.done = Some(done);
-                self.way = Way::Replay(recording);
+                self.mode = Mode::Replay(recording);
             }
             Err(error) => {
                 tracing::warn!("steps are not recorded as a CUDA graph: {error}");
-                self.way = Way::Eager;
+                self.mode = Mode::Eager;
             }
         }
     }
 
     /// Forward and backward over all micro-batches, then the update.
-    fn run(&self, plan: &RunPlan, learner: &mut Parts<'_>, now: Now, recording: bool) -> Done {
-        let Parts { model, mesh, sums, optimizer } = learner;
+    fn run(
+        &self,
+        plan: &RunPlan,
+        learner: &mut LearnerParts<'_>,
+        now: StepInputs,
+        recording: bool,
+    ) -> LeftOnGpu {
+        let LearnerParts { model, mesh, sums, optimizer } = learner;
         let (mut gradients, mut layers) = (Gradients::new(), Vec::new());
         let (mut losses, mut reports) = (Vec::new(), Vec::new());
         for index in 0..self.shapes.len() {
@@ -226,16 +256,14 @@ impl GpuStep {
             let weighted = output.cross_entropy.token_loss.clone() * batch.weights;
             reports.extend([weighted.sum() * self.loss_scale.clone(), loss.clone().inner()]);
             losses.push(loss.inner());
-            let stacks = [("encoder", &output.encoder_routers), ("decoder", &output.decoder_routers)];
-            layers.clear();
-            for (stack, routers) in stacks.into_iter().filter(|(_, routers)| !routers.is_empty()) {
-                layers.extend(routers.iter().map(|router| format!("{stack}.{}", router.layer)));
-                reports.push(LayerMetrics::sums(routers).flatten(0, 1));
-            }
+            layers = sparse_layers(&output).map(|(name, _)| name).collect();
+            let stacks = [&output.encoder_routers, &output.decoder_routers];
+            let sparse = stacks.into_iter().filter(|routers| !routers.is_empty());
+            reports.extend(sparse.map(|routers| LayerMetrics::sums(routers).flatten(0, 1)));
         }
         let loss = Tensor::cat(losses, 0).sum();
         optimizer.update(&gradients, &loss, plan.optimizer.clip_norm, recording);
-        Done { gradients, report: Tensor::cat(reports, 0), micro_batches: self.shapes.len(), layers }
+        LeftOnGpu { gradients, report: Tensor::cat(reports, 0), micro_batches: self.shapes.len(), layers }
     }
 
     fn batch(&self, index: usize, pad_token_id: i32) -> Seq2SeqBatch {
@@ -245,12 +273,4 @@ impl GpuStep {
         let parts = [part(0, inputs), part(inputs, targets), part(inputs + targets, targets)];
         Seq2SeqBatch::of_tensors(rows, parts, pad_token_id)
     }
-}
-
-/// The parts of a learner that a step uses.
-pub(crate) struct Parts<'a> {
-    pub(crate) model: &'a SwitchTransformer,
-    pub(crate) mesh: &'a Mesh,
-    pub(crate) sums: &'a SumFormats,
-    pub(crate) optimizer: &'a mut DeviceOptimizer,
 }

@@ -8,13 +8,13 @@ use switchyard_config::RunPlan;
 use switchyard_config::plan::RoutingSemantics;
 use switchyard_data::HostBatch;
 use switchyard_kernels::{Values, WorkStream, with_values};
-use switchyard_model::moe::LayerMetrics;
+use switchyard_model::moe::{LayerMetrics, RouterOutput};
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, OwnerExchange, SumFormats};
 
 use crate::diagnose::first_non_finite;
 use crate::error::TrainError;
-use crate::gpu_step::{Did, GpuStep, Parts};
+use crate::gpu_step::{GpuStep, LearnerParts, StepReport};
 use crate::optimizer::Optimizer;
 use crate::report::{MicroLoss, gathered};
 use crate::schedule;
@@ -56,7 +56,7 @@ pub(crate) struct Denominators {
 
 /// What is known of a step before it begins.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Now {
+pub(crate) struct StepInputs {
     pub(crate) step: u64,
     pub(crate) denominators: Denominators,
     pub(crate) learning_rate: f64,
@@ -187,7 +187,7 @@ impl Learner {
         let denominators = Denominators::of(plan, targets);
         let learning_rate = plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1);
         if let Some(stream) = self.gpu_alone() {
-            let now = Now { step, denominators, learning_rate, tokens };
+            let now = StepInputs { step, denominators, learning_rate, tokens };
             return self.step_on_gpu(&stream, plan, micro_batches, now);
         }
         let (mut local, mut gradients) = (Gradients::new(), Gradients::new());
@@ -227,19 +227,22 @@ impl Learner {
         stream: &WorkStream,
         plan: &RunPlan,
         micro_batches: &[HostBatch],
-        now: Now,
+        now: StepInputs,
     ) -> Result<StepOutcome, TrainError> {
-        let earlier = self.gpu_step.take().filter(|earlier| earlier.fits(micro_batches));
+        let earlier = self.gpu_step.take().filter(|earlier| earlier.fits(stream, plan, micro_batches));
         let mut steps = earlier.unwrap_or_else(|| GpuStep::new(stream, plan, micro_batches, &self.device));
         let model = self.model.as_ref().expect("every method that takes the model puts it back");
         let optimizer = self.optimizer.on_device_of(model).expect("the model is on the stream's GPU");
-        let parts = Parts { model, mesh: &self.mesh, sums: self.exchange.sums(), optimizer };
-        let Did { losses, grad_norm, updated, moe } = steps.step(stream, plan, parts, micro_batches, now);
+        let parts = LearnerParts { model, mesh: &self.mesh, sums: self.exchange.sums(), optimizer };
+        let StepReport { losses, grad_norm, updated, moe } =
+            steps.step(stream, plan, parts, micro_batches, now);
         let MicroLoss { loss, total_loss } = losses;
         let skipped = if updated {
             self.optimizer.count_update();
             None
         } else {
+            // Forward passes of their own need memory beside the recording's.
+            steps.unrecord();
             let gradients = steps.gradients().expect("a step was done");
             let place = first_non_finite(self, plan, micro_batches, now.step, total_loss, gradients)?;
             Some(NonFinite { place })
@@ -384,15 +387,25 @@ pub(crate) fn device_batch(batch: &HostBatch, pad_token_id: i32, device: &Device
 
 /// Adds the metrics of one micro-batch to those of its step.
 pub(crate) fn merge_moe(moe: &mut Vec<(String, LayerMetrics)>, output: &LossOutput) {
+    add_layers(moe, sparse_layers(output).map(|(name, router)| (name, LayerMetrics::new(router))));
+}
+
+/// The sparse layers of both stacks by their names, such as `encoder.1`.
+pub(crate) fn sparse_layers(output: &LossOutput) -> impl Iterator<Item = (String, &RouterOutput)> {
     let stacks = [("encoder", &output.encoder_routers), ("decoder", &output.decoder_routers)];
-    let layers = stacks.into_iter().flat_map(|(stack, routers)| {
-        routers.iter().map(move |router| (format!("{stack}.{}", router.layer), LayerMetrics::new(router)))
-    });
-    if moe.is_empty() {
-        moe.extend(layers);
+    stacks.into_iter().flat_map(|(stack, routers)| {
+        routers.iter().map(move |router| (format!("{stack}.{}", router.layer), router))
+    })
+}
+
+/// Adds up layer by layer.
+pub(crate) fn add_layers(
+    sums: &mut Vec<(String, LayerMetrics)>,
+    layers: impl Iterator<Item = (String, LayerMetrics)>,
+) {
+    if sums.is_empty() {
+        sums.extend(layers);
     } else {
-        for ((_, sum), (_, metrics)) in moe.iter_mut().zip(layers) {
-            sum.add(&metrics);
-        }
+        sums.iter_mut().zip(layers).for_each(|((_, sum), (_, layer))| sum.add(&layer));
     }
 }

@@ -26,3 +26,12 @@ pub struct DeviceTensor<'a> {
     /// AdamW: first and second moments. Adafactor: row and column means, or the second moments of a vector.
     pub moments: [Option<&'a [f32]>; 2],
 }
+
+/// What an update on a GPU did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct UpdateOutcome {
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Whether parameters were updated: norm and loss were finite.
+    pub applied: bool,
+}

@@ -2,7 +2,7 @@
 //!
 //! On a GPU the products run over all slots of every expert. Kernels do the pointwise half and make hidden
 //! values of empty slots 0, so that nothing else must know which slots hold a token. ReLU alone is done within
-//! the products, forward and backward, where there are such.
+//! the first product where that can.
 
 use std::sync::Arc;
 

@@ -42,7 +42,8 @@ struct alignas(64) Graph {
 };
 
 using Method = void (*)(Graph*);
-// cudaStreamCaptureModeThreadLocal: other threads may do to other streams what they like.
+// cudaStreamCaptureModeThreadLocal: other threads may do to other streams what they like, but for the default
+// stream, for which the recorded one waits: nobody may use that meanwhile.
 constexpr int OTHER_THREADS_ARE_FREE = 1;
 
 c10::DeviceAllocator* allocator() { return c10::getDeviceAllocator(c10::DeviceType::CUDA); }

@@ -168,7 +168,7 @@ impl Planned<'_> {
         let stack = a.size()[0];
         let workspace = product_workspace(*queue, a);
         for i in (0..stack).step_by(product.count) {
-            let matrix = |tensor: &Tensor| at(&tensor.select(0, i * tensor.size()[0] / stack));
+            let matrix = |tensor: &Tensor| begin_of(&tensor.select(0, i * tensor.size()[0] / stack));
             let at = ProductAt {
                 a: matrix(a),
                 b: matrix(b),
@@ -212,7 +212,8 @@ fn factor(stack: &Tensor) -> Option<Factor> {
     (begins_well && stride >= width).then_some(Factor { rows: Rows { stride, step }, transposed })
 }
 
-fn at(tensor: &Tensor) -> Address {
+/// Where the values of a tensor begin that may be a part of wider rows.
+fn begin_of(tensor: &Tensor) -> Address {
     Address(tensor.data_ptr() as u64)
 }
 
@@ -221,7 +222,7 @@ fn product_workspace(queue: Queue<'_>, like: &Tensor) -> Address {
     static ROOMS: Mutex<Option<HashMap<(tch::Device, usize), Tensor>>> = Mutex::new(None);
     let mut rooms = ROOMS.lock().unwrap_or_else(PoisonError::into_inner);
     let key = (like.device(), queue.stream.0.addr());
-    at(rooms.get_or_insert_default().entry(key).or_insert_with(|| workspace(PRODUCT_WORKSPACE, like)))
+    begin_of(rooms.get_or_insert_default().entry(key).or_insert_with(|| workspace(PRODUCT_WORKSPACE, like)))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
+use std::thread::{self, ThreadId};
 
 use burn::backend::LibTorch;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
@@ -119,17 +120,18 @@ impl WorkStream {
     /// # Panics
     /// When `work` lets the host wait for the GPU.
     pub fn record<R>(&self, work: impl FnOnce() -> R) -> Result<(Recording, R), String> {
+        // A recording has memory of its own; what lies free for others would be there twice.
         // SAFETY: nothing is demanded of the caller.
         ask(|error| unsafe { switchyard_torch_empty_cache(error) })?;
         let mut graph = ptr::null_mut();
         // SAFETY: `graph` takes one pointer.
         ask(|error| unsafe { switchyard_torch_graph_new(&raw mut graph, error) })?;
-        let recording = Recording { graph };
+        let recording = Recording { graph, index: self.index, thread: thread::current().id() };
         // SAFETY: the graph was just made.
         ask(|error| unsafe { switchyard_torch_graph_begin(recording.graph, error) })?;
+        let open = Open(&recording);
         let result = work();
-        // SAFETY: the graph has begun.
-        ask(|error| unsafe { switchyard_torch_graph_end(recording.graph, error) })?;
+        open.end()?;
         Ok((recording, result))
     }
 }
@@ -154,23 +156,51 @@ fn work_stream(index: usize) -> Result<Stream, CudaError> {
     })
 }
 
+/// A recording that goes on; ends with a panic, too, which would otherwise leave the stream of no use.
+struct Open<'a>(&'a Recording);
+
+impl Open<'_> {
+    fn end(self) -> Result<(), String> {
+        let graph = self.0.graph;
+        std::mem::forget(self);
+        // SAFETY: the graph has begun.
+        ask(|error| unsafe { switchyard_torch_graph_end(graph, error) })
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        // SAFETY: the graph has begun. What went wrong is on its way already.
+        let _ = ask(|error| unsafe { switchyard_torch_graph_end(self.0.graph, error) });
+    }
+}
+
 /// Recorded work.
 #[derive(Debug)]
 pub struct Recording {
     graph: *mut c_void,
+    index: usize,
+    /// Whose stream, step of random numbers and constants the work reads.
+    thread: ThreadId,
 }
 
-// SAFETY: a graph may be launched from any thread, and is by one at a time: a launch needs a `WorkStream` of it.
+// SAFETY: a graph may be destroyed by any thread; it is repeated by the one that recorded it alone.
 unsafe impl Send for Recording {}
-// SAFETY: as above.
+// SAFETY: shared references only read plain values.
 unsafe impl Sync for Recording {}
 
 impl Recording {
+    /// Whether `stream` may repeat it: this thread's, of the GPU that has recorded it.
+    pub fn is_of(&self, stream: &WorkStream) -> bool {
+        self.index == stream.index && self.thread == thread::current().id()
+    }
+
     /// Lets the GPU do the work again; does not wait for it.
     ///
     /// # Panics
-    /// When the GPU fails.
-    pub fn replay(&self, _: &WorkStream) {
+    /// When the stream may not, or the GPU fails.
+    pub fn replay(&mut self, stream: &WorkStream) {
+        assert!(self.is_of(stream), "a recording is repeated by the thread and on the GPU that made it");
         // SAFETY: the graph is complete.
         let replayed = ask(|error| unsafe { switchyard_torch_graph_replay(self.graph, error) });
         replayed.unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
@@ -179,7 +209,7 @@ impl Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        // SAFETY: the graph is not used again; LibTorch waits until the GPU is through with it.
+        // SAFETY: the graph is not used again, and whoever repeats it reads its results before anything else.
         let _ = ask(|error| unsafe { switchyard_torch_graph_delete(self.graph, error) });
     }
 }

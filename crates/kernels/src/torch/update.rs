@@ -11,7 +11,7 @@ use switchyard_cuda::{
 use tch::{Device, Kind, no_grad};
 
 use crate::host::Values;
-use crate::optimizer::{DeviceTensor, OptimizerRules};
+use crate::optimizer::{DeviceTensor, OptimizerRules, UpdateOutcome};
 use crate::torch::gpu::{at, format, queue, started};
 use crate::torch::{floats, is_here};
 
@@ -108,15 +108,6 @@ pub struct DeviceOptimizer {
 unsafe impl Send for DeviceOptimizer {}
 // SAFETY: as above; shared references only read.
 unsafe impl Sync for DeviceOptimizer {}
-
-/// What an update did.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct UpdateOutcome {
-    /// Norm of the gradients before clipping.
-    pub grad_norm: f64,
-    /// Whether parameters were updated: norm and loss were finite.
-    pub applied: bool,
-}
 
 /// The plan for one set of gradients.
 #[derive(Debug)]

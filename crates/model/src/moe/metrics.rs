@@ -62,7 +62,7 @@ impl LayerMetrics {
     }
 
     /// [`to_sums`](Self::to_sums) of every layer of a stack, computed where the layers are: float32, so counts are
-    /// exact up to 2^24. `[layers, 2 * num_experts + 7]`
+    /// exact up to 2^22. `[layers, 2 * num_experts + 7]`
     ///
     /// # Panics
     /// When there is no layer.
@@ -77,7 +77,7 @@ impl LayerMetrics {
         let routed = wide(choice.greater_equal_elem(0).int());
         let counted = routed.reshape([layers, groups, tokens / groups]).sum_dim(2);
         let fraction: Tensor<3> = Tensor::stack(routings().map(|r| r.fraction.clone()).collect(), 0);
-        let chosen = (fraction.clone() * counted.clone()).sum_dim(1).round().reshape([layers, num_experts]);
+        let chosen = (fraction.clone() * counted.clone()).round().sum_dim(1).reshape([layers, num_experts]);
         let kept = wide(Tensor::stack(routings().map(|r| r.plan.rows_used.clone()).collect(), 0));
         let counted = counted.reshape([layers, groups]).sum_dim(1);
         let placed = by_layer(routings().map(|r| r.plan.tokens_with_slot()).collect());

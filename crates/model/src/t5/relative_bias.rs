@@ -1,6 +1,7 @@
 //! Relative position buckets and the bias vector that attention reads.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 
 use burn::tensor::{Device, Int, Tensor};
 use switchyard_kernels::{embedding, int_tensor};
@@ -48,7 +49,7 @@ pub fn relative_bias(
 }
 
 /// What the buckets of a bias are functions of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Buckets {
     queries: usize,
     keys: usize,
@@ -63,19 +64,20 @@ impl Buckets {
     ///
     /// Those of whole sequences stay there: a step that a GPU records may not send it anything.
     fn ids(self, device: &Device) -> Tensor<1, Int> {
-        type Kept = (Buckets, Device, Tensor<1, Int>);
+        type Kept = HashMap<Buckets, Vec<(Device, Tensor<1, Int>)>>;
         thread_local! {
-            static KEPT: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
+            static KEPT: RefCell<Kept> = RefCell::default();
         }
         if self.query_offset > 0 {
             return self.sent(device);
         }
         KEPT.with_borrow_mut(|all| {
-            if let Some((.., ids)) = all.iter().find(|(of, on, _)| *of == self && on == device) {
+            let kept = all.entry(self).or_default();
+            if let Some((_, ids)) = kept.iter().find(|(on, _)| on == device) {
                 return ids.clone();
             }
             let ids = self.sent(device);
-            all.push((self, device.clone(), ids.clone()));
+            kept.push((device.clone(), ids.clone()));
             ids
         })
     }

@@ -214,7 +214,8 @@ fn narrow_losses_follow_float32_ones() {
         for (step, (narrow, wide)) in losses(precision).iter().zip(&wide).enumerate() {
             // A token that goes to another expert moves the loss of so small a batch.
             let apart = (narrow - wide).abs() / first;
-            assert!(apart < 0.1, "{precision} step {step}: {narrow}, float32 {wide}");
+            let bound = if test_device() == Device::flex() { 0.06 } else { 0.1 };
+            assert!(apart < bound, "{precision} step {step}: {narrow}, float32 {wide}");
         }
     }
 }
