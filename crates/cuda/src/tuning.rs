@@ -49,13 +49,18 @@ pub(crate) unsafe fn choose(
     }
     let Some(directory) = directory() else { return Ok(Some(*first)) };
     let kept = Kept::new(&directory, queue, lt, product);
+    // Asked before reading: what another process writes in between is not taken for something of no use.
+    let was_there = kept.path.exists();
     if let Some(algorithm) = kept.read(lt, described) {
         return Ok(Some(algorithm));
+    }
+    if was_there {
+        // What cannot be removed cannot be replaced either; then the first is taken below.
+        let _ = std::fs::remove_file(&kept.path);
     }
     if is_capturing(queue.stream)? {
         return Ok(Some(*first));
     }
-    kept.clear();
     // SAFETY: promised by the caller.
     let Some(fastest) = (unsafe { fastest(queue, lt, described, algorithms, at, product)? }) else {
         return Ok(Some(*first));
@@ -108,12 +113,6 @@ impl Kept {
         let words: Vec<u64> =
             words.map(|word| u64::from_str_radix(word, 16)).collect::<Result<_, _>>().ok()?;
         lt.algorithm_of(described, words.try_into().ok()?, PRODUCT_WORKSPACE)
-    }
-
-    /// Makes room where something is of no use.
-    fn clear(&self) {
-        // Nothing need be there; what cannot be removed cannot be replaced either, and then the first is taken.
-        let _ = std::fs::remove_file(&self.path);
     }
 
     /// Whether this process was the first to write; another's choice stands, so that ranks on one machine agree.

@@ -159,8 +159,7 @@ pub fn gpu_failure(panic: &str) -> Option<String> {
     }
     // What follows is advice for PyTorch's own settings.
     let said = line.split(" Of the allocated memory").next()?.trim_end_matches('.');
-    let mend = "; lower data.micro_batch_rows, or set trainer.recompute_activations = true \
-                (trainer.cuda_graph = false saves a little too)";
+    let mend = "; lower data.micro_batch_rows, or set trainer.recompute_activations = true";
     Some(format!("{GPU_FAILED}{said}{}", if memory { mend } else { "" }))
 }
 

@@ -111,8 +111,8 @@ impl WorkStream {
         (result, EXCHANGED.take())
     }
 
-    /// Records what `work` asks of the GPU, which does nothing of it yet. Tensors that `work` returns have their
-    /// memory for as long as the recording lives, and their values after each [`replay`](Recording::replay).
+    /// Records what `work` asks of the GPU, which does nothing of it yet. Tensors that `work` returns keep their
+    /// memory and get their values with each [`replay`](Recording::replay).
     ///
     /// # Errors
     /// When this LibTorch or the GPU cannot; why.
@@ -222,7 +222,7 @@ pub struct DeviceIntegers {
 }
 
 impl DeviceIntegers {
-    /// Replaces them all, once the GPU is through with what it was asked for.
+    /// Replaces them all, once the ones before are on the GPU.
     ///
     /// # Panics
     /// When there are others in number, or the GPU fails.

@@ -2,7 +2,9 @@
 
 use burn::tensor::{Distribution, Tensor};
 use switchyard_kernels::test_device;
-use switchyard_kernels::{RouteOptions, int_tensor, route_top1, route_top2, with_values};
+use switchyard_kernels::{
+    RouteOptions, int_tensor, route_expert_choice, route_top1, route_top2, with_values,
+};
 use switchyard_model::moe::{LayerMetrics, RouterOutput};
 
 /// Tokens 0 to 2 prefer expert 0, token 3 expert 2; token 4 is padding. Capacity 2.
@@ -24,14 +26,20 @@ fn example() -> LayerMetrics {
 #[test]
 fn sums_on_the_device_are_those_of_the_host() {
     let device = test_device();
-    for (route, groups) in [(route_top1 as fn(_, _) -> _, 1), (route_top1, 2), (route_top2, 2)] {
+    for (route, groups, expert_capacity) in [
+        (route_top1 as fn(_, _) -> _, 1, Some(3)),
+        (route_top1, 2, Some(3)),
+        (route_top1, 2, None),
+        (route_top2, 2, Some(3)),
+        (route_expert_choice, 2, Some(3)),
+    ] {
         let outputs: Vec<RouterOutput> = (0..3)
             .map(|layer| {
                 let logits_ne = Tensor::<2>::random([24, 5], Distribution::Normal(0.0, 2.0), &device);
                 let mask = (0..24).map(|token| i32::from(token % 7 != layer as i32)).collect();
                 let options = RouteOptions {
                     groups,
-                    expert_capacity: Some(3),
+                    expert_capacity,
                     token_mask: Some(int_tensor(mask, [24], &device)),
                     force_balanced: false,
                 };
