@@ -1,22 +1,16 @@
 //! Interrupted runs end as uninterrupted ones do, bit for bit.
 
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::job::{Job, exit_code};
 use crate::support::{Place, lines_logged, metrics, timeless, wait_for};
 
 /// Long enough to be killed ten times.
 const LONG: &str = "train run.toml --set schedule.total_steps=400 --set checkpoint.every_steps=7";
 
-fn start(place: &Place, arguments: &str) -> Child {
-    let mut command = place.command(arguments);
-    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts")
-}
-
-fn signal(child: &Child, signal: &str) {
-    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().expect("kill runs");
-    assert!(sent.success());
+fn start(place: &Place, arguments: &str) -> Job {
+    Job::start(place.command(arguments))
 }
 
 fn assert_same_end(place: &Place, a: &str, b: &str) {
@@ -40,15 +34,12 @@ fn ten_kills_change_nothing() {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         // Some kills hit start-up, the others a moment within or between steps and saves.
         if kill % 3 != 0 {
-            wait_for("a step", || {
-                lines_logged(&place, "killed") != before || child.try_wait().is_ok_and(|s| s.is_some())
-            });
+            wait_for("a step", || lines_logged(&place, "killed") != before || !child.is_running());
         }
         std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
-        let ended = child.try_wait().expect("a child");
-        assert!(ended.is_none(), "kill {kill} came after the end: {ended:?}");
-        child.kill().expect("SIGKILL");
-        child.wait().expect("a child");
+        assert!(child.is_running(), "kill {kill} came after the end");
+        child.signal("-KILL");
+        child.ended();
     }
     place.run(&format!("{LONG} --run-dir killed --resume auto"));
     assert_same_end(&place, "whole", "killed");
@@ -72,8 +63,8 @@ fn ctrl_c_and_sigterm_save_and_exit_75() {
         let before = lines_logged(&place, "stopped");
         let mut child = start(&place, &format!("{LONG} --run-dir stopped --resume auto"));
         wait_for("a step", || lines_logged(&place, "stopped") != before);
-        signal(&child, name);
-        assert_eq!(child.wait().expect("a child").code(), Some(75));
+        child.signal(name);
+        assert_eq!(exit_code(&child.ended()), Some(75));
     }
     place.run(&format!("{LONG} --run-dir stopped --resume auto"));
     assert_same_end(&place, "whole", "stopped");
@@ -86,10 +77,10 @@ fn a_second_ctrl_c_stops_at_once() {
     let mut child = start(&place, slow);
     wait_for("the start", || place.path("runs/small/metrics.jsonl").exists());
     std::thread::sleep(Duration::from_millis(100));
-    signal(&child, "-INT");
+    child.signal("-INT");
     std::thread::sleep(Duration::from_millis(20));
-    signal(&child, "-INT");
-    let code = child.wait().expect("a child").code();
+    child.signal("-INT");
+    let code = exit_code(&child.ended());
     assert!(matches!(code, Some(130 | 75)), "{code:?}");
     if code == Some(130) {
         assert_eq!(std::fs::read_dir(place.path("runs/small/checkpoints")).expect("a directory").count(), 0);
@@ -173,8 +164,8 @@ fn a_run_directory_has_one_process_at_a_time() {
     let mut child = start(&place, LONG);
     wait_for("a step", || lines_logged(&place, "runs/small") > 0);
     place.refused_with(&format!("{LONG} --resume auto"), &["runs/small is in use", "--run-dir"]);
-    signal(&child, "-INT");
-    assert_eq!(child.wait().expect("a child").code(), Some(75));
+    child.signal("-INT");
+    assert_eq!(exit_code(&child.ended()), Some(75));
 }
 
 #[test]
@@ -182,10 +173,10 @@ fn the_command_to_continue_is_complete() {
     let place = Place::with_experiment();
     let mut command = place.command("train run.toml --run-dir odd --set schedule.total_steps=400");
     command.args(["--set", "eval.prompts=[\"The <extra_id_0>.\"]"]);
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts");
+    let child = Job::start(command);
     wait_for("a step", || lines_logged(&place, "odd") > 0);
-    signal(&child, "-TERM");
-    let said = String::from_utf8(child.wait_with_output().expect("a child").stdout).expect("UTF-8");
+    child.signal("-TERM");
+    let said = String::from_utf8(child.ended().stdout).expect("UTF-8");
     let expected = "switchyard train run.toml --set schedule.total_steps=400 --set \
                     'eval.prompts=[\"The <extra_id_0>.\"]' --run-dir odd --resume auto";
     assert!(said.contains(expected), "{said}");
@@ -197,9 +188,9 @@ fn ctrl_c_before_the_first_step_ends_at_once_and_harms_nothing() {
     place.write_gz("corpus.json.gz", &crate::support::json_lines(0..60_000));
     let mut child = start(&place, "train run.toml --max-steps 1");
     wait_for("the cache", || place.path("cache/tokens").exists());
-    signal(&child, "-INT");
+    child.signal("-INT");
     // The signal itself ends it: a program that goes on to its end or saves would exit with a code.
-    let ended = child.wait().expect("a child");
+    let ended = child.ended().status;
     assert_eq!(ended.signal(), Some(2), "{ended:?}");
     place.run("train run.toml --max-steps 1");
 }

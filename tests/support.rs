@@ -2,12 +2,12 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-#[cfg(feature = "mpi")]
-use std::process::Stdio;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+use crate::job::{Job, PATIENCE, stderr};
 
 /// An empty directory in which the program runs.
 pub(crate) struct Place {
@@ -62,13 +62,13 @@ impl Place {
     pub(crate) fn on_disk_of(&self, size: &str, script: &str) -> Output {
         std::fs::create_dir(self.path("full")).expect("a directory");
         let script = format!("mount -t tmpfs -o size={size} none full && {script}");
-        Command::new("unshare")
+        let mut command = Command::new("unshare");
+        command
             .args(["--mount", "--map-root-user", "sh", "-c", &script])
             .env("PROGRAM", env!("CARGO_BIN_EXE_switchyard"))
             .envs(MPIRUN_HERE)
-            .current_dir(self.root())
-            .output()
-            .expect("unshare of util-linux")
+            .current_dir(self.root());
+        Job::start(command).ended()
     }
 
     /// Runs to success and returns standard output.
@@ -115,11 +115,8 @@ pub(crate) const MPIRUN_HERE: [(&str, &str); 6] = [
 /// Lets `command` start many ranks in `place`.
 #[cfg(feature = "mpi")]
 pub(crate) fn for_many_ranks(command: &mut Command, place: &Place) {
-    command.envs(MPIRUN_HERE).current_dir(place.root()).stdin(Stdio::null());
+    command.envs(MPIRUN_HERE).current_dir(place.root());
 }
-
-/// Longest time that anything here may take: far more than it does, so that only a hang exceeds it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) fn wait_for(what: &str, ready: impl FnMut() -> bool) {
     wait_often_for(what, Duration::from_millis(2), ready);
@@ -139,10 +136,6 @@ pub(crate) fn lines_logged(place: &Place, run: &str) -> usize {
 
 pub(crate) fn metrics(place: &Place, run: &str) -> Vec<Value> {
     timeless(&place.read(&format!("{run}/metrics.jsonl")))
-}
-
-pub(crate) fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// Lines of `metrics.jsonl` without what depends on the clock.

@@ -1,32 +1,29 @@
 //! Ranks that find each other by torchrun's variables, without MPI.
 
 use std::net::TcpListener;
-use std::process::{Child, Stdio};
 
-use crate::support::{Place, metrics, stderr, wait_for};
+use crate::job::{Job, stderr};
+use crate::support::{Place, metrics, wait_for};
 
 const RUN: &str = "train run.toml --set data.micro_batch_rows=2 --set comm.deterministic=true";
 
 /// Starts `ranks` ranks with `arguments`.
-fn start(place: &Place, ranks: usize, arguments: &str) -> Vec<Child> {
+fn start(place: &Place, ranks: usize, arguments: &str) -> Vec<Job> {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
     let rank = |rank: usize| {
         let mut command = place.command(arguments);
         command
             .envs([("RANK", rank.to_string()), ("WORLD_SIZE", ranks.to_string())])
             .envs([("MASTER_ADDR", "127.0.0.1".to_owned()), ("MASTER_PORT", port.to_string())])
-            .env("RAYON_NUM_THREADS", "1")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command.spawn().expect("it starts")
+            .env("RAYON_NUM_THREADS", "1");
+        Job::start(command)
     };
     (0..ranks).map(rank).collect()
 }
 
 /// Lets all ranks end well; what the first printed.
-fn ended(ranks: Vec<Child>) -> String {
-    let outputs: Vec<_> = ranks.into_iter().map(|rank| rank.wait_with_output().expect("a child")).collect();
+fn ended(ranks: Vec<Job>) -> String {
+    let outputs: Vec<_> = ranks.into_iter().map(Job::ended).collect();
     for (rank, output) in outputs.iter().enumerate() {
         assert!(output.status.success(), "rank {rank}: {}", stderr(output));
     }
@@ -58,9 +55,8 @@ fn a_lost_rank_ends_the_job_as_restartable_and_the_run_goes_on() {
     let run = format!("{RUN} --set schedule.total_steps=1000000 --set checkpoint.every_steps=5");
     let mut ranks = start(&place, 2, &format!("{run} --run-dir lost"));
     wait_for("a checkpoint", || place.path("lost/checkpoints/step-000010").exists());
-    ranks[1].kill().expect("it runs");
-    ranks[1].wait().expect("a child");
-    let first = ranks.swap_remove(0).wait_with_output().expect("a child");
+    ranks.remove(1).signal("-KILL");
+    let first = ranks.remove(0).ended();
     assert_eq!(first.status.code(), Some(75), "{}", stderr(&first));
     assert!(stderr(&first).contains("rank 1 "), "{}", stderr(&first));
 

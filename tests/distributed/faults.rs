@@ -6,10 +6,10 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use super::{
-    ENDLESS, EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, last_step,
-    lines_logged, mpirun, mpirun_each, signal, wait_for, wait_often_for,
+    ENDLESS, EXPERTS, SHARED, assert_same_end, checkpoints, ends_with, job, last_step, mpirun, mpirun_each,
 };
-use crate::support::{Place, for_many_ranks, stderr};
+use crate::job::{Job, exit_code, send, stderr};
+use crate::support::{Place, for_many_ranks, lines_logged, wait_for, wait_often_for};
 
 /// Numbers that look random, the same in every run.
 struct Random(u64);
@@ -87,13 +87,12 @@ fn killed_and_restarted(place: &Place, kills: u64, tell: bool) -> Met {
         });
         std::thread::sleep(pause);
         let rank = random.below(4) as usize;
-        signal(ranks[rank], "-KILL");
+        send("-KILL", ranks[rank]);
         let killed = Instant::now();
         let output = child.ended();
         let seconds = killed.elapsed().as_secs_f64();
-        let code = output.status.code();
+        let code = exit_code(&output);
         assert!(matches!(code, Some(75 | 137)), "{code:?} {}", stderr(&output));
-        assert_gone(&ranks);
         met.half_written += usize::from(is_saving(place, "killed"));
         met.resumed += usize::from(resumed != "none");
         if tell {
@@ -141,12 +140,12 @@ fn a_rank_that_stops_is_named_and_the_job_ends() {
         let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir {name}")));
         let ranks = child.ranks(4);
         wait_for("some steps", || lines_logged(&place, &name) > 3);
-        signal(ranks[stopped], "-STOP");
+        send("-STOP", ranks[stopped]);
         let since = Instant::now();
         let output = child.ended();
         let said = stderr(&output);
         assert!(since.elapsed() < Duration::from_secs(33), "{:?}: {said}", since.elapsed());
-        assert_eq!(output.status.code(), Some(75), "{said}");
+        assert_eq!(exit_code(&output), Some(75), "{said}");
         let told: Vec<&str> = said.lines().filter(|line| line.contains("has not finished for")).collect();
         let [line] = told.as_slice() else { panic!("one line says it: {said}") };
         // Others may wait for it elsewhere, in a group that this one waits for.
@@ -156,7 +155,6 @@ fn a_rank_that_stops_is_named_and_the_job_ends() {
         let operation = line.trim_start_matches("error: ").split(' ').next().expect("a word");
         let known = ["all_reduce", "all_gather", "all_to_all", "reduce_scatter", "broadcast", "barrier"];
         assert!(known.iter().any(|name| operation.starts_with(name)), "names the operation: {line}");
-        assert_gone(&ranks);
     }
 }
 
@@ -170,9 +168,9 @@ fn a_rank_that_is_slow_but_alive_changes_nothing() {
         let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir {name}")));
         let ranks = child.ranks(4);
         wait_for("a step", || lines_logged(&place, &name) > 0);
-        signal(ranks[slow], "-STOP");
+        send("-STOP", ranks[slow]);
         std::thread::sleep(Duration::from_secs(2));
-        signal(ranks[slow], "-CONT");
+        send("-CONT", ranks[slow]);
         let output = child.ended();
         assert!(output.status.success(), "{}", stderr(&output));
         assert_same_end(&place, "quick", &name);
@@ -186,9 +184,9 @@ fn a_signal_to_one_rank_saves_on_all() {
     let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir asked")));
     let ranks = child.ranks(4);
     wait_for("some steps", || lines_logged(&place, "asked") > 3);
-    signal(ranks[2], "-TERM");
+    send("-TERM", ranks[2]);
     let output = child.ended();
-    assert_eq!(output.status.code(), Some(75), "{}", stderr(&output));
+    assert_eq!(exit_code(&output), Some(75), "{}", stderr(&output));
     assert_eq!(checkpoints(&place, "asked").len(), 1);
     let end = last_step(&place, "asked") + 5;
     job(&place, 4, &format!("{run} --run-dir asked --resume auto --max-steps {end}"), 0);
@@ -226,7 +224,7 @@ fn a_rank_that_cannot_write_ends_the_job_with_its_reason() {
         let arguments = format!("{SHARED} --set schedule.total_steps=300 --set checkpoint.every_steps=100");
         let output = with_a_limit(&place, rank, false, &run, &arguments);
         let said = stderr(&output);
-        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert_eq!(exit_code(&output), Some(1), "{said}");
         assert_eq!(said.matches("File too large").count(), 1, "said once: {said}");
         assert_eq!(said.matches("error:").count(), 1, "said once: {said}");
         assert!(said.contains(file), "names the file: {said}");
@@ -242,7 +240,7 @@ fn a_rank_that_is_ended_while_it_writes_loses_nothing() {
     let output = with_a_limit(&place, 1, true, "ended", &run);
     let said = stderr(&output);
     // As mpirun reports SIGXFSZ, or the watchdog the lost rank.
-    assert!(matches!(output.status.code(), Some(75 | 153)), "{:?} {said}", output.status);
+    assert!(matches!(exit_code(&output), Some(75 | 153)), "{:?} {said}", output.status);
     assert!(is_saving(&place, "ended"), "it came to the save: {:?}", checkpoints(&place, "ended"));
     assert_eq!(newest(&place, "ended"), "none");
     job(&place, 2, &format!("{run} --run-dir ended --resume auto"), 0);

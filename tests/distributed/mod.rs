@@ -3,14 +3,12 @@
 //! Here is how a job is started, watched and ended; the tests are beside.
 
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{
-    PATIENCE, Place, for_many_ranks, lines_logged, metrics, stderr, wait_for, wait_often_for,
-};
+use crate::job::{Job, exit_code, stderr};
+use crate::support::{Place, for_many_ranks, metrics, wait_for};
 
 mod faults;
 mod meshes;
@@ -25,101 +23,25 @@ const SHARED: &str = "train run.toml --set data.micro_batch_rows=2 --set comm.de
 const ENDLESS: &str = "--set schedule.total_steps=1000000";
 const EXPERTS: &str = "--set parallel.expert_parallel_size=4";
 
-/// A job under way; what is left of it ends with this value, also when a test fails.
-struct Job {
-    /// Gone once its end has been waited for.
-    child: Option<Child>,
-}
-
 impl Job {
-    fn start(mut command: Command) -> Self {
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        Self { child: Some(command.spawn().expect("it starts")) }
-    }
-
-    /// The process that was started: mpirun, or the script that starts it.
-    fn pid(&self) -> u32 {
-        self.child.as_ref().expect("a job that has not ended").id()
-    }
-
     /// Processes of its ranks in rank order, once all `count` have begun.
     fn ranks(&self, count: usize) -> Vec<u32> {
         let mut found = Vec::new();
         wait_for("the start of all ranks", || {
-            let ranked = descendants(self.pid()).into_iter().filter_map(|pid| Some((rank_of(pid)?, pid)));
+            let ranked =
+                self.processes().into_iter().filter_map(|(pid, variables)| Some((rank(&variables)?, pid)));
             found = ranked.collect();
             found.sort_unstable();
             found.len() == count
         });
         found.into_iter().map(|(_, pid)| pid).collect()
     }
-
-    /// Waits for the end, with what was said; panics when it does not come.
-    fn ended(mut self) -> Output {
-        let child = self.child.take().expect("a job that has not ended");
-        let pid = child.id();
-        let waiter = std::thread::spawn(move || child.wait_with_output().expect("a child"));
-        let started = Instant::now();
-        while !waiter.is_finished() {
-            if started.elapsed() > PATIENCE {
-                end_all_below(pid);
-                let output = waiter.join().expect("no panic");
-                panic!("no end within {PATIENCE:?}\n{}", stderr(&output));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        waiter.join().expect("no panic")
-    }
 }
 
-impl Drop for Job {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            end_all_below(child.id());
-            // It has been sent a signal that nothing survives.
-            drop(child.wait());
-        }
-    }
-}
-
-/// Ends a child that has not been waited for, and all that descends from it.
-fn end_all_below(child: u32) {
-    let below = descendants(child);
-    for pid in std::iter::once(child).chain(below) {
-        // One that has ended meanwhile needs no signal.
-        drop(Command::new("kill").args(["-KILL", &pid.to_string()]).stderr(Stdio::null()).status());
-    }
-}
-
-/// Processes that descend from process `ancestor`.
-fn descendants(ancestor: u32) -> Vec<u32> {
-    let listing = std::fs::read_dir("/proc").expect("Linux").flatten();
-    let pids = listing.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let parents: Vec<(u32, u32)> = pids.filter_map(|pid| Some((pid, parent_of(pid)?))).collect();
-    let (mut found, mut next) = (vec![ancestor], 0);
-    while let Some(&parent) = found.get(next) {
-        found.extend(parents.iter().filter(|(_, of)| *of == parent).map(|(pid, _)| pid));
-        next += 1;
-    }
-    found.split_off(1)
-}
-
-fn parent_of(pid: u32) -> Option<u32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // `PID (NAME) STATE PARENT …`: the name may hold anything.
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
-}
-
-fn rank_of(pid: u32) -> Option<usize> {
-    let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
-    let mut variables = environment.split(|&byte| byte == 0);
-    let value = variables.find_map(|variable| variable.strip_prefix(b"OMPI_COMM_WORLD_RANK="))?;
+/// The rank that mpirun gave a process, of its environment.
+fn rank(variables: &[Vec<u8>]) -> Option<usize> {
+    let value = variables.iter().find_map(|variable| variable.strip_prefix(b"OMPI_COMM_WORLD_RANK="))?;
     std::str::from_utf8(value).ok()?.parse().ok()
-}
-
-/// No rank outlives its job.
-fn assert_gone(ranks: &[u32]) {
-    wait_for("the end of all ranks", || ranks.iter().all(|&pid| rank_of(pid).is_none()));
 }
 
 /// `mpirun` with `options` before the program and `arguments` after it.
@@ -149,14 +71,9 @@ fn ends_with(command: Command, code: i32) -> String {
     let told = format!("{command:?}");
     let output = Job::start(command).ended();
     let said = stderr(&output);
-    assert_eq!(output.status.code(), Some(code), "{told}\n{said}");
+    assert_eq!(exit_code(&output), Some(code), "{told}\n{said}");
     assert!(!said.contains("panicked"), "{told}\n{said}");
     said
-}
-
-fn signal(pid: u32, name: &str) {
-    let sent = Command::new("kill").args([name, &pid.to_string()]).status().expect("kill runs");
-    assert!(sent.success(), "{name} to {pid}");
 }
 
 /// Step of the last whole line of the run's metrics, 0 without one.

@@ -5,11 +5,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{
-    ENDLESS, EXPERTS, Job, SHARED, assert_gone, assert_same_end, checkpoints, ends_with, job, last_step,
-    lines_logged, mpirun, signal, wait_for,
-};
-use crate::support::{Place, for_many_ranks, stderr};
+use super::{ENDLESS, EXPERTS, SHARED, assert_same_end, checkpoints, ends_with, job, last_step, mpirun};
+use crate::job::{Job, exit_code, stderr};
+use crate::support::{Place, for_many_ranks, lines_logged, wait_for};
 
 const RUN: &str = "run.toml --set comm.deterministic=true";
 
@@ -36,15 +34,13 @@ fn a_signal_to_mpirun_saves_on_all_ranks_and_the_run_goes_on() {
     let place = Place::with_experiment();
     let run = format!("{SHARED} {EXPERTS} {ENDLESS} --set checkpoint.every_steps=0");
     let child = Job::start(mpirun(&place, "-n 4", &format!("{run} --run-dir asked")));
-    let ranks = child.ranks(4);
     wait_for("some steps", || lines_logged(&place, "asked") > 3);
-    signal(child.pid(), "-USR1");
+    child.signal("-USR1");
     let output = child.ended();
-    assert_eq!(output.status.code(), Some(75), "{}", stderr(&output));
+    assert_eq!(exit_code(&output), Some(75), "{}", stderr(&output));
     let printed = String::from_utf8_lossy(&output.stdout);
     assert_eq!(printed.matches("continue with: ").count(), 1, "one rank says it: {printed}");
     assert_eq!(checkpoints(&place, "asked").len(), 1);
-    assert_gone(&ranks);
     let end = last_step(&place, "asked") + 5;
     job(&place, 4, &format!("{run} --run-dir asked --resume auto --max-steps {end}"), 0);
     job(&place, 4, &format!("{run} --run-dir whole --max-steps {end}"), 0);
@@ -58,13 +54,11 @@ fn the_launch_script_hands_signals_on_and_does_not_restart() {
     for name in ["-TERM", "-INT"] {
         let before = lines_logged(&place, "asked");
         let child = Job::start(launch(&place, &format!("{run} --run-dir asked")));
-        let ranks = child.ranks(2);
         wait_for("some steps", || lines_logged(&place, "asked") > before + 3);
-        signal(child.pid(), name);
+        child.signal(name);
         let output = child.ended();
-        assert_eq!(output.status.code(), Some(75), "{name}: {}", stderr(&output));
+        assert_eq!(exit_code(&output), Some(75), "{name}: {}", stderr(&output));
         assert!(!stderr(&output).contains("starting again"), "{name}: {}", stderr(&output));
-        assert_gone(&ranks);
     }
     let end = last_step(&place, "asked") + 5;
     let said = ends_with(launch(&place, &format!("{run} --run-dir asked --max-steps {end}")), 0);
