@@ -2,7 +2,8 @@
 
 use std::process::Command;
 
-use crate::support::{Place, gzip, json_lines, stderr};
+use crate::job::stderr;
+use crate::support::{Place, gzip, json_lines};
 
 const TRAIN: &str = "train run.toml --max-steps 5";
 

@@ -3,7 +3,8 @@
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
-use crate::support::{Place, stderr};
+use crate::job::stderr;
+use crate::support::Place;
 
 const COMMANDS: [&str; 18] = [
     "train",

@@ -61,7 +61,7 @@ fn ctrl_c_and_sigterm_save_and_exit_75() {
     place.run(&format!("{LONG} --run-dir whole"));
     for name in ["-INT", "-TERM"] {
         let before = lines_logged(&place, "stopped");
-        let mut child = start(&place, &format!("{LONG} --run-dir stopped --resume auto"));
+        let child = start(&place, &format!("{LONG} --run-dir stopped --resume auto"));
         wait_for("a step", || lines_logged(&place, "stopped") != before);
         child.signal(name);
         assert_eq!(exit_code(&child.ended()), Some(75));
@@ -74,7 +74,7 @@ fn ctrl_c_and_sigterm_save_and_exit_75() {
 fn a_second_ctrl_c_stops_at_once() {
     let place = Place::with_experiment();
     let slow = "train run.toml --set schedule.total_steps=100000 --set data.batch_rows=4096 --set checkpoint.every_steps=0";
-    let mut child = start(&place, slow);
+    let child = start(&place, slow);
     wait_for("the start", || place.path("runs/small/metrics.jsonl").exists());
     std::thread::sleep(Duration::from_millis(100));
     child.signal("-INT");
@@ -116,7 +116,7 @@ fn an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused() {
     place.run("train run.toml --max-steps 40");
     std::fs::remove_file(place.path("runs/small/checkpoints/step-000040/manifest.json")).expect("a manifest");
     let output = place.command("train run.toml --resume auto --max-steps 41").output().expect("it starts");
-    let said = crate::support::stderr(&output);
+    let said = crate::job::stderr(&output);
     assert!(output.status.success() && said.contains("continuing at step 20"), "{said}");
     assert!(said.contains("step-000040") && said.contains("not a complete checkpoint"), "{said}");
 
@@ -161,7 +161,7 @@ fn an_older_checkpoint_starts_another_run() {
 #[test]
 fn a_run_directory_has_one_process_at_a_time() {
     let place = Place::with_experiment();
-    let mut child = start(&place, LONG);
+    let child = start(&place, LONG);
     wait_for("a step", || lines_logged(&place, "runs/small") > 0);
     place.refused_with(&format!("{LONG} --resume auto"), &["runs/small is in use", "--run-dir"]);
     child.signal("-INT");
@@ -186,7 +186,7 @@ fn the_command_to_continue_is_complete() {
 fn ctrl_c_before_the_first_step_ends_at_once_and_harms_nothing() {
     let place = Place::with_experiment();
     place.write_gz("corpus.json.gz", &crate::support::json_lines(0..60_000));
-    let mut child = start(&place, "train run.toml --max-steps 1");
+    let child = start(&place, "train run.toml --max-steps 1");
     wait_for("the cache", || place.path("cache/tokens").exists());
     child.signal("-INT");
     // The signal itself ends it: a program that goes on to its end or saves would exit with a code.

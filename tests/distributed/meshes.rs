@@ -6,7 +6,8 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 use super::{EXPERTS, Job, SHARED, assert_same_end, checkpoints, job, metrics, mpirun, shard, weights};
-use crate::support::{Place, stderr};
+use crate::job::stderr;
+use crate::support::Place;
 
 /// Takes the metrics of experts out of a record: sums over layers are added per rank first, so that they
 /// may differ in the last bits between meshes.

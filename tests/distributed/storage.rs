@@ -1,7 +1,8 @@
 //! Checkpoints of many ranks that are damaged, and disks that are full.
 
 use super::{EXPERTS, SHARED, checkpoints, job, shard};
-use crate::support::{Place, stderr};
+use crate::job::stderr;
+use crate::support::Place;
 
 #[test]
 fn damaged_checkpoints_are_refused_on_all_ranks() {
