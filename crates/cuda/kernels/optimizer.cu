@@ -34,9 +34,9 @@ struct Control {
   u64 updates;
   double squares, norm, correction1;
   float gradient_scale;
-  u32 finite;
+  u32 applied;
   float decay, inverse_root_correction2;
-  u64 skipped;
+  u64 left_out;
 };
 
 __device__ __forceinline__ u32 parts(u32 whole, u32 part) { return (whole + part - 1) / part; }
@@ -291,10 +291,12 @@ extern "C" __global__ void optimizer_prepare(Control* control, const float* loss
   double norm = sqrt(control->squares);
   bool finite = norm - norm == 0.0 && (!loss || *loss - *loss == 0.f);
   control->norm = norm;
-  control->finite = finite;
   control->gradient_scale = max_norm > 0.0 ? float(fmin(max_norm / fmax(norm, 2.3e-308), 1.0)) : 1.f;
-  if (!finite) {
-    control->skipped++;
+  // A step that was asked for before the host has seen that the one before it failed must not go on from it.
+  bool applied = finite && control->left_out == 0;
+  control->applied = applied;
+  if (!applied) {
+    control->left_out++;
     return;
   }
   double updates = double(++control->updates);
@@ -307,7 +309,7 @@ extern "C" __global__ void optimizer_prepare(Control* control, const float* loss
 extern "C" __global__ void __launch_bounds__(THREADS)
 adafactor_moments(const Control* control, const Tensor* tensors, const uint4* items, const float* sums,
                   float* segments, float eps) {
-  if (!control->finite) return;
+  if (!control->applied) return;
   __shared__ float of_warp[WARPS];
   uint4 item = items[blockIdx.x];
   const Tensor& t = tensors[item.x];
@@ -531,7 +533,7 @@ adafactor_update(const Control* control, const Tensor* tensors, const uint4* ite
                  u32* applied, u32* ready, float2* steps, double* parameter_squares, float* of_size_tile,
                  float* of_apply_tile, const float* segments, float eps, double update_clip,
                  double weight_decay, double scale_floor, u32 scaled) {
-  if (!control->finite) return;
+  if (!control->applied) return;
   __shared__ float of_warp[WARPS];
   __shared__ float2 step;
   __shared__ u32 turn;
@@ -652,7 +654,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
 adamw_update(const Control* control, const Tensor* tensors, const uint4* items, u32* applied,
              double* parameter_squares, float* of_apply_tile, float beta1, float beta2, float eps,
              double weight_decay, double scale_floor, u32 scaled) {
-  if (!control->finite) return;
+  if (!control->applied) return;
   __shared__ float of_warp[WARPS];
   __shared__ float2 step;
   Tile tile(tensors, items[blockIdx.x], APPLY_ROWS);

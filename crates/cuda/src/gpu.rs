@@ -199,6 +199,16 @@ impl Gpu {
         &self.products
     }
 
+    /// Waits until `stream` has done all that it was asked for.
+    ///
+    /// # Errors
+    /// When something failed on the device.
+    pub fn finish(&self, stream: Stream) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: streams live as long as the process.
+        unsafe { result::stream::synchronize(stream.0) }.map_err(failed("finishing work"))
+    }
+
     /// Makes this the device of the thread.
     pub(crate) fn bind(&self) -> Result<(), CudaError> {
         self.context.bind_to_thread().map_err(failed("binding the device"))

@@ -58,7 +58,7 @@ pub use optimizer::{
     UpdateControl, UpdateMemory, UpdatePlan, UpdateRules, UpdatedTensor, gradient_squares, parameter_squares,
     prepare_update, update,
 };
-pub use pinned::PinnedIntegers;
+pub use pinned::{PinnedIntegers, PinnedWords};
 pub use product::{
     Epilogue, Factor, PRODUCT_WORKSPACE, Product, ProductAt, Rows, has_product, product, product_algorithms,
     product_by, product_choice,

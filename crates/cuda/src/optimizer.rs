@@ -3,7 +3,8 @@
 //! [`UpdatePlan`] cuts the tensors into tiles and lists the work once; the list lies in device memory. A step
 //! is then [`gradient_squares`], [`prepare_update`] and [`update`], with a sum over ranks between the first
 //! two where there are several. Nothing comes back to the host: [`UpdateControl`] has what changes from step
-//! to step, and where the norm is not finite everything stays as it was.
+//! to step, and where the norm is not finite everything stays as it was, in later steps
+//! too until the host has taken note.
 
 mod plan;
 
@@ -63,14 +64,15 @@ pub struct UpdateControl {
     pub correction1: f64,
     /// Factor on the gradients that clips their norm.
     pub gradient_scale: f32,
-    /// 1 if this step updates, 0 if the sum of squares in float32 or the loss is not finite.
-    pub finite: u32,
+    /// 1 if this step updates; 0 if the sum of squares in float32 or the loss is not finite, or if any was left
+    /// out before.
+    pub applied: u32,
     /// Decay of Adafactor's moments.
     pub decay: f32,
     /// `1 / sqrt(1 - beta2^updates)`.
     pub inverse_root_correction2: f32,
-    /// Steps that were left out.
-    pub skipped: u64,
+    /// Steps that were left out since this was last 0: while it is not, all are.
+    pub left_out: u64,
 }
 
 impl UpdateControl {
@@ -83,15 +85,15 @@ impl UpdateControl {
             self.squares.to_bits(),
             self.norm.to_bits(),
             self.correction1.to_bits(),
-            pair(self.gradient_scale.to_bits(), self.finite),
+            pair(self.gradient_scale.to_bits(), self.applied),
             pair(self.decay.to_bits(), self.inverse_root_correction2.to_bits()),
-            self.skipped,
+            self.left_out,
         ]
     }
 
     /// From how it lies in device memory.
     pub fn from_words(words: [u64; 8]) -> Self {
-        let [learning_rate, updates, squares, norm, correction1, scale, decay, skipped] = words;
+        let [learning_rate, updates, squares, norm, correction1, scale, decay, left_out] = words;
         let float = |bits: u64| f32::from_bits(bits as u32);
         Self {
             learning_rate: f64::from_bits(learning_rate),
@@ -100,10 +102,10 @@ impl UpdateControl {
             norm: f64::from_bits(norm),
             correction1: f64::from_bits(correction1),
             gradient_scale: float(scale),
-            finite: (scale >> 32) as u32,
+            applied: (scale >> 32) as u32,
             decay: float(decay),
             inverse_root_correction2: float(decay >> 32),
-            skipped,
+            left_out,
         }
     }
 }

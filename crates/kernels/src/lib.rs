@@ -62,7 +62,7 @@ pub use linear_map::{LinearMap, linear_map};
 pub use logits::logits;
 pub use memory::CacheLines;
 #[cfg(not(feature = "libtorch"))]
-pub use no_device::{DeviceIntegers, DeviceOptimizer, DeviceValues, Recording, WorkStream};
+pub use no_device::{DeviceIntegers, DeviceOptimizer, DeviceValues, Readback, Recording, WorkStream};
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};
 pub use norm::{rms_norm, rms_norm_beside};
 pub use plan::{DispatchPlan, TokenSlots};
@@ -71,7 +71,7 @@ pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_to
 pub use router_logits::router_logits;
 pub use seed::with_gradient;
 #[cfg(feature = "libtorch")]
-pub use torch::recording::{DeviceIntegers, Recording, WorkStream};
+pub use torch::recording::{DeviceIntegers, Readback, Recording, WorkStream};
 #[cfg(feature = "libtorch")]
 pub use torch::update::{DeviceOptimizer, DeviceValues};
 pub use vocabulary::{VocabularyGroup, VocabularyShard};

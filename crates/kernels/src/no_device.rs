@@ -73,8 +73,8 @@ impl DeviceOptimizer {
         match *self {}
     }
 
-    /// What the last update did.
-    pub fn outcome(&self) -> UpdateOutcome {
+    /// Takes note that an update was left out.
+    pub fn resume(&mut self) {
         match *self {}
     }
 
@@ -99,6 +99,11 @@ impl WorkStream {
         match *self {}
     }
 
+    /// Room for a report and what an update did.
+    pub fn readback(&self, _: usize) -> Readback {
+        match *self {}
+    }
+
     /// Puts a value in the place of the only one of a tensor.
     pub fn overwrite(&self, _: &Tensor<1>, _: f64) {
         match *self {}
@@ -119,6 +124,32 @@ impl WorkStream {
     /// # Errors
     /// None: there is no such stream.
     pub fn record<R>(&self, _: impl FnOnce() -> R) -> Result<(Recording, R), String> {
+        match *self {}
+    }
+}
+
+/// What a step leaves for the host; this build has no steps that leave any.
+#[derive(Debug)]
+pub enum Readback {}
+
+impl Readback {
+    /// How many numbers of a report there is room for.
+    pub fn len(&self) -> usize {
+        match *self {}
+    }
+
+    /// Whether there is room for none.
+    pub fn is_empty(&self) -> bool {
+        match *self {}
+    }
+
+    /// Asks for a report and what the last update did.
+    pub fn ask(&mut self, _: &Tensor<1>, _: &DeviceOptimizer) {
+        match *self {}
+    }
+
+    /// Both, once they are here.
+    pub fn wait(&self) -> (Vec<f32>, UpdateOutcome) {
         match *self {}
     }
 }

@@ -1,5 +1,5 @@
 //! Steps of one rank on a GPU: nothing waits for the host between their first kernel and their last, so that
-//! they can be recorded once and repeated.
+//! they can be recorded once and repeated, and the host can ask for the next before it has read of one.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
 use switchyard_data::HostBatch;
 use switchyard_kernels::optimizer::UpdateOutcome;
-use switchyard_kernels::{DeviceIntegers, DeviceOptimizer, Recording, WorkStream, with_values};
+use switchyard_kernels::{DeviceIntegers, DeviceOptimizer, Readback, Recording, WorkStream};
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, SumFormats};
@@ -25,9 +25,20 @@ pub(crate) struct GpuStep {
     /// One over the targets of the step. `[1]`
     loss_scale: Tensor<1>,
     mode: Mode,
-    /// What the last step left, or the recording leaves each time.
-    done: Option<LeftOnGpu>,
+    /// What the recording leaves each time.
+    recorded: Option<LeftOnGpu>,
+    /// Ways back that no step is on.
+    idle: Vec<Readback>,
     host_time: Duration,
+}
+
+/// A step that the GPU has been asked for.
+#[derive(Debug)]
+pub(crate) struct AskedStep {
+    readback: Readback,
+    micro_batches: usize,
+    /// Sparse layers of a micro-batch, in the order of the report.
+    layers: Vec<String>,
 }
 
 /// How the next step is done.
@@ -65,11 +76,13 @@ struct Shape {
 /// What a step leaves on the GPU.
 #[derive(Debug)]
 struct LeftOnGpu {
+    /// Kept where a recording writes and reads them.
     gradients: Gradients,
     /// Of each micro-batch the cross-entropy and everything that was differentiated, then the sums of every
     /// sparse layer.
     report: Tensor<1>,
-    micro_batches: usize,
+    /// Everything that was differentiated, over all micro-batches. `[1]`
+    loss: Tensor<1>,
     /// Sparse layers of a micro-batch, in the order of the report.
     layers: Vec<String>,
 }
@@ -89,10 +102,9 @@ impl Shape {
     }
 }
 
-impl LeftOnGpu {
-    /// Losses and metrics summed over micro-batches; waits for the GPU.
-    fn read(&self) -> (MicroLoss, Vec<(String, LayerMetrics)>) {
-        let report = with_values(self.report.clone(), <[f32]>::to_vec);
+impl AskedStep {
+    /// Losses and metrics summed over micro-batches.
+    fn sums(&self, report: &[f32]) -> (MicroLoss, Vec<(String, LayerMetrics)>) {
         let mut losses = MicroLoss::default();
         let mut moe: Vec<(String, LayerMetrics)> = Vec::new();
         for micro in report.chunks_exact(report.len() / self.micro_batches) {
@@ -124,7 +136,8 @@ impl GpuStep {
             ids: ids.collect(),
             loss_scale: Tensor::ones([1], (&device.clone().inner(), DType::F32)),
             mode: if plan.trainer.cuda_graph { Mode::Watch { first: true } } else { Mode::Eager },
-            done: None,
+            recorded: None,
+            idle: Vec::new(),
             host_time: Duration::ZERO,
             plan: plan.clone(),
             shapes,
@@ -142,30 +155,28 @@ impl GpuStep {
             && self.shapes.iter().copied().eq(micro_batches.iter().map(Shape::of))
     }
 
-    /// One update.
-    pub(crate) fn step(
+    /// Asks for one update, and for its report to be sent.
+    pub(crate) fn ask(
         &mut self,
         stream: &WorkStream,
         plan: &RunPlan,
         mut learner: LearnerParts<'_>,
         micro_batches: &[HostBatch],
         now: StepInputs,
-    ) -> StepReport {
+    ) -> AskedStep {
         let started = Instant::now();
-        for (ids, micro) in self.ids.iter_mut().zip(micro_batches) {
-            ids.write(&[&*micro.input_ids, &micro.decoder_input_ids(), &micro.target_ids].concat());
-        }
-        stream.overwrite(&self.loss_scale, 1.0 / now.denominators.targets);
-        stream.set_noise_step(now.step as u32);
+        self.feed(stream, micro_batches, now);
         learner.optimizer.set_learning_rate(now.learning_rate);
         if matches!(self.mode, Mode::Record) {
             self.record(stream, plan, &mut learner, now);
         }
-        match &mut self.mode {
-            Mode::Replay(recording) => recording.replay(stream),
+        let left = match &mut self.mode {
+            Mode::Replay(recording) => {
+                recording.replay(stream);
+                None
+            }
             &mut Mode::Watch { first } => {
-                let (done, exchanged) = stream.watched(|| self.run(plan, &mut learner, now, false));
-                self.done = Some(done);
+                let (left, exchanged) = stream.watched(|| self.update(plan, &mut learner, now, false));
                 self.mode = match exchanged {
                     None => Mode::Record,
                     // What stays on the GPU was sent there.
@@ -177,21 +188,53 @@ impl GpuStep {
                         Mode::Eager
                     }
                 };
+                Some(left)
             }
-            Mode::Record | Mode::Eager => self.done = Some(self.run(plan, &mut learner, now, false)),
-        }
+            Mode::Record | Mode::Eager => Some(self.update(plan, &mut learner, now, false)),
+        };
+        let left = left.as_ref().or(self.recorded.as_ref()).expect("recordings leave what they do");
+        let [len] = left.report.dims();
+        self.idle.retain(|readback| readback.len() == len);
+        let mut readback = self.idle.pop().unwrap_or_else(|| stream.readback(len));
+        readback.ask(&left.report, learner.optimizer);
+        let layers = left.layers.clone();
         self.host_time = started.elapsed();
-        let done = self.done.as_ref().expect("a step was done");
-        let (losses, moe) = done.read();
-        let UpdateOutcome { grad_norm, applied } = learner.optimizer.outcome();
+        AskedStep { readback, micro_batches: self.shapes.len(), layers }
+    }
+
+    /// What a step did, once it has.
+    pub(crate) fn report(&mut self, asked: AskedStep) -> StepReport {
+        let (report, UpdateOutcome { grad_norm, applied }) = asked.readback.wait();
+        let (losses, moe) = asked.sums(&report);
+        self.idle.push(asked.readback);
         StepReport { losses, grad_norm, updated: applied, moe }
     }
 
-    /// Lets go of a recording and the memory of a whole step that it keeps; the next step is recorded anew.
-    pub(crate) fn unrecord(&mut self) {
+    /// The gradients of a step once more, without its update. Lets go of a recording and the memory of a whole
+    /// step that it keeps; the next step is recorded anew.
+    pub(crate) fn gradients(
+        &mut self,
+        stream: &WorkStream,
+        plan: &RunPlan,
+        learner: &LearnerParts<'_>,
+        micro_batches: &[HostBatch],
+        now: StepInputs,
+    ) -> Gradients {
+        self.recorded = None;
         if self.is_recorded() {
             self.mode = Mode::Record;
         }
+        self.feed(stream, micro_batches, now);
+        self.differentiate(plan, learner, now).gradients
+    }
+
+    /// Sends the GPU what changes from step to step.
+    fn feed(&mut self, stream: &WorkStream, micro_batches: &[HostBatch], now: StepInputs) {
+        for (ids, micro) in self.ids.iter_mut().zip(micro_batches) {
+            ids.write(&[&*micro.input_ids, &micro.decoder_input_ids(), &micro.target_ids].concat());
+        }
+        stream.overwrite(&self.loss_scale, 1.0 / now.denominators.targets);
+        stream.set_noise_step(now.step as u32);
     }
 
     /// How long the host took to ask for the last step.
@@ -204,18 +247,6 @@ impl GpuStep {
         matches!(self.mode, Mode::Replay(_))
     }
 
-    /// The gradients of the last step, before clipping.
-    pub(crate) fn gradients(&self) -> Option<&Gradients> {
-        self.done.as_ref().map(|done| &done.gradients)
-    }
-
-    /// Lets go of what the last step left, unless the next leaves it in the same place.
-    pub(crate) fn forget(&mut self) {
-        if !self.is_recorded() {
-            self.done = None;
-        }
-    }
-
     fn record(
         &mut self,
         stream: &WorkStream,
@@ -223,10 +254,10 @@ impl GpuStep {
         learner: &mut LearnerParts<'_>,
         now: StepInputs,
     ) {
-        match stream.record(|| self.run(plan, learner, now, true)) {
-            Ok((recording, done)) => {
+        match stream.record(|| self.update(plan, learner, now, true)) {
+            Ok((recording, left)) => {
                 learner.optimizer.point();
-                self.done = Some(done);
+                self.recorded = Some(left);
                 self.mode = Mode::Replay(recording);
             }
             Err(error) => {
@@ -237,14 +268,21 @@ impl GpuStep {
     }
 
     /// Forward and backward over all micro-batches, then the update.
-    fn run(
+    fn update(
         &self,
         plan: &RunPlan,
         learner: &mut LearnerParts<'_>,
         now: StepInputs,
         recording: bool,
     ) -> LeftOnGpu {
-        let LearnerParts { model, mesh, sums, optimizer } = learner;
+        let left = self.differentiate(plan, learner, now);
+        learner.optimizer.update(&left.gradients, &left.loss, plan.optimizer.clip_norm, recording);
+        left
+    }
+
+    /// Forward and backward over all micro-batches.
+    fn differentiate(&self, plan: &RunPlan, learner: &LearnerParts<'_>, now: StepInputs) -> LeftOnGpu {
+        let LearnerParts { model, mesh, sums, .. } = learner;
         let (mut gradients, mut layers) = (Gradients::new(), Vec::new());
         let (mut losses, mut reports) = (Vec::new(), Vec::new());
         for index in 0..self.shapes.len() {
@@ -261,9 +299,8 @@ impl GpuStep {
             let sparse = stacks.into_iter().filter(|routers| !routers.is_empty());
             reports.extend(sparse.map(|routers| LayerMetrics::sums(routers).flatten(0, 1)));
         }
-        let loss = Tensor::cat(losses, 0).sum();
-        optimizer.update(&gradients, &loss, plan.optimizer.clip_norm, recording);
-        LeftOnGpu { gradients, report: Tensor::cat(reports, 0), micro_batches: self.shapes.len(), layers }
+        let (report, loss) = (Tensor::cat(reports, 0), Tensor::cat(losses, 0).sum());
+        LeftOnGpu { gradients, report, loss, layers }
     }
 
     fn batch(&self, index: usize, pad_token_id: i32) -> Seq2SeqBatch {

@@ -26,5 +26,5 @@ pub use error::TrainError;
 pub use metrics::{EvalRecord, LastRecords, MetricsError, MetricsFile, StepRecord};
 pub use parameters::load_model;
 pub use run_directory::{Resume, RunDirectory, RunDirectoryError};
-pub use step::{Learner, NonFinite, StepOutcome};
+pub use step::{BegunStep, Learner, NonFinite, StepOutcome};
 pub use train_loop::{Observer, Progress, TrainOptions, TrainOutcome, train};

@@ -14,7 +14,7 @@ use switchyard_parallel::{Gradients, Mesh, OwnerExchange, SumFormats};
 
 use crate::diagnose::first_non_finite;
 use crate::error::TrainError;
-use crate::gpu_step::{GpuStep, LearnerParts, StepReport};
+use crate::gpu_step::{AskedStep, GpuStep, LearnerParts, StepReport};
 use crate::optimizer::Optimizer;
 use crate::report::{MicroLoss, gathered};
 use crate::schedule;
@@ -88,6 +88,28 @@ pub struct Learner {
     device: Device,
     /// Of the last step, if the model is on a GPU that no other rank shares the work with.
     gpu_step: Option<GpuStep>,
+    /// Steps that were left out. A GPU leaves out whatever it was asked for before the host knew.
+    left_out: u64,
+}
+
+/// A step that has been begun, for [`Learner::finish`].
+#[derive(Debug)]
+pub struct BegunStep(Begun);
+
+#[derive(Debug)]
+enum Begun {
+    Done(Box<StepOutcome>),
+    OnGpu(Box<StepUnderWay>),
+}
+
+/// A step that a GPU has been asked for, and what is needed should it have to be asked again.
+#[derive(Debug)]
+struct StepUnderWay {
+    asked: AskedStep,
+    micro_batches: Vec<HostBatch>,
+    now: StepInputs,
+    /// Steps that had been left out when this one was asked for.
+    left_out: u64,
 }
 
 impl Learner {
@@ -102,6 +124,7 @@ impl Learner {
             mesh,
             device: device.clone(),
             gpu_step: None,
+            left_out: 0,
         }
     }
 
@@ -181,15 +204,56 @@ impl Learner {
         micro_batches: &[HostBatch],
         step: u64,
     ) -> Result<StepOutcome, TrainError> {
+        let begun = self.begin(plan, micro_batches.to_vec(), step)?;
+        self.finish(plan, begun)
+    }
+
+    /// Whether [`begin`](Self::begin) returns before the step is done: then the next one may be begun before
+    /// this one is finished, if nothing else looks at the model between them.
+    pub fn runs_ahead(&self) -> bool {
+        self.gpu_alone().is_some()
+    }
+
+    /// Begins what [`step`](Self::step) does. Steps are finished in the order in which they were begun.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn begin(
+        &mut self,
+        plan: &RunPlan,
+        micro_batches: Vec<HostBatch>,
+        step: u64,
+    ) -> Result<BegunStep, TrainError> {
         let count = |of: fn(&HostBatch) -> usize| micro_batches.iter().map(of).sum::<usize>() as u64;
         let counts = [count(HostBatch::num_targets), count(HostBatch::num_tokens)];
         let [targets, tokens] = self.mesh.sum_over_data(counts)?;
         let denominators = Denominators::of(plan, targets);
         let learning_rate = plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1);
-        if let Some(stream) = self.gpu_alone() {
-            let now = StepInputs { step, denominators, learning_rate, tokens };
-            return self.step_on_gpu(&stream, plan, micro_batches, now);
+        let now = StepInputs { step, denominators, learning_rate, tokens };
+        Ok(BegunStep(match self.gpu_alone() {
+            Some(stream) => Begun::OnGpu(Box::new(self.ask_gpu(&stream, plan, micro_batches, now))),
+            None => Begun::Done(Box::new(self.step_on_host(plan, &micro_batches, now)?)),
+        }))
+    }
+
+    /// What a step did that was begun; waits for it.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn finish(&mut self, plan: &RunPlan, begun: BegunStep) -> Result<StepOutcome, TrainError> {
+        match begun.0 {
+            Begun::Done(outcome) => Ok(*outcome),
+            Begun::OnGpu(step) => self.finish_on_gpu(plan, *step),
         }
+    }
+
+    fn step_on_host(
+        &mut self,
+        plan: &RunPlan,
+        micro_batches: &[HostBatch],
+        now: StepInputs,
+    ) -> Result<StepOutcome, TrainError> {
+        let StepInputs { step, denominators, learning_rate, tokens } = now;
         let (mut local, mut gradients) = (Gradients::new(), Gradients::new());
         let mut losses = Vec::with_capacity(micro_batches.len());
         let mut moe = Vec::new();
@@ -222,35 +286,53 @@ impl Learner {
         (self.mesh.world().size() == 1).then(|| WorkStream::on(&self.device)).flatten()
     }
 
-    fn step_on_gpu(
+    fn ask_gpu(
         &mut self,
         stream: &WorkStream,
         plan: &RunPlan,
-        micro_batches: &[HostBatch],
+        micro_batches: Vec<HostBatch>,
         now: StepInputs,
-    ) -> Result<StepOutcome, TrainError> {
-        let earlier = self.gpu_step.take().filter(|earlier| earlier.fits(stream, plan, micro_batches));
-        let mut steps = earlier.unwrap_or_else(|| GpuStep::new(stream, plan, micro_batches, &self.device));
+    ) -> StepUnderWay {
+        let earlier = self.gpu_step.take().filter(|earlier| earlier.fits(stream, plan, &micro_batches));
+        let mut steps = earlier.unwrap_or_else(|| GpuStep::new(stream, plan, &micro_batches, &self.device));
+        let asked = steps.ask(stream, plan, self.parts(), &micro_batches, now);
+        self.gpu_step = Some(steps);
+        StepUnderWay { asked, micro_batches, now, left_out: self.left_out }
+    }
+
+    fn finish_on_gpu(&mut self, plan: &RunPlan, step: StepUnderWay) -> Result<StepOutcome, TrainError> {
+        const UNDER_WAY: &str = "the model stays on its GPU while a step is under way";
+        let StepUnderWay { asked, micro_batches, now, left_out } = step;
+        let stream = self.gpu_alone().expect(UNDER_WAY);
+        let mut steps = self.gpu_step.take().expect(UNDER_WAY);
+        let StepReport { losses, grad_norm, updated, moe } = steps.report(asked);
+        if left_out != self.left_out {
+            // One before it was left out, and so was this.
+            self.gpu_step = Some(steps);
+            let again = self.ask_gpu(&stream, plan, micro_batches, now);
+            return self.finish_on_gpu(plan, again);
+        }
+        let MicroLoss { loss, total_loss } = losses;
+        let mut skipped = None;
+        if updated {
+            self.optimizer.count_update();
+        } else {
+            let gradients = steps.gradients(&stream, plan, &self.parts(), &micro_batches, now);
+            let place = first_non_finite(self, plan, &micro_batches, now.step, total_loss, &gradients)?;
+            skipped = Some(NonFinite { place });
+            self.left_out += 1;
+            self.parts().optimizer.resume();
+        }
+        self.gpu_step = Some(steps);
+        let StepInputs { learning_rate, tokens, .. } = now;
+        Ok(StepOutcome { loss, total_loss, grad_norm, learning_rate, skipped, tokens, moe })
+    }
+
+    /// What steps on a GPU use.
+    fn parts(&mut self) -> LearnerParts<'_> {
         let model = self.model.as_ref().expect("every method that takes the model puts it back");
         let optimizer = self.optimizer.on_device_of(model).expect("the model is on the stream's GPU");
-        let parts = LearnerParts { model, mesh: &self.mesh, sums: self.exchange.sums(), optimizer };
-        let StepReport { losses, grad_norm, updated, moe } =
-            steps.step(stream, plan, parts, micro_batches, now);
-        let MicroLoss { loss, total_loss } = losses;
-        let skipped = if updated {
-            self.optimizer.count_update();
-            None
-        } else {
-            // Forward passes of their own need memory beside the recording's.
-            steps.unrecord();
-            let gradients = steps.gradients().expect("a step was done");
-            let place = first_non_finite(self, plan, micro_batches, now.step, total_loss, gradients)?;
-            Some(NonFinite { place })
-        };
-        steps.forget();
-        self.gpu_step = Some(steps);
-        let (learning_rate, tokens) = (now.learning_rate, now.tokens);
-        Ok(StepOutcome { loss, total_loss, grad_norm, learning_rate, skipped, tokens, moe })
+        LearnerParts { model, mesh: &self.mesh, sums: self.exchange.sums(), optimizer }
     }
 
     /// Forward and backward of one micro-batch.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use crate::error::TrainError;
 use crate::evaluate::{EvaluationRules, evaluate};
 use crate::metrics::{EvalRecord, MetricsFile, StepRecord};
 use crate::run_directory::{Resume, RunDirectory};
-use crate::step::{Learner, StepOutcome};
+use crate::step::{BegunStep, Learner};
 
 /// What a run needs beside its plan and its data.
 #[derive(Debug)]
@@ -92,31 +92,38 @@ pub fn train(
     let mut run = Run::start(plan, data, options, observer)?;
     let end = options.max_steps.unwrap_or(u64::MAX).min(plan.schedule.total_steps);
     let mut batches = run.prefetch(data, end)?;
-    let mut interrupted = run.mesh.any(options.stop.load(Ordering::Relaxed))?;
-    while !interrupted {
-        let started = Instant::now();
-        let Some(Prefetched { micro_batches, waited }) = batches.next_batch()? else { break };
-        let outcome = run.learner.step(plan, &micro_batches, run.progress.step)?;
-        let record = run.count(&outcome, started, waited.as_secs_f64())?;
+    let mut stopping = run.mesh.any(options.stop.load(Ordering::Relaxed))?;
+    let mut next = if stopping { None } else { run.begin(&mut batches)? };
+    while let Some(step) = next.take() {
+        let ahead = !stopping && run.may_run_ahead_of(&step);
+        let begun = if ahead { run.begin(&mut batches) } else { Ok(None) };
+        let record = run.finish(step)?;
         // All ranks stop, and take a save to its next stage, at the same step.
         let asked = [options.stop.load(Ordering::Relaxed), run.checkpoints.is_busy()];
         let [stop, busy] = run.mesh.any_of(asked)?;
-        interrupted = stop;
+        stopping |= stop;
         if run.is_due(plan.trainer.log_every_steps) {
             run.write(&record)?;
         }
         observer.step(&record, end);
+        next = begun?;
         if !busy {
             let ended = run.checkpoints.advance()?;
             run.note(ended, observer);
         }
+        if next.is_some() {
+            continue;
+        }
         // Whoever asked to stop may not wait long: what is due besides is made up for on resume.
-        let last = interrupted || record.step == end;
+        let last = stopping || record.step == end;
         if last || run.is_due(plan.checkpoint.every_steps) {
             run.save(last, observer)?;
         }
-        if !interrupted && run.is_due(plan.eval.every_steps) {
-            run.evaluate(observer)?;
+        if !stopping {
+            if run.is_due(plan.eval.every_steps) {
+                run.evaluate(observer)?;
+            }
+            next = run.begin(&mut batches)?;
         }
     }
     let ended = run.checkpoints.finish()?;
@@ -125,12 +132,23 @@ pub fn train(
     Ok(run.outcome(interrupted))
 }
 
+/// A step that has been begun.
+struct StepUnderWay {
+    begun: BegunStep,
+    /// Its number, from 1.
+    number: u64,
+    started: Instant,
+    waited: Duration,
+}
+
 /// A run under way.
 struct Run<'a> {
     plan: &'a RunPlan,
     mesh: &'a Mesh,
     learner: Learner,
     progress: Progress,
+    /// Steps begun; the last may still be under way.
+    begun: u64,
     /// Rows of text learned from.
     samples: u64,
     /// Of the first rank only.
@@ -139,8 +157,9 @@ struct Run<'a> {
     held_out: Vec<HostBatch>,
     first_sentinel: i32,
     saved: Option<PathBuf>,
-    /// Length of the last step in seconds.
+    /// Length of the last step in seconds, and its end.
     step_s: f64,
+    finished: Instant,
     evaluation: Option<EvalRecord>,
 }
 
@@ -176,6 +195,7 @@ impl<'a> Run<'a> {
             mesh,
             learner,
             metrics,
+            begun: progress.step,
             progress,
             samples,
             checkpoints,
@@ -183,6 +203,7 @@ impl<'a> Run<'a> {
             first_sentinel: data.tokenizer().first_sentinel_id() as i32,
             saved,
             step_s: 0.0,
+            finished: Instant::now(),
             evaluation: None,
         };
         // An interrupted run saves first: the evaluation that was due is made up for.
@@ -196,7 +217,10 @@ impl<'a> Run<'a> {
     /// Whether something that happens every so many steps, 0 for never, and at the end of the schedule
     /// happens now.
     fn is_due(&self, every: u64) -> bool {
-        let step = self.progress.step;
+        self.is_due_at(self.progress.step, every)
+    }
+
+    fn is_due_at(&self, step: u64, every: u64) -> bool {
         step == self.plan.schedule.total_steps || (every > 0 && step.is_multiple_of(every))
     }
 
@@ -212,13 +236,28 @@ impl<'a> Run<'a> {
         Ok(Prefetcher::start(Arc::clone(data), share, self.samples, steps, ahead)?)
     }
 
-    /// Moves the counters past a step and makes its record.
-    fn count(
-        &mut self,
-        outcome: &StepOutcome,
-        started: Instant,
-        waited_s: f64,
-    ) -> Result<StepRecord, TrainError> {
+    /// Begins the next step, if there is a batch for it.
+    fn begin(&mut self, batches: &mut Prefetcher) -> Result<Option<StepUnderWay>, TrainError> {
+        let started = Instant::now();
+        let Some(Prefetched { micro_batches, waited }) = batches.next_batch()? else { return Ok(None) };
+        let begun = self.learner.begin(self.plan, micro_batches, self.begun)?;
+        self.begun += 1;
+        Ok(Some(StepUnderWay { begun, number: self.begun, started, waited }))
+    }
+
+    /// Whether the next step may begin before this one is finished: nothing looks at the model between them.
+    fn may_run_ahead_of(&self, step: &StepUnderWay) -> bool {
+        let looked_at = [self.plan.checkpoint.every_steps, self.plan.eval.every_steps];
+        self.learner.runs_ahead() && !looked_at.iter().any(|&every| self.is_due_at(step.number, every))
+    }
+
+    /// Waits for a step, moves the counters past it and makes its record.
+    fn finish(&mut self, step: StepUnderWay) -> Result<StepRecord, TrainError> {
+        let StepUnderWay { begun, started, waited, .. } = step;
+        let outcome = self.learner.finish(self.plan, begun)?;
+        // One that was begun before the last was finished has shared its time.
+        self.step_s = self.finished.max(started).elapsed().as_secs_f64();
+        self.finished = Instant::now();
         self.samples += self.plan.data.batch_rows as u64;
         let progress = &mut self.progress;
         progress.step += 1;
@@ -236,12 +275,10 @@ impl<'a> Run<'a> {
                 }
             }
         }
-        let mut record = StepRecord::new(progress.step, outcome, progress.tokens, progress.skipped_steps);
-        let elapsed_s = started.elapsed().as_secs_f64();
-        self.step_s = elapsed_s;
-        record.step_ms = elapsed_s * 1e3;
-        record.data_wait_ms = waited_s * 1e3;
-        record.tokens_per_second = outcome.tokens as f64 / elapsed_s;
+        let mut record = StepRecord::new(progress.step, &outcome, progress.tokens, progress.skipped_steps);
+        record.step_ms = self.step_s * 1e3;
+        record.data_wait_ms = waited.as_secs_f64() * 1e3;
+        record.tokens_per_second = outcome.tokens as f64 / self.step_s;
         Ok(record)
     }
 

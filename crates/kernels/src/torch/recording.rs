@@ -11,12 +11,14 @@ use std::thread::{self, ThreadId};
 use burn::backend::LibTorch;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
 use burn_tch::TchTensor;
-use switchyard_cuda::{CudaError, PinnedIntegers, Stream};
+use switchyard_cuda::{CudaError, PinnedIntegers, PinnedWords, Stream};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::device::GPU_FAILED;
+use crate::optimizer::UpdateOutcome;
 use crate::torch::gpu::{at, fill_noise_step, gpu, in_process, queue, started};
 use crate::torch::place;
+use crate::torch::update::{CONTROL_WORDS, DeviceOptimizer, outcome_of};
 
 /// Bytes of a message of the functions in graph.cpp.
 const MESSAGE: usize = 512;
@@ -94,6 +96,12 @@ impl WorkStream {
         DeviceIntegers { here: TchTensor::new(here), pinned }
     }
 
+    /// Room in the host's memory for a report of `len` numbers and what an update did.
+    pub fn readback(&self, len: usize) -> Readback {
+        let words = started(gpu(self.index).and_then(|gpu| PinnedWords::new(gpu, len + CONTROL_WORDS)));
+        Readback { words, len }
+    }
+
     /// Puts `value` in the place of the only one of a float32 tensor; whoever shares its memory sees it.
     pub fn overwrite(&self, tensor: &BurnTensor<1>, value: f64) {
         no_grad(|| drop(super::floats(tensor.clone()).tensor.fill_(value)));
@@ -126,7 +134,8 @@ impl WorkStream {
         let mut graph = ptr::null_mut();
         // SAFETY: `graph` takes one pointer.
         ask(|error| unsafe { switchyard_torch_graph_new(&raw mut graph, error) })?;
-        let recording = Recording { graph, index: self.index, thread: thread::current().id() };
+        let stream = work_stream(self.index).map_err(|error| error.to_string())?;
+        let recording = Recording { graph, index: self.index, stream, thread: thread::current().id() };
         // SAFETY: the graph was just made.
         ask(|error| unsafe { switchyard_torch_graph_begin(recording.graph, error) })?;
         let open = Open(&recording);
@@ -180,6 +189,8 @@ impl Drop for Open<'_> {
 pub struct Recording {
     graph: *mut c_void,
     index: usize,
+    /// Where it is repeated.
+    stream: Stream,
     /// Whose stream, step of random numbers and constants the work reads.
     thread: ThreadId,
 }
@@ -209,7 +220,9 @@ impl Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        // SAFETY: the graph is not used again, and whoever repeats it reads its results before anything else.
+        // A failure has been met, or will be, by whoever waits for the results.
+        let _ = gpu(self.index).and_then(|gpu| gpu.finish(self.stream));
+        // SAFETY: the graph is not used again, and all repetitions are done.
         let _ = ask(|error| unsafe { switchyard_torch_graph_delete(self.graph, error) });
     }
 }
@@ -237,6 +250,49 @@ impl DeviceIntegers {
     /// They themselves, not a copy. `[count]`
     pub fn tensor(&self) -> BurnTensor<1, Int> {
         BurnTensor::from_primitive::<LibTorch>(self.here.clone())
+    }
+}
+
+/// What a step leaves for the host, on its way there while the GPU goes on.
+#[derive(Debug)]
+pub struct Readback {
+    words: PinnedWords,
+    /// Numbers of the report.
+    len: usize,
+}
+
+impl Readback {
+    /// How many numbers of a report there is room for.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is room for none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Asks for a float32 report and what the last update of `optimizer` did, as they are when the GPU comes to
+    /// it.
+    ///
+    /// # Panics
+    /// When there is no room for the report, or the GPU fails.
+    pub fn ask(&mut self, report: &BurnTensor<1>, optimizer: &DeviceOptimizer) {
+        let report = super::floats(report.clone()).tensor;
+        assert_eq!((report.numel(), report.kind()), (self.len, Kind::Float), "the report that was announced");
+        let queue = queue(&report).expect("reports are on a GPU");
+        let parts = [(at(&report), self.len), (optimizer.control(), CONTROL_WORDS)];
+        // SAFETY: both are as long, and memory that is freed afterwards is reused in the order of the stream.
+        started(unsafe { self.words.fetch(queue, &parts) });
+    }
+
+    /// The report and what the update did, once they are here.
+    ///
+    /// # Panics
+    /// When the GPU has failed meanwhile.
+    pub fn wait(&self) -> (Vec<f32>, UpdateOutcome) {
+        let (report, control) = started(self.words.wait()).split_at(self.len);
+        (report.iter().map(|&word| f32::from_bits(word)).collect(), outcome_of(control))
     }
 }
 

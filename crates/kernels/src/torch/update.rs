@@ -153,7 +153,8 @@ impl DeviceOptimizer {
     }
 
     /// Clips `gradients` to `max_norm`, 0 for not at all, and updates every parameter, unless their norm or
-    /// `loss`, `[1]`, is not finite. Nothing waits for the device: [`outcome`](Self::outcome) does.
+    /// `loss`, `[1]`, is not finite, or an update was left out before and nobody took [note](Self::resume) yet.
+    /// Nothing waits for the device.
     ///
     /// Inside a recording the gradients must be those of an update before by name and format, and
     /// [`point`](Self::point) must follow it.
@@ -191,10 +192,15 @@ impl DeviceOptimizer {
         no_grad(|| start.copy_(&tch::Tensor::from_slice(&described)));
     }
 
-    /// What the last update did; waits for it.
-    pub fn outcome(&self) -> UpdateOutcome {
-        let control = self.read_control();
-        UpdateOutcome { grad_norm: control.squares.sqrt(), applied: control.finite != 0 }
+    /// Takes note that an update was left out: the next one may be made.
+    pub fn resume(&mut self) {
+        let left_out = CONTROL_WORDS as i64 / 2 - 1;
+        no_grad(|| drop(self.control.narrow(0, left_out, 1).fill_(0)));
+    }
+
+    /// Where an [`UpdateControl`] says what the last update did.
+    pub(crate) fn control(&self) -> Address {
+        at(&self.control)
     }
 
     /// Calls `take` with the name, the masters, if there are any, and the moments of every parameter.
@@ -214,12 +220,6 @@ impl DeviceOptimizer {
             workspace: at(&planned.workspace),
             control: at(&self.control),
         }
-    }
-
-    fn read_control(&self) -> UpdateControl {
-        let read: Vec<i64> = Vec::try_from(self.control.to(Device::Cpu)).expect("eight words");
-        let words: Vec<u64> = read.into_iter().map(i64::cast_unsigned).collect();
-        UpdateControl::from_words(words.try_into().expect("eight words"))
     }
 
     /// Notes where gradients are; makes a plan when there is none for them.
@@ -282,6 +282,17 @@ fn on_device(gradients: &BTreeMap<String, Values>) -> impl Iterator<Item = (&Str
         Values::Device(values) => (name, &values.0),
         _ => panic!("the gradient of {name} is not on the device"),
     })
+}
+
+/// 32-bit words of an [`UpdateControl`].
+pub(crate) const CONTROL_WORDS: usize = 16;
+
+/// What the words of an [`UpdateControl`] say.
+pub(crate) fn outcome_of(control: &[u32]) -> UpdateOutcome {
+    let (pairs, _) = control.as_chunks::<2>();
+    let words: Vec<u64> = pairs.iter().map(|&[low, high]| u64::from(low) | u64::from(high) << 32).collect();
+    let control = UpdateControl::from_words(words.try_into().expect("eight words"));
+    UpdateOutcome { grad_norm: control.squares.sqrt(), applied: control.applied != 0 }
 }
 
 fn words(control: UpdateControl) -> tch::Tensor {

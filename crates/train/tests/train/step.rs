@@ -221,6 +221,35 @@ fn narrow_losses_follow_float32_ones() {
 }
 
 #[test]
+fn steps_begun_ahead_do_what_steps_one_by_one_do() {
+    let plan = small_plan(&["optimizer.kind = 'adafactor'", "optimizer.learning_rate = 0.01"]);
+    // The loss of one step in the middle is not finite, so that the one begun meanwhile must be begun again.
+    let mut broken = plan.clone();
+    broken.routing.router_z_loss_coef = f64::INFINITY;
+    let plan_of = |step: u64| if step == 5 { &broken } else { &plan };
+    let micro_batches = |step: u64| vec![batch(&plan, step)];
+    let mut one_by_one = solo(&plan);
+    let expected: Vec<StepOutcome> =
+        (0..9).map(|s| one_by_one.step(plan_of(s), &micro_batches(s), s).expect("one rank")).collect();
+    assert_eq!(expected.iter().position(|outcome| outcome.skipped.is_some()), Some(5));
+    assert!(expected[6..].iter().all(|outcome| outcome.skipped.is_none()));
+
+    let mut ahead = solo(&plan);
+    let mut next = Some(ahead.begin(plan_of(0), micro_batches(0), 0).expect("one rank"));
+    for (step, expected) in (0..).zip(&expected) {
+        let begun = next.take().expect("begun before");
+        if step < 8 {
+            next = Some(ahead.begin(plan_of(step + 1), micro_batches(step + 1), step + 1).expect("one rank"));
+        }
+        let found = ahead.finish(plan_of(step), begun).expect("one rank");
+        // As text: what is not a number equals nothing.
+        assert_eq!(format!("{found:?}"), format!("{expected:?}"));
+    }
+    let weights = |learner: &Learner| learner.model().parameter("shared.embedding").expect("there is one");
+    assert_eq!(weights(&ahead), weights(&one_by_one));
+}
+
+#[test]
 fn a_recorded_step_does_what_one_does_that_is_not() {
     for more in [
         &["precision.mode = 'fp32'", "optimizer.kind = 'adamw'"][..],

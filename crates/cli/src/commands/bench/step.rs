@@ -108,7 +108,8 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
     let (mut times, mut host_times) = (Vec::new(), Vec::new());
     let mut loss = f64::NAN;
     let (mut routed, mut dropped) = (0, 0);
-    for step in 0..WARM_UP + arguments.steps {
+    let steps = WARM_UP + arguments.steps;
+    let batch = |step: u64| {
         let salt = step as u32 * 2;
         let batch = HostBatch {
             rows: arguments.rows,
@@ -118,11 +119,27 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
             target_ids: synthetic_ids(arguments.rows * arguments.targets_length, vocabulary, salt + 1),
             first_row: 0,
         };
-        let micro_batches = batch.micro_batches(share);
-        mesh.world().barrier()?;
-        let started = Instant::now();
-        let outcome = learner.step(&plan, &micro_batches, step)?;
-        let elapsed_ms = started.elapsed().as_secs_f64() * 1e3;
+        batch.micro_batches(share)
+    };
+    let mut next = None;
+    let mut finished = Instant::now();
+    for step in 0..steps {
+        let begun = match next.take() {
+            Some(begun) => begun,
+            None => {
+                let micro_batches = batch(step);
+                mesh.world().barrier()?;
+                finished = Instant::now();
+                learner.begin(&plan, micro_batches, step)?
+            }
+        };
+        // As in training, a GPU has the next step before it is done with this one.
+        if learner.runs_ahead() && step + 1 < steps {
+            next = Some(learner.begin(&plan, batch(step + 1), step + 1)?);
+        }
+        let outcome = learner.finish(&plan, begun)?;
+        let elapsed_ms = finished.elapsed().as_secs_f64() * 1e3;
+        finished = Instant::now();
         loss = outcome.loss;
         if step >= WARM_UP {
             times.push(elapsed_ms);
