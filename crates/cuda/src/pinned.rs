@@ -5,7 +5,6 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
 
-use bytemuck::Pod;
 use cudarc::driver::sys::{CUevent, CUevent_flags};
 use cudarc::driver::{CudaContext, result};
 
@@ -28,7 +27,7 @@ unsafe impl<T: Send> Send for Pinned<T> {}
 // SAFETY: as above; shared references only read.
 unsafe impl<T: Sync> Sync for Pinned<T> {}
 
-impl<T: Pod> Pinned<T> {
+impl<T: Copy + Default> Pinned<T> {
     /// So many zeros.
     fn new(gpu: &Gpu, len: usize) -> Result<Self, CudaError> {
         let doing = "taking memory of the host";
@@ -38,7 +37,7 @@ impl<T: Pod> Pinned<T> {
         let at = unsafe { result::malloc_host(len.max(1) * size_of::<T>(), 0) }.map_err(failed(doing))?;
         let at = NonNull::new(at.cast()).expect("the driver has said that it succeeded");
         // SAFETY: there is room for so many, aligned to pages.
-        unsafe { slice::from_raw_parts_mut(at.as_ptr(), len) }.fill(T::zeroed());
+        unsafe { slice::from_raw_parts_mut(at.as_ptr(), len) }.fill(T::default());
         Ok(Self { context: Arc::clone(gpu.context()), at, len, copied })
     }
 

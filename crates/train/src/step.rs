@@ -112,6 +112,8 @@ struct StepUnderWay {
     left_out: u64,
 }
 
+const UNDER_WAY: &str = "the model stays on its GPU while a step is under way";
+
 impl Learner {
     /// A fresh model on `device`, which must differentiate, and fresh optimizer state.
     pub fn new(plan: &RunPlan, device: &Device, mesh: Arc<Mesh>) -> Self {
@@ -241,9 +243,10 @@ impl Learner {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn finish(&mut self, plan: &RunPlan, begun: BegunStep) -> Result<StepOutcome, TrainError> {
-        match begun.0 {
-            Begun::Done(outcome) => Ok(*outcome),
-            Begun::OnGpu(step) => self.finish_on_gpu(plan, *step),
+        match (begun.0, self.gpu_alone()) {
+            (Begun::Done(outcome), _) => Ok(*outcome),
+            (Begun::OnGpu(step), Some(stream)) => self.finish_on_gpu(&stream, plan, *step),
+            (Begun::OnGpu(_), None) => panic!("{UNDER_WAY}"),
         }
     }
 
@@ -300,24 +303,27 @@ impl Learner {
         StepUnderWay { asked, micro_batches, now, left_out: self.left_out }
     }
 
-    fn finish_on_gpu(&mut self, plan: &RunPlan, step: StepUnderWay) -> Result<StepOutcome, TrainError> {
-        const UNDER_WAY: &str = "the model stays on its GPU while a step is under way";
+    fn finish_on_gpu(
+        &mut self,
+        stream: &WorkStream,
+        plan: &RunPlan,
+        step: StepUnderWay,
+    ) -> Result<StepOutcome, TrainError> {
         let StepUnderWay { asked, micro_batches, now, left_out } = step;
-        let stream = self.gpu_alone().expect(UNDER_WAY);
         let mut steps = self.gpu_step.take().expect(UNDER_WAY);
         let StepReport { losses, grad_norm, updated, moe } = steps.report(asked);
         if left_out != self.left_out {
             // One before it was left out, and so was this.
             self.gpu_step = Some(steps);
-            let again = self.ask_gpu(&stream, plan, micro_batches, now);
-            return self.finish_on_gpu(plan, again);
+            let again = self.ask_gpu(stream, plan, micro_batches, now);
+            return self.finish_on_gpu(stream, plan, again);
         }
         let MicroLoss { loss, total_loss } = losses;
         let mut skipped = None;
         if updated {
             self.optimizer.count_update();
         } else {
-            let gradients = steps.gradients(&stream, plan, &self.parts(), &micro_batches, now);
+            let gradients = steps.gradients(stream, plan, &self.parts(), &micro_batches, now);
             let place = first_non_finite(self, plan, &micro_batches, now.step, total_loss, &gradients)?;
             skipped = Some(NonFinite { place });
             self.left_out += 1;
