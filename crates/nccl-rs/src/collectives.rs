@@ -14,8 +14,8 @@ use crate::types::ReduceOp;
 /// - [`Error::InsideGroup`] in a group, which has these operations itself: [`Group`](crate::Group);
 /// - [`Error::Busy`] and [`Error::Ended`] when the communicator is not ready;
 /// - [`Error::Communicator`] and [`Error::Library`] when the library fails;
-/// - [`Error::Timeout`] when a non-blocking communicator's patience ends before the operation is on its stream;
-///   the communicator is then aborted.
+/// - [`Error::Timeout`] when a non-blocking communicator's patience ends before the operation is on its
+///   stream; the communicator is then aborted.
 impl Communicator {
     /// Combines the inputs of all ranks value by value; every rank gets the result.
     ///
@@ -100,7 +100,8 @@ impl Communicator {
         self.library().group(|group| group.broadcast(self, buffer, root, stream))
     }
 
-    /// Combines the inputs of all ranks value by value; rank `root` gets the result, and only its `to` is used.
+    /// Combines the inputs of all ranks value by value; rank `root` gets the result, and only its `to` is
+    /// used.
     ///
     /// # Errors
     /// See "Errors of operations".
@@ -127,8 +128,8 @@ impl Communicator {
         self.library().group(|group| group.reduce_in_place(self, buffer, (op, root), stream))
     }
 
-    /// Sends values to rank `peer`, which receives as many of the same type. Two ranks that send to each other
-    /// do so in [groups](crate::Library::group), or wait for each other.
+    /// Sends values to rank `peer`, which receives as many of the same type. Two ranks that send to each
+    /// other do so in [groups](crate::Library::group), or wait for each other.
     ///
     /// # Errors
     /// See "Errors of operations".
@@ -144,8 +145,8 @@ impl Communicator {
         self.library().group(|group| group.recv(self, to, peer, stream))
     }
 
-    /// Sends the `r`-th of equal parts of the input to rank `r`, and receives rank `r`'s into the `r`-th part of
-    /// the output.
+    /// Sends the `r`-th of equal parts of the input to rank `r`, and receives rank `r`'s into the `r`-th part
+    /// of the output.
     ///
     /// # Errors
     /// See "Errors of operations".

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::deadline::{Deadline, Pauses};
 use crate::error::{Error, Who};
-use crate::ffi::{Fault, Handle, Progress};
+use crate::ffi::{Background, Fault, Handle, Progress};
 use crate::group::refuse_inside;
 use crate::library::Library;
 use crate::unique_id::UniqueId;
@@ -61,6 +61,9 @@ pub enum State {
 
 const INIT: &str = "joining the communicator";
 const FINALIZE: &str = "finalize";
+
+/// What is under way where nobody knows what.
+const SOMETHING: &str = "an operation";
 
 impl Communicator {
     /// Joins the communicator of `id` as rank `rank` of `count`, on the thread's current CUDA device.
@@ -127,7 +130,9 @@ impl Communicator {
         });
         let color = color.transpose()?;
         let raw = config.map(|config| config.raw(&self.library)).transpose()?;
-        let handle = self.handle.split(color, key, raw, || self.settle(SPLIT).map_err(Refusal::Waited));
+        let handle = self
+            .handle
+            .split(color, key, raw, || self.settle(SPLIT, self.deadline()).map_err(Refusal::Waited));
         let handle = handle.map_err(|refusal| match refusal {
             Refusal::Waited(error) => error,
             Refusal::Fault(fault) => self.error(SPLIT, fault),
@@ -189,37 +194,37 @@ impl Communicator {
         Ok(device)
     }
 
-    /// Asks how far the library is with calls that went on in the background, and whether a fault has been met
-    /// since: ask now and then while waiting for a stream, as an operation that met one never ends.
+    /// Asks how far the library is with calls that went on in the background, and whether a fault has been
+    /// met since: ask now and then while waiting for a stream, as an operation that met one never ends.
     ///
     /// # Errors
     /// [`Error::Asynchronous`] for such a fault; the communicator is then to be aborted, on every rank.
     pub fn state(&self) -> Result<State, Error> {
-        match self.handle.async_error() {
-            Ok(Progress::Done) => {
+        const STATE: &str = "asking for the state";
+        match self.explain(STATE, self.handle.background())? {
+            Background::Idle => {
                 self.pending.set(None);
                 Ok(State::Ready)
             }
-            Ok(Progress::Running) => Ok(State::InProgress),
-            Err(Fault::Failed(failure)) => {
-                let operation = self.pending.get().unwrap_or("an operation");
+            Background::Running => Ok(State::InProgress),
+            Background::Broken(failure) => {
+                let operation = self.pending.get().unwrap_or(SOMETHING);
                 Err(Error::Asynchronous { who: self.who(), operation, failure })
             }
-            Err(fault) => Err(self.error("asking for the state", fault)),
         }
     }
 
     /// Waits until the communicator is [`State::Ready`], for as long as `deadline` leaves.
     ///
     /// # Errors
-    /// [`Error::Timeout`] says what was waited for; the communicator is as it was, and can be waited for again.
-    /// [`Error::Asynchronous`] as [`Communicator::state`].
+    /// [`Error::Timeout`] says what was waited for; the communicator is as it was, and can be waited for
+    /// again. [`Error::Asynchronous`] as [`Communicator::state`].
     pub fn wait(&self, deadline: Deadline) -> Result<(), Error> {
         refuse_inside("wait")?;
         let mut pauses = Pauses::new();
         while self.state()? == State::InProgress {
             if deadline.is_past() {
-                let operation = self.pending.get().unwrap_or("an operation");
+                let operation = self.pending.get().unwrap_or(SOMETHING);
                 let after = deadline.elapsed();
                 return Err(Error::Timeout { who: self.who(), operation, after, aborted: false });
             }
@@ -244,8 +249,8 @@ impl Communicator {
         Ok(())
     }
 
-    /// Frees the communicator. Does not wait when it was finalized and waited for; otherwise it finalizes first,
-    /// and blocks until all ranks of this machine do.
+    /// Frees the communicator. Does not wait when it was finalized and waited for; otherwise it finalizes
+    /// first, and blocks until all ranks of this machine do.
     ///
     /// # Errors
     /// [`Error::Busy`] before a non-blocking communicator has been waited for; it is aborted then.
@@ -262,15 +267,16 @@ impl Communicator {
     /// # Collective
     /// All ranks call it.
     /// # Errors
-    /// Those of [`Communicator::finalize`], [`Communicator::wait`] and [`Communicator::destroy`]; it is aborted
-    /// then. A blocking communicator does not know the deadline.
+    /// Those of [`Communicator::finalize`], [`Communicator::wait`] and [`Communicator::destroy`]; it is
+    /// aborted then. A blocking communicator does not know the deadline.
     pub fn close(self, deadline: Deadline) -> Result<(), Error> {
         self.finalize()?;
         self.wait(deadline)?;
         self.destroy()
     }
 
-    /// Stops what the communicator does, on the device too, and frees it. Every other call fails from then on.
+    /// Stops what the communicator does, on the device too, and frees it. Every other call fails from then
+    /// on.
     ///
     /// # Collective
     /// The other ranks are not told: they abort their communicators as well, or wait for ever.
@@ -311,15 +317,25 @@ impl Communicator {
         }
     }
 
-    /// Waits until nothing uses what was lent to `operation` before it is on its stream; aborts the communicator
-    /// when that takes too long.
-    pub(crate) fn settle(&self, operation: &'static str) -> Result<(), Error> {
-        let Some(patience) = self.patience else { return Ok(()) };
+    /// Until when an operation that starts now may take; `None` where the library blocks.
+    pub(crate) fn deadline(&self) -> Option<Deadline> {
+        self.patience.map(Deadline::after)
+    }
+
+    /// Waits until nothing uses what was lent to `operation` before it is on its stream, and aborts the
+    /// communicator when that cannot be had. The library has done so already where there is no deadline.
+    pub(crate) fn settle(&self, operation: &'static str, deadline: Option<Deadline>) -> Result<(), Error> {
+        let Some(deadline) = deadline else { return Ok(()) };
         self.pending.set(Some(operation));
-        self.wait(Deadline::after(patience)).map_err(|error| match error {
+        let error = match self.wait(deadline) {
+            // After a fault the library does nothing more.
+            done @ (Ok(()) | Err(Error::Asynchronous { .. })) => return done,
+            Err(error) => error,
+        };
+        // Joins the library's thread; that it may fail besides changes nothing.
+        let _ = self.handle.abort();
+        Err(match error {
             Error::Timeout { who, operation, after, .. } => {
-                // Joins the library's thread; that it may fail besides changes nothing.
-                let _ = self.handle.abort();
                 Error::Timeout { who, operation, after, aborted: true }
             }
             other => other,
@@ -358,7 +374,7 @@ impl From<Fault> for Refusal {
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        if self.finalized.get() && matches!(self.handle.async_error(), Ok(Progress::Done)) {
+        if self.finalized.get() && matches!(self.handle.background(), Ok(Background::Idle)) {
             // Nobody is there to tell when it fails.
             let _ = self.handle.destroy();
         }

@@ -71,7 +71,7 @@ impl Config {
         self
     }
 
-    /// Thread blocks that a kernel of the library has at least.
+    /// Thread blocks that a kernel of the library has at least. Goes with [`Config::max_ctas`].
     #[must_use]
     pub fn min_ctas(mut self, blocks: u32) -> Self {
         self.min_ctas = Some(blocks);
@@ -129,6 +129,11 @@ impl Config {
         ];
         for (_, feature) in needs.iter().filter(|(setting, _)| setting.is_some()) {
             library.require(*feature)?;
+        }
+        // Without a most, the library compares with the mark of what is not set, and refuses.
+        if let Some(least) = self.min_ctas.filter(|_| self.min_ctas > self.max_ctas) {
+            let reason = "it has to go with a `max_ctas` that is not less";
+            return Err(Error::Setting { setting: "min_ctas", value: least.to_string(), reason });
         }
         let mut raw = RawConfig::new(library.version());
         raw.blocking = c_int::from(self.patience.is_none());
@@ -201,8 +206,8 @@ pub(crate) struct RawConfig {
 
 const MAGIC: c_uint = 0xcafe_beef;
 
-/// The version that each layout came with, and its length in bytes. The library takes a layout that is older than
-/// itself and sets the rest; it cannot know one that is newer.
+/// The version that each layout came with, and its length in bytes. The library takes a layout that is older
+/// than itself and sets the rest; it cannot know one that is newer.
 const LAYOUTS: [(Version, usize); 4] = [
     (Version::new(2, 28, 0), size_of::<RawConfig>()),
     (Version::new(2, 27, 0), offset_of!(RawConfig, channels_per_net_peer)),

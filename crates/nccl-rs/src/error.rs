@@ -15,8 +15,8 @@ use crate::version::{Feature, Version};
 pub enum Error {
     /// The library is nowhere.
     #[error(
-        "NCCL was not found: {}; install `nvidia-nccl-cu12` or `nvidia-nccl-cu13` (PyPI) or libnccl2 (NVIDIA's \
-         packages for Linux) and name its directory in LD_LIBRARY_PATH or the file in {ENVIRONMENT_VARIABLE}",
+        "NCCL was not found: {}; install `nvidia-nccl-cu12` or `nvidia-nccl-cu13` (PyPI) or libnccl2 \
+         (NVIDIA's packages for Linux) and name its directory in LD_LIBRARY_PATH or the file in {ENVIRONMENT_VARIABLE}",
         list(tried)
     )]
     NotFound {
@@ -69,7 +69,7 @@ pub enum Error {
     },
 
     /// The library met a fault after a call had returned: often a peer that ended or a network that broke.
-    #[error("{who}: {operation} broke in the background: {failure}")]
+    #[error("{who}: {operation} broke in the background: {}", failure.reason())]
     Asynchronous {
         /// Whose communicator it is.
         who: Who,
@@ -81,7 +81,8 @@ pub enum Error {
 
     /// The deadline passed.
     #[error(
-        "{who}: {operation} did not come about within {:.3} s: another rank has not called it, or has ended{}",
+        "{who}: {operation} did not come about within {:.3} s: another rank has not called it, or has \
+         ended{}",
         after.as_secs_f64(),
         if *aborted { "; this rank gave the communicator up" } else { "" }
     )]
@@ -90,7 +91,7 @@ pub enum Error {
         who: Who,
         /// What it waited for.
         operation: &'static str,
-        /// How long.
+        /// The time since the deadline was set.
         after: Duration,
         /// Whether the communicator was aborted, so that lent memory is free again.
         aborted: bool,
@@ -224,10 +225,16 @@ pub struct Failure {
     pub last_error: Option<String>,
 }
 
+impl Failure {
+    fn reason(&self) -> String {
+        let last = self.last_error.as_ref().map(|last| format!("; the library's last warning: {last}"));
+        format!("{}{}", self.meaning, last.unwrap_or_default())
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} failed: {}", self.call, self.meaning)?;
-        self.last_error.as_ref().map_or(Ok(()), |last| write!(f, "; the library's last warning: {last}"))
+        write!(f, "{} failed: {}", self.call, self.reason())
     }
 }
 

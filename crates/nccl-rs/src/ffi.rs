@@ -1,4 +1,5 @@
-//! The calls of the library as safe functions. All `unsafe` blocks of the crate are here.
+//! The calls of the library as safe functions, but for one that cannot be. All `unsafe` blocks of the crate
+//! are here, but for the one of `registration.rs` that passes a promise on.
 
 use std::cell::Cell;
 use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
@@ -65,7 +66,8 @@ functions! {
         get_last_error = "ncclGetLastError": fn(Comm) -> *const c_char;
         group_start = "ncclGroupStart": fn() -> Answer;
         group_end = "ncclGroupEnd": fn() -> Answer;
-        comm_init_rank_config = "ncclCommInitRankConfig": fn(*mut Comm, c_int, RawId, c_int, *mut RawConfig) -> Answer;
+        comm_init_rank_config = "ncclCommInitRankConfig":
+            fn(*mut Comm, c_int, RawId, c_int, *mut RawConfig) -> Answer;
         comm_split = "ncclCommSplit": fn(Comm, c_int, c_int, *mut Comm, *mut RawConfig) -> Answer;
         comm_finalize = "ncclCommFinalize": fn(Comm) -> Answer;
         comm_destroy = "ncclCommDestroy": fn(Comm) -> Answer;
@@ -78,7 +80,8 @@ functions! {
             fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> Answer;
         reduce_scatter = "ncclReduceScatter":
             fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> Answer;
-        all_gather = "ncclAllGather": fn(*const c_void, *mut c_void, usize, c_int, Comm, *mut c_void) -> Answer;
+        all_gather = "ncclAllGather":
+            fn(*const c_void, *mut c_void, usize, c_int, Comm, *mut c_void) -> Answer;
         broadcast = "ncclBroadcast":
             fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> Answer;
         reduce = "ncclReduce":
@@ -99,6 +102,17 @@ pub(crate) enum Progress {
     Done,
     /// The library works on it in the background.
     Running,
+}
+
+/// What the library says of what it does in the background.
+#[derive(Debug)]
+pub(crate) enum Background {
+    /// It does nothing.
+    Idle,
+    /// It works.
+    Running,
+    /// It met a fault, and does nothing more.
+    Broken(Failure),
 }
 
 /// Why a call on a communicator did not happen or failed.
@@ -299,18 +313,21 @@ impl Handle {
     }
 
     fn is_running(&self) -> bool {
-        matches!(self.async_error(), Ok(Progress::Running))
+        matches!(self.background(), Ok(Background::Running))
     }
 
-    /// What the library says of what it does in the background.
-    pub(crate) fn async_error(&self) -> Result<Progress, Fault> {
+    pub(crate) fn background(&self) -> Result<Background, Fault> {
         const CALL: &str = "ncclCommGetAsyncError";
         let mut state = SUCCESS;
         self.call(CALL, |functions, comm| {
             // SAFETY: the communicator lives; the library writes one number.
             unsafe { (functions.comm_get_async_error)(comm, &raw mut state) }
         })?;
-        self.api.check(CALL, state).map_err(Fault::Failed)
+        Ok(match self.api.check(CALL, state) {
+            Ok(Progress::Done) => Background::Idle,
+            Ok(Progress::Running) => Background::Running,
+            Err(failure) => Background::Broken(failure),
+        })
     }
 
     pub(crate) fn finalize(&self) -> Result<Progress, Fault> {

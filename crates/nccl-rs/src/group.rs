@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::ptr;
 
 use crate::communicator::Communicator;
+use crate::deadline::Deadline;
 use crate::error::{Error, Mismatch};
 use crate::ffi::{Fault, Handle, Progress};
 use crate::library::Library;
@@ -26,7 +27,19 @@ pub(crate) fn refuse_inside(operation: &'static str) -> Result<(), Error> {
 /// A group that is open: see [`Library::group`].
 ///
 /// Its operations are those of [`Communicator`]. They are on their streams when the group has ended, not
-/// before, so what they use stays lent for `'env`, until after the group.
+/// before, so what they use stays lent for `'env`, until after the group:
+///
+/// ```compile_fail
+/// # use nccl_rs::{Communicator, DeviceSlice, Error, Stream};
+/// # struct Tensor;
+/// # impl Tensor { fn lend(&self) -> DeviceSlice<'_> { unimplemented!() } }
+/// fn too_short(communicator: &Communicator) -> Result<(), Error> {
+///     communicator.library().group(|group| {
+///         let tensor = Tensor;
+///         group.send(communicator, tensor.lend(), 0, Stream::DEFAULT)
+///     })
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Group<'env> {
     library: Library,
@@ -46,8 +59,9 @@ impl Library {
     /// Calls `body` with an open group, and ends the group whatever becomes of it: when it returns, when it
     /// fails and when it panics. All operations of the group then start as one.
     ///
-    /// This is how several ranks of one thread act together, how sends and receives to each other do not wait
-    /// for each other in turn, and how many small operations cost one launch.
+    /// The communicators are those of this library. This is how several ranks of one thread act together, how
+    /// sends and receives to each other do not wait for each other in turn, and how many small operations
+    /// cost one launch.
     ///
     /// ```no_run
     /// # use nccl_rs::{Communicator, DeviceSlice, DeviceSliceMut, Error, Library, Stream};
@@ -108,7 +122,9 @@ impl<'env> Group<'env> {
         let ended = self.library.api().group_end();
         // What was lent may go when this returns: no communicator may still be about to use it.
         let used = self.used.take();
-        let settled = used.iter().map(Use::settle).fold(Ok(()), Result::and);
+        let deadlines: Vec<_> = used.iter().map(|used| used.communicator.deadline()).collect();
+        let settled = used.iter().zip(deadlines).map(|(used, deadline)| used.settle(deadline));
+        let settled = settled.fold(Ok(()), Result::and);
         settled.and(ended.map(|_| ()).map_err(Error::Library))
     }
 
@@ -360,8 +376,9 @@ impl<'env> Group<'env> {
 }
 
 impl Use<'_> {
-    fn settle(&self) -> Result<(), Error> {
-        self.communicator.settle(if self.many { "a group of operations" } else { self.operation })
+    fn settle(&self, deadline: Option<Deadline>) -> Result<(), Error> {
+        let operation = if self.many { "a group of operations" } else { self.operation };
+        self.communicator.settle(operation, deadline)
     }
 }
 

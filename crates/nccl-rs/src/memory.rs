@@ -168,8 +168,8 @@ impl<'a> DeviceSliceMut<'a> {
         self.region.part(range).map(Self::of)
     }
 
-    /// A second name of the values of `range`, which lies inside: for operations whose output is part of their
-    /// input.
+    /// A second name of the values of `range`, which lies inside: for operations whose output is part of
+    /// their input.
     pub(crate) fn alias(&self, range: Range<usize>) -> DeviceSliceMut<'_> {
         DeviceSliceMut::of(self.region.part(range).expect("callers cut ranges of the slice's own length"))
     }

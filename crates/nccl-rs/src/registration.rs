@@ -22,7 +22,8 @@ impl Communicator {
     /// depend. One large registration serves for all slices of it.
     ///
     /// # Safety
-    /// - The memory stays allocated until the registration is released, dropped, or the communicator has ended;
+    /// - The memory stays allocated until the registration is released, dropped, or the communicator has
+    ///   ended;
     ///   a registration is not leaked while its memory is given back.
     /// - When one rank uses registered memory in an operation, all do: NCCL gives no meaning to a mixture.
     ///

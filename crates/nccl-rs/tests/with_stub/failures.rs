@@ -97,6 +97,11 @@ fn a_start_that_fails_leaves_nothing() {
     let error = Communicator::init(&library, &id, 2, 2, &Config::new()).expect_err("ranks are 0 and 1");
     assert_eq!(error.to_string(), "joining the communicator: there is no rank 2 among 2");
     assert_eq!(stub.calls("ncclCommAbort"), 0, "there is nothing to abort");
+    stub.fail("ncclCommInitRankConfig", 0);
+    stub.fail("joining", 6);
+    let error = Communicator::init(&library, &id, 0, 1, &Config::new()).expect_err("it was told to fail");
+    assert_eq!(failure(&error).code, Code::RemoteError);
+    assert_eq!(stub.calls("ncclCommAbort"), 1, "what was begun is given up");
 }
 
 #[test]
@@ -124,7 +129,12 @@ fn splits_that_fail_say_where() {
         let aborted = i32::from(call != "ncclCommSplit");
         assert_eq!(stub.calls("ncclCommAbort"), aborted, "a part without numbers is given up");
     }
-    let communicator = Stub::new().alone(&Config::new());
+    let stub = Stub::new();
+    let communicator = stub.alone(&Config::new());
+    stub.set_endless(true);
+    stub.fail("ncclCommSplit", 1);
+    let error = communicator.split(Some(0), 0, None).expect_err("it was told to fail");
+    assert_eq!(failure(&error).call, "ncclCommSplit");
     let error = communicator.split(Some(u32::MAX), 0, None).expect_err("the library counts to 31 bits");
     assert!(error.to_string().starts_with("color cannot be 4294967295"), "{error}");
 }
@@ -172,13 +182,14 @@ fn faults_in_the_background_are_told() {
         assert!(error.is_fatal());
         assert!(matches!(&error, Error::Asynchronous { failure, .. } if failure.code == Code::RemoteError));
         let expected = "NCCL, rank 0 of 1 in `dense`: an operation broke in the background: \
-                        ncclCommGetAsyncError failed: remote process exited or there was a network error";
+                        remote process exited or there was a network error";
         assert_eq!(error.to_string(), expected);
     }
     stub.set_async_error(0);
     stub.fail("ncclCommGetAsyncError", 4);
     let error = communicator.state().expect_err("it was told to fail");
-    assert_eq!(failure(&error).code, Code::InvalidArgument);
+    assert!(matches!(error, Error::Communicator { .. }), "{error}");
+    assert_eq!(failure(&error).call, "ncclCommGetAsyncError");
 }
 
 #[test]

@@ -170,3 +170,16 @@ fn every_version_reads_the_settings_in_its_own_layout() {
         assert_eq!(stub.config_text("net_name"), None);
     }
 }
+
+#[test]
+fn a_least_number_of_blocks_goes_with_a_most() {
+    let stub = Stub::new();
+    let library = stub.library();
+    let id = UniqueId::new(&library).expect("no failure is asked for");
+    for config in [Config::new().min_ctas(4), Config::new().min_ctas(4).max_ctas(3)] {
+        let error = Communicator::init(&library, &id, 0, 1, &config).expect_err("the library refuses it");
+        assert!(error.to_string().starts_with("min_ctas cannot be 4"), "{error}");
+    }
+    stub.alone(&Config::new().min_ctas(4).max_ctas(4));
+    stub.alone(&Config::new().max_ctas(4));
+}

@@ -31,8 +31,8 @@ fn a_rank_can_come_late() {
     );
 
     let busy = first.all_reduce_in_place(lend_mut(&mut [0_u8]), ReduceOp::Sum, STREAM);
-    let expected = "NCCL, rank 0 of 2 in `late`: all_reduce has to wait until joining the communicator is through: \
-                    call `wait` first";
+    let expected = "NCCL, rank 0 of 2 in `late`: all_reduce has to wait until joining the communicator is \
+                    through: call `wait` first";
     assert_eq!(busy.expect_err("rank 1 is not there").to_string(), expected);
     let device = first.device().expect_err("rank 1 is not there");
     assert!(matches!(device, Error::Busy { .. }), "{device}");
@@ -118,4 +118,24 @@ fn a_group_without_others_waits_for_each_communicator_once() {
     let operation = "a group of operations";
     assert!(matches!(error, Error::Timeout { operation: found, aborted: true, .. } if found == operation));
     assert_eq!(stub.calls("ncclCommAbort"), 2, "what was lent to either is free again");
+}
+
+#[test]
+fn an_operation_whose_end_cannot_be_seen_is_aborted() {
+    let stub = Stub::new();
+    let communicator = stub.alone(&Config::new().non_blocking(LONG));
+    communicator.device().expect("no failure is asked for");
+    stub.fail("ncclCommGetAsyncError", 3);
+    let error = communicator.all_reduce_in_place(lend_mut(&mut [1_u8]), ReduceOp::Sum, STREAM);
+    assert!(matches!(error, Err(Error::Communicator { .. })), "{error:?}");
+    assert_eq!(stub.calls("ncclCommAbort"), 1, "what was lent is free again");
+}
+
+#[test]
+fn a_fault_in_the_background_names_the_operation() {
+    let stub = Stub::new();
+    let communicator = stub.alone(&Config::new().non_blocking(LONG));
+    stub.set_async_error(6);
+    let error = communicator.broadcast(lend_mut(&mut [1_u8]), 0, STREAM).expect_err("it was told to fail");
+    assert!(matches!(error, Error::Asynchronous { operation: "broadcast", .. }), "{error}");
 }

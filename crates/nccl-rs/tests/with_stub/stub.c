@@ -476,6 +476,9 @@ int ncclCommInitRankConfig(Comm **made, int size, Id id, int rank, void *config)
     comm->working = 1;
     comm->state = IN_PROGRESS;
     *made = comm;
+    // A start that fails on its way leaves a communicator behind.
+    answer = called("joining");
+    if (answer) return comm->working = 0, answer;
     if (comm->blocking) return join(comm), SUCCESS;
     pthread_t thread;
     pthread_create(&thread, NULL, join, comm);
