@@ -443,12 +443,9 @@ impl Call<'_, '_> {
     /// Values of one rank in a buffer of `len`.
     fn part_of(&self, len: usize) -> Result<usize, Error> {
         let count = self.communicator.count();
-        let part = len / count;
-        if part * count == len {
-            Ok(part)
-        } else {
-            Err(self.mismatch(Mismatch::Uneven { found: len, count }))
-        }
+        // A count of zero, which no library should tell, makes no parts.
+        let part = len.checked_div(count).filter(|part| part * count == len);
+        part.ok_or_else(|| self.mismatch(Mismatch::Uneven { found: len, count }))
     }
 
     /// This rank's values in a buffer of `len`.

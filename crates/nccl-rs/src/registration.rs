@@ -23,8 +23,7 @@ impl Communicator {
     ///
     /// # Safety
     /// - The memory stays allocated until the registration is released, dropped, or the communicator has
-    ///   ended;
-    ///   a registration is not leaked while its memory is given back.
+    ///   ended; a registration is not leaked while its memory is given back.
     /// - When one rank uses registered memory in an operation, all do: NCCL gives no meaning to a mixture.
     ///
     /// # Errors
