@@ -1,0 +1,8 @@
+//! The crate on a stand-in for NCCL: ranks are threads, devices' memory is the host's.
+
+mod collectives;
+mod failures;
+mod lifecycle;
+mod loading;
+mod non_blocking;
+mod stub;
