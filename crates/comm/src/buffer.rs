@@ -20,6 +20,18 @@ pub enum ElementType {
     U8,
 }
 
+impl ElementType {
+    /// Bytes of one value.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F64 | Self::U64 => 8,
+            Self::F32 | Self::I32 => 4,
+            Self::Bf16 => 2,
+            Self::U8 => 1,
+        }
+    }
+}
+
 mod sealed {
     use super::Buffer;
 
@@ -37,7 +49,7 @@ pub trait Element: sealed::Sealed + bytemuck::Pod + Default + Send + Sync + std:
 
 macro_rules! elements {
     ($($variant:ident($type:ty)),+ $(,)?) => {
-        /// Values to send. Device memory joins as further variants, which a backend may refuse.
+        /// Values to send, in main memory; those in the memory of devices are `DeviceSlice`s.
         #[derive(Debug, Clone, Copy)]
         #[non_exhaustive]
         pub enum Buffer<'a> {

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::buffer::{Buffer, BufferMut};
+use crate::device::DeviceCommunicator;
 use crate::error::CommError;
 
 /// How values of several ranks become one.
@@ -77,4 +78,9 @@ pub trait Communicator: Debug + Send + Sync {
     ///
     /// Collective over this group.
     fn split(&self, color: usize, label: &str) -> Result<Arc<dyn Communicator>, CommError>;
+
+    /// The collectives of these ranks on their devices' memory, if they have any.
+    fn on_devices(&self) -> Option<&dyn DeviceCommunicator> {
+        None
+    }
 }

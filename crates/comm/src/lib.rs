@@ -10,6 +10,9 @@
 //! | tcp | processes that are told where rank 0 is, as torchrun tells them | [`start`] |
 //! | mpi | processes under mpirun or srun; cargo feature `mpi` | [`start`] |
 //!
+//! [`with_devices`] adds collectives on the memory of GPUs to any of them, with NCCL beneath (cargo feature
+//! `nccl`).
+//!
 //! A program calls [`Launch::detect`] to learn how it was started and [`start`] to join the job;
 //! [`World::activity`] is where it says what it is at, for the watchdog's report; [`abort`] ends all
 //! ranks from any thread. When a collective does not come about in time or a rank vanishes, the
@@ -37,6 +40,7 @@ mod buffer;
 mod call;
 mod cards;
 mod communicator;
+mod device;
 mod error;
 mod group;
 mod launcher;
@@ -54,6 +58,7 @@ mod world;
 pub use activity::Activity;
 pub use buffer::{Buffer, BufferMut, Element, ElementType};
 pub use communicator::{Communicator, ReduceOp};
+pub use device::{DeviceCommunicator, DeviceSlice, DeviceStream, Devices, Piece, with_devices};
 pub use error::CommError;
 pub use launcher::{Choice, Launch, LaunchError, Launcher, Meeting};
 pub use solo::Solo;

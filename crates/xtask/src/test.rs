@@ -13,7 +13,7 @@ use crate::say;
 const PACKAGES: [&str; 3] = ["libopenmpi-dev", "openmpi-bin", "libclang-dev"];
 
 /// Features of a build that runs under mpirun.
-pub(crate) const FEATURES: &str = "switchyard-cli/mpi";
+pub(crate) const FEATURES: &str = "switchyard-cli/mpi,switchyard-comm/nccl";
 
 /// What to test.
 #[derive(Debug, Args)]

@@ -1,0 +1,244 @@
+//! Collectives on the memory of the ranks' devices: put on a stream, not waited for.
+
+mod main_memory;
+#[cfg(feature = "nccl")]
+mod nccl;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+#[cfg(feature = "nccl")]
+use std::time::Duration;
+
+use crate::buffer::{Buffer, BufferMut, ElementType};
+use crate::communicator::{Communicator, ReduceOp};
+use crate::error::CommError;
+
+/// Values in the memory of a rank's device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceSlice {
+    address: u64,
+    len: usize,
+    element: ElementType,
+}
+
+impl DeviceSlice {
+    /// The `len` values of type `element` at `address`.
+    ///
+    /// # Safety
+    /// The memory is there and stays until the stream of every operation that it is given to has done it. The
+    /// device of the group's rank can read and write it, and nothing but the work of that stream does
+    /// meanwhile.
+    pub const unsafe fn from_raw_parts(address: u64, len: usize, element: ElementType) -> Self {
+        Self { address, len, element }
+    }
+
+    /// Where the first value lies.
+    pub const fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Number of values.
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Type of the values.
+    pub const fn element_type(&self) -> ElementType {
+        self.element
+    }
+
+    /// Bytes of all values.
+    pub const fn bytes(&self) -> usize {
+        self.len * self.element.bytes()
+    }
+
+    /// Some of the values.
+    ///
+    /// # Panics
+    /// When `range` reaches beyond them.
+    #[must_use]
+    pub fn part(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} values", self.len);
+        let address = self.address + (range.start * self.element.bytes()) as u64;
+        Self { address, len: range.len(), element: self.element }
+    }
+}
+
+/// A stream of a device, by its handle; 0 for the default one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceStream(pub u64);
+
+/// Values on their way to or from a rank of the group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// The other rank; this one for values that stay.
+    pub peer: usize,
+    /// The values.
+    pub values: DeviceSlice,
+}
+
+/// A group whose ranks have a device each.
+///
+/// Operations join the work of a stream and return at once; what a stream does afterwards sees the results.
+/// All ranks of the group call the same operations in the same order, with sizes that fit each other: nobody
+/// compares them.
+///
+/// # Errors
+/// Every method: [`CommError::WrongBuffer`] for buffers that cannot be right, [`CommError::Library`] when the
+/// library beneath fails.
+pub trait DeviceCommunicator: fmt::Debug + Send + Sync {
+    /// Combines the values of all ranks in place; every rank gets the same bits. The order of sums is the
+    /// library's, the same whenever the same ranks sum as many values.
+    fn all_reduce(&self, values: DeviceSlice, op: ReduceOp, stream: DeviceStream) -> Result<(), CommError>;
+
+    /// Concatenates the equally long inputs in rank order.
+    fn all_gather(
+        &self,
+        input: DeviceSlice,
+        output: DeviceSlice,
+        stream: DeviceStream,
+    ) -> Result<(), CommError>;
+
+    /// Sends and receives all pieces as one operation. What one rank sends another arrives in the order of the
+    /// pieces, each as long as its sender has it.
+    fn exchange(&self, sends: &[Piece], receives: &[Piece], stream: DeviceStream) -> Result<(), CommError>;
+
+    /// Whether everything went well until now, as far as the library knows; does not wait.
+    fn check(&self) -> Result<(), CommError>;
+}
+
+/// What the devices of a job are.
+#[derive(Clone)]
+#[non_exhaustive]
+pub enum Devices {
+    /// Memory that the processor reads itself; operations are done when they return.
+    MainMemory,
+    /// NVIDIA's GPUs, one a rank.
+    #[cfg(feature = "nccl")]
+    Nccl {
+        /// NCCL itself.
+        library: nccl_rs::Library,
+        /// Makes the rank's GPU the current one of the thread that calls it.
+        bind: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
+        /// How long the ranks may take to meet.
+        timeout: Duration,
+    },
+}
+
+impl fmt::Debug for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MainMemory => "MainMemory",
+            #[cfg(feature = "nccl")]
+            Self::Nccl { .. } => "Nccl",
+        })
+    }
+}
+
+/// `group`, and all groups split from it, with collectives on its ranks' devices. A group of one has none.
+///
+/// # Collective
+/// Over `group`.
+///
+/// # Errors
+/// When the ranks do not meet, or a rank's device or library cannot be used.
+pub fn with_devices(
+    group: Arc<dyn Communicator>,
+    devices: &Devices,
+) -> Result<Arc<dyn Communicator>, CommError> {
+    if group.size() == 1 {
+        return Ok(group);
+    }
+    let on_devices: Box<dyn DeviceCommunicator> = match devices {
+        Devices::MainMemory => Box::new(main_memory::MainMemory::new(Arc::clone(&group))),
+        #[cfg(feature = "nccl")]
+        Devices::Nccl { library, bind, timeout } => {
+            Box::new(nccl::Nccl::join(&*group, library, bind, *timeout)?)
+        }
+    };
+    Ok(Arc::new(WithDevices { group, devices: devices.clone(), on_devices }))
+}
+
+/// A group of processes, and the same ranks' group of devices.
+#[derive(Debug)]
+struct WithDevices {
+    group: Arc<dyn Communicator>,
+    devices: Devices,
+    on_devices: Box<dyn DeviceCommunicator>,
+}
+
+impl Communicator for WithDevices {
+    fn rank(&self) -> usize {
+        self.group.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.group.size()
+    }
+
+    fn label(&self) -> &str {
+        self.group.label()
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        self.group.barrier()
+    }
+
+    fn broadcast(&self, buffer: BufferMut<'_>, root: usize) -> Result<(), CommError> {
+        self.group.broadcast(buffer, root)
+    }
+
+    fn all_reduce(&self, buffer: BufferMut<'_>, op: ReduceOp) -> Result<(), CommError> {
+        self.group.all_reduce(buffer, op)
+    }
+
+    fn reduce_scatter(
+        &self,
+        input: Buffer<'_>,
+        output: BufferMut<'_>,
+        op: ReduceOp,
+    ) -> Result<(), CommError> {
+        self.group.reduce_scatter(input, output, op)
+    }
+
+    fn all_gather(&self, input: Buffer<'_>, output: BufferMut<'_>) -> Result<(), CommError> {
+        self.group.all_gather(input, output)
+    }
+
+    fn all_gather_v(
+        &self,
+        input: Buffer<'_>,
+        output: BufferMut<'_>,
+        counts: &[usize],
+    ) -> Result<(), CommError> {
+        self.group.all_gather_v(input, output, counts)
+    }
+
+    fn all_to_all(&self, input: Buffer<'_>, output: BufferMut<'_>) -> Result<(), CommError> {
+        self.group.all_to_all(input, output)
+    }
+
+    fn all_to_all_v(
+        &self,
+        input: Buffer<'_>,
+        sends: &[usize],
+        output: BufferMut<'_>,
+        receives: &[usize],
+    ) -> Result<(), CommError> {
+        self.group.all_to_all_v(input, sends, output, receives)
+    }
+
+    fn split(&self, color: usize, label: &str) -> Result<Arc<dyn Communicator>, CommError> {
+        with_devices(self.group.split(color, label)?, &self.devices)
+    }
+
+    fn on_devices(&self) -> Option<&dyn DeviceCommunicator> {
+        Some(&*self.on_devices)
+    }
+}
