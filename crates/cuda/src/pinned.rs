@@ -32,13 +32,16 @@ impl<T: Copy + Default> Pinned<T> {
     fn new(gpu: &Gpu, len: usize) -> Result<Self, CudaError> {
         let doing = "taking memory of the host";
         gpu.context().bind_to_thread().map_err(failed(doing))?;
-        let copied = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed(doing))?;
         // SAFETY: the context is bound; the memory is freed when this is dropped.
         let at = unsafe { result::malloc_host(len.max(1) * size_of::<T>(), 0) }.map_err(failed(doing))?;
         let at = NonNull::new(at.cast()).expect("the driver has said that it succeeded");
         // SAFETY: there is room for so many, aligned to pages.
         unsafe { slice::from_raw_parts_mut(at.as_ptr(), len) }.fill(T::default());
-        Ok(Self { context: Arc::clone(gpu.context()), at, len, copied })
+        let created = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        let context = Arc::clone(gpu.context());
+        let mut pinned = Self { context, at, len, copied: std::ptr::null_mut() };
+        pinned.copied = created.map_err(failed(doing))?;
+        Ok(pinned)
     }
 
     /// Waits for the last copy.
@@ -69,9 +72,13 @@ impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
         // An error leaves nothing to be done, here as below.
         let _ = self.context.bind_to_thread();
-        // SAFETY: made in `new` and destroyed once.
-        let _ = unsafe { result::event::destroy(self.copied) };
-        // SAFETY: allocated in `new` and freed once; the driver waits for copies from and to it.
+        if !self.copied.is_null() {
+            // SAFETY: made in `new`; a copy may be under way.
+            let _ = unsafe { result::event::synchronize(self.copied) };
+            // SAFETY: as above, and destroyed once.
+            let _ = unsafe { result::event::destroy(self.copied) };
+        }
+        // SAFETY: allocated in `new` and freed once; no copy is under way any more.
         let _ = unsafe { result::free_host(self.at.as_ptr().cast::<c_void>()) };
     }
 }

@@ -88,12 +88,18 @@ pub struct Learner {
     device: Device,
     /// Of the last step, if the model is on a GPU that no other rank shares the work with.
     gpu_step: Option<GpuStep>,
-    /// Steps that were left out. A GPU leaves out whatever it was asked for before the host knew.
+    /// Steps that a GPU has been asked for and that are not finished.
+    asked: u64,
+    /// Those among them that it refuses, since one before them was not finite. Until the last of them is
+    /// finished nothing new is asked for: steps are done in order.
+    refused: u64,
+    /// Steps that were not finite.
     left_out: u64,
 }
 
 /// A step that has been begun, for [`Learner::finish`].
 #[derive(Debug)]
+#[must_use = "a step that is not finished is not counted"]
 pub struct BegunStep(Begun);
 
 #[derive(Debug)]
@@ -102,13 +108,14 @@ enum Begun {
     OnGpu(Box<StepUnderWay>),
 }
 
-/// A step that a GPU has been asked for, and what is needed should it have to be asked again.
+/// A step of a GPU, and what is needed should the GPU have to be asked again.
 #[derive(Debug)]
 struct StepUnderWay {
-    asked: AskedStep,
+    /// `None` if it waits for others to be asked for again.
+    asked: Option<AskedStep>,
     micro_batches: Vec<HostBatch>,
     now: StepInputs,
-    /// Steps that had been left out when this one was asked for.
+    /// Steps that had not been finite when this one was asked for.
     left_out: u64,
 }
 
@@ -126,6 +133,8 @@ impl Learner {
             mesh,
             device: device.clone(),
             gpu_step: None,
+            asked: 0,
+            refused: 0,
             left_out: 0,
         }
     }
@@ -216,7 +225,8 @@ impl Learner {
         self.gpu_alone().is_some()
     }
 
-    /// Begins what [`step`](Self::step) does. Steps are finished in the order in which they were begun.
+    /// Begins what [`step`](Self::step) does. Steps are finished in the order in which they were begun, by the
+    /// thread that began them.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -233,7 +243,12 @@ impl Learner {
         let learning_rate = plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1);
         let now = StepInputs { step, denominators, learning_rate, tokens };
         Ok(BegunStep(match self.gpu_alone() {
-            Some(stream) => Begun::OnGpu(Box::new(self.ask_gpu(&stream, plan, micro_batches, now))),
+            Some(stream) => {
+                let left_out = self.left_out;
+                let ask = self.refused == 0;
+                let asked = ask.then(|| self.ask_gpu(&stream, plan, &micro_batches, now));
+                Begun::OnGpu(Box::new(StepUnderWay { asked, micro_batches, now, left_out }))
+            }
             None => Begun::Done(Box::new(self.step_on_host(plan, &micro_batches, now)?)),
         }))
     }
@@ -242,6 +257,9 @@ impl Learner {
     ///
     /// # Errors
     /// As [`step`](Self::step).
+    ///
+    /// # Panics
+    /// When the model has been changed or moved since the step was begun.
     pub fn finish(&mut self, plan: &RunPlan, begun: BegunStep) -> Result<StepOutcome, TrainError> {
         match (begun.0, self.gpu_alone()) {
             (Begun::Done(outcome), _) => Ok(*outcome),
@@ -293,14 +311,20 @@ impl Learner {
         &mut self,
         stream: &WorkStream,
         plan: &RunPlan,
-        micro_batches: Vec<HostBatch>,
+        micro_batches: &[HostBatch],
         now: StepInputs,
-    ) -> StepUnderWay {
-        let earlier = self.gpu_step.take().filter(|earlier| earlier.fits(stream, plan, &micro_batches));
-        let mut steps = earlier.unwrap_or_else(|| GpuStep::new(stream, plan, &micro_batches, &self.device));
-        let asked = steps.ask(stream, plan, self.parts(), &micro_batches, now);
+    ) -> AskedStep {
+        let mut steps = self.gpu_steps(stream, plan, micro_batches);
+        let asked = steps.ask(stream, plan, self.parts(), micro_batches, now);
         self.gpu_step = Some(steps);
-        StepUnderWay { asked, micro_batches, now, left_out: self.left_out }
+        self.asked += 1;
+        asked
+    }
+
+    /// What steps with batches of these shapes share: that of the last step, if it fits.
+    fn gpu_steps(&mut self, stream: &WorkStream, plan: &RunPlan, micro_batches: &[HostBatch]) -> GpuStep {
+        let earlier = self.gpu_step.take().filter(|earlier| earlier.fits(stream, plan, micro_batches));
+        earlier.unwrap_or_else(|| GpuStep::new(stream, plan, micro_batches, &self.device))
     }
 
     fn finish_on_gpu(
@@ -310,26 +334,28 @@ impl Learner {
         step: StepUnderWay,
     ) -> Result<StepOutcome, TrainError> {
         let StepUnderWay { asked, micro_batches, now, left_out } = step;
-        let mut steps = self.gpu_step.take().expect(UNDER_WAY);
-        let StepReport { losses, grad_norm, updated, moe } = steps.report(asked);
-        if left_out != self.left_out {
-            // One before it was left out, and so was this.
-            self.gpu_step = Some(steps);
-            let again = self.ask_gpu(stream, plan, micro_batches, now);
-            return self.finish_on_gpu(stream, plan, again);
+        if asked.is_some() && left_out != self.left_out {
+            self.refused -= 1;
+            self.asked -= 1;
         }
-        let MicroLoss { loss, total_loss } = losses;
+        let asked = asked.filter(|_| left_out == self.left_out);
+        let asked = asked.unwrap_or_else(|| self.ask_gpu(stream, plan, &micro_batches, now));
+        let report = self.gpu_step.as_mut().expect(UNDER_WAY).report(asked);
+        self.asked -= 1;
+        let StepReport { losses: MicroLoss { loss, total_loss }, grad_norm, updated, moe } = report;
         let mut skipped = None;
         if updated {
             self.optimizer.count_update();
         } else {
+            let mut steps = self.gpu_steps(stream, plan, &micro_batches);
             let gradients = steps.gradients(stream, plan, &self.parts(), &micro_batches, now);
             let place = first_non_finite(self, plan, &micro_batches, now.step, total_loss, &gradients)?;
             skipped = Some(NonFinite { place });
+            self.gpu_step = Some(steps);
             self.left_out += 1;
+            self.refused = self.asked;
             self.parts().optimizer.resume();
         }
-        self.gpu_step = Some(steps);
         let StepInputs { learning_rate, tokens, .. } = now;
         Ok(StepOutcome { loss, total_loss, grad_norm, learning_rate, skipped, tokens, moe })
     }

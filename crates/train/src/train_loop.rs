@@ -95,7 +95,7 @@ pub fn train(
     let mut stopping = run.mesh.any(options.stop.load(Ordering::Relaxed))?;
     let mut next = if stopping { None } else { run.begin(&mut batches)? };
     while let Some(step) = next.take() {
-        let ahead = !stopping && run.may_run_ahead_of(&step);
+        let ahead = !options.stop.load(Ordering::Relaxed) && !stopping && run.may_run_ahead_of(&step);
         let begun = if ahead { run.begin(&mut batches) } else { Ok(None) };
         let record = run.finish(step)?;
         // All ranks stop, and take a save to its next stage, at the same step.
@@ -106,11 +106,11 @@ pub fn train(
             run.write(&record)?;
         }
         observer.step(&record, end);
-        next = begun?;
         if !busy {
             let ended = run.checkpoints.advance()?;
             run.note(ended, observer);
         }
+        next = begun?;
         if next.is_some() {
             continue;
         }
