@@ -184,6 +184,12 @@ impl Gpu {
         Self { warpgroup_products: false, ..self }
     }
 
+    /// The same device as if it had so many multiprocessors, to compare kernels that are chosen by them.
+    #[must_use]
+    pub fn with_multiprocessors(self, multiprocessors: u32) -> Self {
+        Self { multiprocessors, ..self }
+    }
+
     /// Multiprocessors.
     pub fn multiprocessors(&self) -> u32 {
         self.multiprocessors
