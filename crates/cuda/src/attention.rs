@@ -234,12 +234,12 @@ impl Attention {
         tiles + turned + windows + kept + 128 + of_queries
     }
 
-    /// Whether to go backward in one pass, a block for a whole head: that is half the work of two passes, so more
-    /// than half of the multiprocessors must have a block.
+    /// Whether to go backward in one pass, a block for a whole head: that is half the work of two passes, but uses
+    /// no more multiprocessors than there are heads.
     fn goes_back_in_one_pass(&self, gpu: &Gpu) -> bool {
         self.multiplies_by_warpgroups(gpu)
             && self.one_pass_shared() <= gpu.shared_per_block()
-            && 2 * self.batch * self.num_heads > gpu.multiprocessors() as usize
+            && gpu.one_pass_attention_from().is_some_and(|heads| self.batch * self.num_heads >= heads)
     }
 
     /// Bytes of a tile in float32.

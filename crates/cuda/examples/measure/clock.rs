@@ -16,8 +16,8 @@ pub(crate) struct Clock {
     gpu: Gpu,
     /// The same device as if it were an older one, if it has instructions that older ones have not.
     older: Option<Gpu>,
-    /// And as if it were a larger one, if that has other kernels.
-    larger: Option<Gpu>,
+    /// And with attention backward in one pass, if it can.
+    one_pass: Option<Gpu>,
     stream: Arc<CudaStream>,
     wanted: String,
 }
@@ -37,9 +37,9 @@ impl Clock {
         let gpu = open();
         let has_others = gpu.has_warpgroup_products();
         let older = has_others.then(|| open().without_warpgroup_products());
-        let larger = has_others.then(|| open().with_multiprocessors(u32::MAX));
+        let one_pass = has_others.then(|| open().with_one_pass_attention_from(0));
         let stream = gpu.context().default_stream();
-        Self { gpu, older, larger, stream, wanted: wanted.to_owned() }
+        Self { gpu, older, one_pass, stream, wanted: wanted.to_owned() }
     }
 
     /// Says which device it is.
@@ -112,7 +112,7 @@ impl Clock {
         }
     }
 
-    /// As [`Self::time_both`], and again with the kernels that this device has for fewer heads than fill it.
+    /// As [`Self::time_both`], and again with attention backward in one pass.
     pub(crate) fn time_all(
         &self,
         name: &str,
@@ -121,9 +121,9 @@ impl Clock {
         mut launch: impl FnMut(Queue<'_>) -> Result<(), CudaError>,
     ) {
         self.time_both(name, flops, bytes, &mut launch);
-        if let Some(gpu) = &self.larger {
+        if let Some(gpu) = &self.one_pass {
             let queue = Queue { gpu, stream: Stream::DEFAULT };
-            self.time_on(queue, &format!("{name}, as with few heads"), flops, bytes, launch);
+            self.time_on(queue, &format!("{name}, in one pass"), flops, bytes, launch);
         }
     }
 

@@ -289,9 +289,9 @@ fn compare(case: &Case, found: &Found, expected: &Expected, gpu: &Gpu) {
         let packed = hidden.packed;
         format!(
             "{name} of {rules:?}, key mask and segments {masks:?}, packed {packed}, \
-             products of warpgroups {}, multiprocessors {}",
+             products of warpgroups {}, one pass {}",
             gpu.has_warpgroup_products(),
-            gpu.multiprocessors()
+            gpu.one_pass_attention_from().is_some()
         )
     };
     assert_near(&what("out"), &found.out, &expected.out, rules.format, [0.02, 0.004]);

@@ -13,8 +13,8 @@ pub(crate) fn gpu() -> &'static Gpu {
     GPU.get_or_init(|| Gpu::open(0).expect("these tests need a device"))
 }
 
-/// The same device and stream: as they are, and on Hopper also as if it had one multiprocessor only, which few
-/// heads fill, and as if it were an older device, whose kernels it can run as well.
+/// The same device and stream: as they are, and on Hopper also with attention backward in one pass, and as if it
+/// were an older device, whose kernels it can run as well.
 pub(crate) fn queues() -> impl Iterator<Item = Queue<'static>> {
     static OTHERS: OnceLock<Vec<Gpu>> = OnceLock::new();
     let others = OTHERS.get_or_init(|| {
@@ -22,7 +22,7 @@ pub(crate) fn queues() -> impl Iterator<Item = Queue<'static>> {
             return Vec::new();
         }
         let open = || Gpu::open(0).expect("these tests need a device");
-        vec![open().with_multiprocessors(1), open().without_warpgroup_products()]
+        vec![open().with_one_pass_attention_from(0), open().without_warpgroup_products()]
     });
     std::iter::once(gpu()).chain(others).map(|gpu| Queue { gpu, stream: Stream::DEFAULT })
 }
