@@ -88,11 +88,11 @@ pub struct Learner {
     device: Device,
     /// Of the last step, if the model is on a GPU that no other rank shares the work with.
     gpu_step: Option<GpuStep>,
-    /// Steps that a GPU has been asked for and that are not finished.
+    /// Steps under way that a GPU does or has done.
     asked: u64,
-    /// Those among them that it refuses, since one before them was not finite. Until the last of them is
-    /// finished nothing new is asked for: steps are done in order.
-    refused: u64,
+    /// Steps under way that a GPU is asked for when they are finished: it refused them, since one before them
+    /// was not finite, or they were begun behind such a step. Steps are done in order.
+    unasked: u64,
     /// Steps that were not finite.
     left_out: u64,
 }
@@ -134,7 +134,7 @@ impl Learner {
             device: device.clone(),
             gpu_step: None,
             asked: 0,
-            refused: 0,
+            unasked: 0,
             left_out: 0,
         }
     }
@@ -219,10 +219,15 @@ impl Learner {
         self.finish(plan, begun)
     }
 
-    /// Whether [`begin`](Self::begin) returns before the step is done: then the next one may be begun before
-    /// this one is finished, if nothing else looks at the model between them.
-    pub fn runs_ahead(&self) -> bool {
-        self.gpu_alone().is_some()
+    /// Whether something is won by beginning the next step before this one is finished: a GPU is at work on it.
+    /// Nothing else may look at the model between them.
+    pub fn runs_ahead_of(&self, step: &BegunStep) -> bool {
+        matches!(&step.0, Begun::OnGpu(step) if self.is_asked(step))
+    }
+
+    /// Whether a GPU does a step, or has done it.
+    fn is_asked(&self, step: &StepUnderWay) -> bool {
+        step.asked.is_some() && step.left_out == self.left_out
     }
 
     /// Begins what [`step`](Self::step) does. Steps are finished in the order in which they were begun, by the
@@ -244,10 +249,13 @@ impl Learner {
         let now = StepInputs { step, denominators, learning_rate, tokens };
         Ok(BegunStep(match self.gpu_alone() {
             Some(stream) => {
-                let left_out = self.left_out;
-                let ask = self.refused == 0;
-                let asked = ask.then(|| self.ask_gpu(&stream, plan, &micro_batches, now));
-                Begun::OnGpu(Box::new(StepUnderWay { asked, micro_batches, now, left_out }))
+                let asked = if self.unasked == 0 {
+                    Some(self.ask_gpu(&stream, plan, &micro_batches, now))
+                } else {
+                    self.unasked += 1;
+                    None
+                };
+                Begun::OnGpu(Box::new(StepUnderWay { asked, micro_batches, now, left_out: self.left_out }))
             }
             None => Begun::Done(Box::new(self.step_on_host(plan, &micro_batches, now)?)),
         }))
@@ -333,13 +341,12 @@ impl Learner {
         plan: &RunPlan,
         step: StepUnderWay,
     ) -> Result<StepOutcome, TrainError> {
-        let StepUnderWay { asked, micro_batches, now, left_out } = step;
-        if asked.is_some() && left_out != self.left_out {
-            self.refused -= 1;
-            self.asked -= 1;
-        }
-        let asked = asked.filter(|_| left_out == self.left_out);
-        let asked = asked.unwrap_or_else(|| self.ask_gpu(stream, plan, &micro_batches, now));
+        let is_asked = self.is_asked(&step);
+        let StepUnderWay { asked, micro_batches, now, .. } = step;
+        let asked = asked.filter(|_| is_asked).unwrap_or_else(|| {
+            self.unasked -= 1;
+            self.ask_gpu(stream, plan, &micro_batches, now)
+        });
         let report = self.gpu_step.as_mut().expect(UNDER_WAY).report(asked);
         self.asked -= 1;
         let StepReport { losses: MicroLoss { loss, total_loss }, grad_norm, updated, moe } = report;
@@ -353,7 +360,7 @@ impl Learner {
             skipped = Some(NonFinite { place });
             self.gpu_step = Some(steps);
             self.left_out += 1;
-            self.refused = self.asked;
+            self.unasked += std::mem::take(&mut self.asked);
             self.parts().optimizer.resume();
         }
         let StepInputs { learning_rate, tokens, .. } = now;

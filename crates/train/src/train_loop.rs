@@ -248,7 +248,8 @@ impl<'a> Run<'a> {
     /// Whether the next step may begin before this one is finished: nothing looks at the model between them.
     fn may_run_ahead_of(&self, step: &StepUnderWay) -> bool {
         let looked_at = [self.plan.checkpoint.every_steps, self.plan.eval.every_steps];
-        self.learner.runs_ahead() && !looked_at.iter().any(|&every| self.is_due_at(step.number, every))
+        self.learner.runs_ahead_of(&step.begun)
+            && !looked_at.iter().any(|&every| self.is_due_at(step.number, every))
     }
 
     /// Waits for a step, moves the counters past it and makes its record.

@@ -134,7 +134,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
             }
         };
         // As in training, a GPU has the next step before it is done with this one.
-        if learner.runs_ahead() && step + 1 < steps {
+        if learner.runs_ahead_of(&begun) && step + 1 < steps {
             next = Some(learner.begin(&plan, batch(step + 1), step + 1)?);
         }
         let outcome = learner.finish(&plan, begun)?;
