@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::DeviceValues;
 use crate::host::Held;
 use crate::noise::{TokenNoise, TokenPlace};
 use crate::plan::DispatchPlan;
@@ -36,6 +37,13 @@ impl From<Vec<usize>> for SlotsInUse {
     }
 }
 
+#[cfg(feature = "libtorch")]
+impl From<DeviceValues> for SlotsInUse {
+    fn from(used: DeviceValues) -> Self {
+        Self(Held::Torch(used.into_tensor()))
+    }
+}
+
 /// Places of the tokens in slots.
 #[derive(Debug, Clone)]
 pub struct TokenPlaces(pub(crate) Places);
@@ -51,6 +59,13 @@ pub(crate) enum Places {
 impl From<Vec<TokenPlace>> for TokenPlaces {
     fn from(places: Vec<TokenPlace>) -> Self {
         Self(Places::Listed(Held::Host(Arc::new(places))))
+    }
+}
+
+#[cfg(feature = "libtorch")]
+impl From<DeviceValues> for TokenPlaces {
+    fn from(places: DeviceValues) -> Self {
+        Self(Places::Listed(Held::Torch(places.into_tensor())))
     }
 }
 
@@ -87,6 +102,19 @@ impl ExpertRows {
             places,
             weight_gradients: WeightGradients::Summed,
         }
+    }
+
+    /// Slots in use and places, both int32, if LibTorch has them.
+    pub fn on_devices(&self) -> Option<(DeviceValues, Option<DeviceValues>)> {
+        #[cfg(feature = "libtorch")]
+        if let Held::Torch(used) = &self.used.0 {
+            let places = self.places.as_ref().map(|places| match &places.0 {
+                Places::Listed(Held::Torch(places)) => crate::torch::int32(places),
+                _ => panic!("places are where the slots in use are"),
+            });
+            return Some((crate::torch::int32(used), places));
+        }
+        None
     }
 
     /// One expert that all of `tokens` tokens visit.

@@ -235,6 +235,17 @@ impl ValuesMut<'_> {
     }
 }
 
+/// A format of values on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceFormat {
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit integers.
+    I32,
+}
+
 /// Gradients, or other values that are made once and read a few times, in the format they came in.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {

@@ -57,8 +57,10 @@ pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_t
 pub use expert_rows::{ExpertRows, SlotsInUse, TokenPlaces, WeightGradients};
 pub use feed_forward::{ExpertWeights, FeedForwardWeights, HiddenDropout, expert_feed_forward, feed_forward};
 pub use gemm::CpuPath;
-pub use host::{Values, ValuesMut, copy_into, int_tensor, integers, update_in_place, with_values};
-pub use linear_map::{LinearMap, linear_map};
+pub use host::{
+    DeviceFormat, Values, ValuesMut, copy_into, int_tensor, integers, update_in_place, with_values,
+};
+pub use linear_map::{DeviceMap, LinearMap, linear_map};
 pub use logits::logits;
 pub use memory::CacheLines;
 #[cfg(not(feature = "libtorch"))]

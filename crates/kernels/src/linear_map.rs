@@ -9,6 +9,7 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Shape, Tensor};
 use burn_flex::FlexTensor;
 
+use crate::DeviceValues;
 use crate::element::{Element, bf16};
 use crate::host;
 use crate::operation::{Operand, Operation, apply, given};
@@ -37,6 +38,20 @@ pub trait LinearMap: Debug + Send + Sync + 'static {
     fn backward_bf16(&self, gradient: &[bf16]) -> Option<Vec<bf16>> {
         self.backward(&widened(gradient)).map(rounded)
     }
+
+    /// The same map where LibTorch has the values, if it is computed there.
+    fn on_devices(&self) -> Option<&dyn DeviceMap> {
+        None
+    }
+}
+
+/// A [`LinearMap`] of values that stay where LibTorch has them.
+pub trait DeviceMap {
+    /// Values of the output, row-major, from those of the input.
+    fn forward(&self, x: &DeviceValues) -> Option<DeviceValues>;
+
+    /// The transpose.
+    fn backward(&self, gradient: &DeviceValues) -> Option<DeviceValues>;
 }
 
 fn widened(values: &[bf16]) -> Vec<f32> {

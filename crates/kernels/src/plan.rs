@@ -103,6 +103,14 @@ impl DispatchPlan {
         }
     }
 
+    /// Whether LibTorch has the assignment.
+    pub fn is_on_devices(&self) -> bool {
+        #[cfg(feature = "libtorch")]
+        return crate::torch::is_here(&self.rows_used.device());
+        #[cfg(not(feature = "libtorch"))]
+        false
+    }
+
     /// The slots of every token; of a plan made on a GPU this waits for the GPU.
     pub fn token_slots(&self) -> Arc<TokenSlots> {
         match &self.by_token {

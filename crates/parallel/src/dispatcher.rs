@@ -4,19 +4,21 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
-use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, Element, ReduceOp};
+use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, Element, Piece, ReduceOp};
 use switchyard_kernels::{
-    DispatchPlan, ExpertRows, LinearMap, TokenNoise, TokenPlace, WeightGradients, bf16, combine, dispatch,
-    integers, linear_map,
+    DeviceMap, DeviceValues, DispatchPlan, ExpertRows, LinearMap, TokenNoise, TokenPlace, WeightGradients,
+    bf16, combine, dispatch, integers, linear_map,
 };
 use switchyard_model::{Dispatched, SenderCounts, TokenDispatcher};
 
 use crate::failure::Failure;
+use crate::on_devices::{slice, stream};
 
 /// Experts spread evenly over a group: rank `r` has experts `r * l .. (r + 1) * l` of `l * size`.
 ///
-/// Capacity is fixed, so every message has the same size on every rank whatever the router does. At an
-/// expert the tokens of all senders stand one after the other, so that its matrices are read once.
+/// Capacity is fixed, so every message has the same size on every rank whatever the router does. In main
+/// memory the tokens of all senders stand one after the other at an expert, so that its matrices are read
+/// once; on devices every sender keeps its slots, so that nothing waits for the host.
 ///
 /// # Source
 /// Lepikhin et al. 2020, "GShard" (arXiv:2006.16668), section 3; Switch Transformer, section 2.2.
@@ -75,6 +77,30 @@ impl AllToAllDispatcher {
         Arc::new(Travel { group, failure, direction, layout })
     }
 
+    /// One way of the slots of `plan` from device to device, if the ranks have some and LibTorch the plan.
+    fn on_devices(&self, plan: &DispatchPlan, direction: Direction) -> Option<Arc<DeviceTravel>> {
+        self.group.on_devices()?;
+        plan.is_on_devices().then(|| {
+            let (group, failure) = (Arc::clone(&self.group), self.failure.clone());
+            let local = plan.num_experts / group.size();
+            Arc::new(DeviceTravel { group, failure, direction, local })
+        })
+    }
+
+    /// The rows at this rank's experts, of which `own` are this rank's tokens at the experts of all.
+    fn rows_on_devices(&self, there: &DeviceTravel, own: &ExpertRows) -> ExpertRows {
+        let (used, places) = own.on_devices().expect("the plan is there");
+        let weight_gradients =
+            if self.deterministic { WeightGradients::PerSegment } else { WeightGradients::Summed };
+        ExpertRows {
+            first_expert: self.group.rank() * there.local,
+            segments: self.group.size(),
+            used: there.go(there.direction, &used).into(),
+            places: places.map(|places| there.go(there.direction, &places).into()),
+            weight_gradients,
+        }
+    }
+
     /// Where the tokens at this rank's experts come from.
     fn places(&self, plan: &DispatchPlan, noise: TokenNoise, counts: &SenderCounts) -> Vec<TokenPlace> {
         let words = integers(&plan.token_of_slot).into_iter().flat_map(|token| {
@@ -100,6 +126,11 @@ impl TokenDispatcher for AllToAllDispatcher {
         let [_, d] = tokens_nd.dims();
         let (senders, slots) = (self.group.size(), plan.slots_per_expert);
         let local = plan.num_experts / senders;
+        if let Some(there) = self.on_devices(plan, Direction::ToExperts) {
+            let rows = self.rows_on_devices(&there, &ExpertRows::local(plan, noise));
+            let slots_lcd = linear_map(dispatch(tokens_nd, plan), there, [local, senders * slots, d]);
+            return Dispatched { slots_lcd, rows, counts: SenderCounts::default() };
+        }
         let counts = self.counts(plan);
         let there = self.travel(Direction::ToExperts, self.layout(&counts, slots, d));
         let slots_lcd = linear_map(dispatch(tokens_nd, plan), there, [local, senders * slots, d]);
@@ -128,7 +159,10 @@ impl TokenDispatcher for AllToAllDispatcher {
     ) -> Tensor<2> {
         let [_, _, d] = outputs_lcd.dims();
         let slots = plan.slots_per_expert;
-        let back = self.travel(Direction::ToTokens, self.layout(counts, slots, d));
+        let back: Arc<dyn LinearMap> = match self.on_devices(plan, Direction::ToTokens) {
+            Some(back) => back,
+            None => self.travel(Direction::ToTokens, self.layout(counts, slots, d)),
+        };
         let outputs_ecd = linear_map(outputs_lcd, back, [plan.num_experts, slots, d]);
         combine(outputs_ecd, gates, plan, residual_nd)
     }
@@ -252,6 +286,69 @@ impl LinearMap for Travel {
         self.go(self.direction.reverse(), gradient)
     }
 }
+
+/// One way of the slots from device to device; the gradient takes the other.
+///
+/// What a rank has for its own tokens goes by expert of all ranks, `[senders, l]`; at the experts it stands by
+/// expert, then sender, `[l, senders]`.
+#[derive(Debug)]
+struct DeviceTravel {
+    group: Arc<dyn Communicator>,
+    failure: Failure,
+    direction: Direction,
+    /// Experts of a rank.
+    local: usize,
+}
+
+impl DeviceTravel {
+    /// As many values for every expert and sender, brought to the others' places.
+    fn go(&self, direction: Direction, values: &DeviceValues) -> DeviceValues {
+        let (ranks, local) = (self.group.size(), self.local);
+        let moved = values.room(values.len());
+        let length = values.len() / (ranks * local);
+        let pieces = |values: &DeviceValues, by_expert: bool| -> Vec<Piece> {
+            let whole = slice(values);
+            let piece = |(peer, expert)| {
+                let place = if by_expert { expert * ranks + peer } else { peer * local + expert };
+                Piece { peer, values: whole.part(place * length..(place + 1) * length) }
+            };
+            let ways = (0..ranks).flat_map(|peer| (0..local).map(move |expert| (peer, expert)));
+            ways.map(piece).collect()
+        };
+        let to_experts = direction == Direction::ToExperts;
+        let device = self.group.on_devices().expect("looked for before");
+        let outcome =
+            device.exchange(&pieces(values, !to_experts), &pieces(&moved, to_experts), stream(values));
+        self.failure.keep(outcome, || ());
+        moved
+    }
+}
+
+impl LinearMap for DeviceTravel {
+    fn forward(&self, _: &[f32]) -> Option<Vec<f32>> {
+        unreachable!("{ON_DEVICES}")
+    }
+
+    fn backward(&self, _: &[f32]) -> Option<Vec<f32>> {
+        unreachable!("{ON_DEVICES}")
+    }
+
+    fn on_devices(&self) -> Option<&dyn DeviceMap> {
+        Some(self)
+    }
+}
+
+impl DeviceMap for DeviceTravel {
+    fn forward(&self, x: &DeviceValues) -> Option<DeviceValues> {
+        Some(self.go(self.direction, x))
+    }
+
+    fn backward(&self, gradient: &DeviceValues) -> Option<DeviceValues> {
+        Some(self.go(self.direction.reverse(), gradient))
+    }
+}
+
+const ON_DEVICES: &str = "made for values that LibTorch has";
 
 #[cfg(test)]
 mod tests {

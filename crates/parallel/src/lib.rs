@@ -8,6 +8,7 @@ mod dispatcher;
 mod exchange;
 mod failure;
 mod mesh;
+mod on_devices;
 mod split_tensors;
 mod sums;
 

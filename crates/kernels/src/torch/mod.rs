@@ -105,6 +105,11 @@ pub(crate) fn rows_with_any(table: &TchTensor) -> Tensor<1> {
     Tensor::from_primitive::<LibTorch>(TchTensor::new(any.sum(Kind::Float).view([1])))
 }
 
+/// Integers as kernels take them.
+pub(crate) fn int32(integers: &TchTensor) -> update::DeviceValues {
+    update::DeviceValues::there(&TchTensor::new(gpu::narrow(&integers.tensor)))
+}
+
 /// As float32.
 fn wide(tensor: &tch::Tensor) -> tch::Tensor {
     tensor.to_kind(Kind::Float)

@@ -12,6 +12,7 @@ use crate::operation::{Followed, Operand, Operation, given};
 use crate::router_logits::RouterLogits;
 use crate::seed::Seed;
 use crate::torch::gpu::{at, format, in_pieces, queue, started, token_noise};
+use crate::torch::update::DeviceValues;
 use crate::torch::with_kernels::WithKernels;
 use crate::torch::{ONE_DEVICE, contiguous, exchanged, noise, wide};
 
@@ -132,11 +133,31 @@ fn mapped<T: TchElement + Copy>(
     }
 }
 
+/// `map` of the values where they are; the tensor itself where it changes nothing.
+fn mapped_there(
+    x: &TchTensor,
+    shape: &Shape,
+    map: impl FnOnce(&DeviceValues) -> Option<DeviceValues>,
+) -> TchTensor {
+    let sizes: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+    match map(&DeviceValues::there(x)) {
+        Some(values) => {
+            assert_eq!(values.len(), shape.num_elements(), "a linear map returns the values of its shape");
+            let values = values.into_tensor();
+            TchTensor::from_existing(values.tensor.view(sizes.as_slice()), values.storage)
+        }
+        None => TchTensor::from_existing(x.tensor.reshape(sizes), x.storage.clone()),
+    }
+}
+
 impl Operation<LibTorch, 1, 1> for Mapped {
     /// Shape of the input.
     type Saved = Shape;
 
     fn forward(&self, [x]: &[TchTensor; 1], _: bool) -> ([TchTensor; 1], Shape) {
+        if let Some(map) = self.map.on_devices() {
+            return ([mapped_there(x, &self.shape, |x| map.forward(x))], x.shape());
+        }
         let out = match x.tensor.kind() {
             Kind::BFloat16 => mapped::<bf16>(x, &self.shape, |x| self.map.forward_bf16(x)),
             _ => mapped::<f32>(x, &self.shape, |x| self.map.forward(x)),
@@ -151,6 +172,9 @@ impl Operation<LibTorch, 1, 1> for Mapped {
         _: [bool; 1],
     ) -> [Option<TchTensor>; 1] {
         let [gradient] = given(gradients);
+        if let Some(map) = self.map.on_devices() {
+            return [Some(mapped_there(&gradient, shape, |gradient| map.backward(gradient)))];
+        }
         [Some(match gradient.tensor.kind() {
             Kind::BFloat16 => mapped::<bf16>(&gradient, shape, |g| self.map.backward_bf16(g)),
             _ => mapped::<f32>(&gradient, shape, |g| self.map.backward(g)),

@@ -10,12 +10,12 @@ use switchyard_cuda::{
 };
 use tch::{Device, Kind, no_grad};
 
-use crate::host::Values;
+use crate::host::{DeviceFormat, Values};
 use crate::optimizer::{DeviceTensor, OptimizerRules, UpdateOutcome};
-use crate::torch::gpu::{at, format, queue, started};
+use crate::torch::gpu::{at, format, queue, room, started};
 use crate::torch::{floats, is_here};
 
-/// Values on a GPU; a clone is the same memory.
+/// Values on a GPU, or wherever LibTorch has them; a clone is the same memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeviceValues(TchTensor);
 
@@ -50,6 +50,42 @@ impl DeviceValues {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Values wherever LibTorch has them, row by row.
+    pub(crate) fn there(tensor: &TchTensor) -> Self {
+        Self(super::contiguous(tensor))
+    }
+
+    /// Them as a tensor.
+    pub(crate) fn into_tensor(self) -> TchTensor {
+        self.0
+    }
+
+    /// Room for `len` values of the same format, in the same place.
+    #[must_use]
+    pub fn room(&self, len: usize) -> Self {
+        Self(TchTensor::new(room(&[len], self.0.tensor.kind(), &self.0.tensor)))
+    }
+
+    /// Where the first value lies, for as long as there are clones, and until the stream is through.
+    pub fn address(&self) -> u64 {
+        at(&self.0.tensor).0
+    }
+
+    /// Their format.
+    pub fn format(&self) -> DeviceFormat {
+        match self.0.tensor.kind() {
+            Kind::Float => DeviceFormat::F32,
+            Kind::BFloat16 => DeviceFormat::Bf16,
+            Kind::Int => DeviceFormat::I32,
+            other => panic!("no operation takes {other:?}"),
+        }
+    }
+
+    /// Handle of the stream to which LibTorch puts work on them; 0 where there is none.
+    pub fn stream(&self) -> u64 {
+        queue(&self.0.tensor).map_or(0, |queue| queue.stream.0 as u64)
     }
 
     /// A copy in main memory.
