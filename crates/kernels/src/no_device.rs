@@ -40,6 +40,24 @@ impl DeviceValues {
         match self.0 {}
     }
 
+    /// The same values in memory of their own.
+    #[must_use]
+    pub fn copied(&self) -> Self {
+        match self.0 {}
+    }
+
+    /// Values in another order.
+    #[must_use]
+    pub fn swapped(&self, _: [usize; 3]) -> Self {
+        match self.0 {}
+    }
+
+    /// Some of the values.
+    #[must_use]
+    pub fn block(&self, _: [usize; 3], _: usize) -> Self {
+        match self.0 {}
+    }
+
     /// Where the first value lies.
     pub fn address(&self) -> u64 {
         match self.0 {}

@@ -4,11 +4,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use switchyard_comm::{Communicator, ReduceOp};
-use switchyard_kernels::{Columns, LinearMap, VocabularyGroup, VocabularyShard, linear_map};
+use switchyard_comm::{Communicator, DeviceCommunicator, ReduceOp};
+use switchyard_kernels::{
+    Columns, DeviceMap, DeviceValues, LinearMap, VocabularyGroup, VocabularyShard, linear_map,
+};
 use switchyard_model::TensorParallel;
 
 use crate::failure::Failure;
+use crate::on_devices::{slice, stream};
 
 /// The borders of split matrices, as sums over a group.
 ///
@@ -51,6 +54,22 @@ impl Group {
         self.reduce(&mut sum, ReduceOp::Sum);
         sum
     }
+
+    fn devices(&self) -> &dyn DeviceCommunicator {
+        self.communicator.on_devices().expect("asked of groups with devices alone")
+    }
+
+    fn summed_on_devices(&self, values: &DeviceValues) -> DeviceValues {
+        let sum = values.copied();
+        let outcome = self.devices().all_reduce(slice(&sum), ReduceOp::Sum, stream(&sum));
+        self.failure.keep(outcome, || ());
+        sum
+    }
+
+    /// `map`, if the ranks have devices.
+    fn if_on_devices<'a>(&self, map: &'a dyn DeviceMap) -> Option<&'a dyn DeviceMap> {
+        self.communicator.on_devices().map(|_| map)
+    }
 }
 
 /// Identity forward, sum backward.
@@ -65,6 +84,20 @@ impl LinearMap for CopyIn {
     fn backward(&self, gradient: &[f32]) -> Option<Vec<f32>> {
         Some(self.0.summed(gradient))
     }
+
+    fn on_devices(&self) -> Option<&dyn DeviceMap> {
+        self.0.if_on_devices(self)
+    }
+}
+
+impl DeviceMap for CopyIn {
+    fn forward(&self, _: &DeviceValues) -> Option<DeviceValues> {
+        None
+    }
+
+    fn backward(&self, gradient: &DeviceValues) -> Option<DeviceValues> {
+        Some(self.0.summed_on_devices(gradient))
+    }
 }
 
 /// Sum forward, identity backward.
@@ -77,6 +110,20 @@ impl LinearMap for ReduceOut {
     }
 
     fn backward(&self, _: &[f32]) -> Option<Vec<f32>> {
+        None
+    }
+
+    fn on_devices(&self) -> Option<&dyn DeviceMap> {
+        self.0.if_on_devices(self)
+    }
+}
+
+impl DeviceMap for ReduceOut {
+    fn forward(&self, x: &DeviceValues) -> Option<DeviceValues> {
+        Some(self.0.summed_on_devices(x))
+    }
+
+    fn backward(&self, _: &DeviceValues) -> Option<DeviceValues> {
         None
     }
 }
@@ -161,5 +208,25 @@ impl LinearMap for GatherColumns {
         let rows = gradient.chunks_exact(self.local * communicator.size());
         let first = communicator.rank() * self.local;
         Some(rows.flat_map(|row| row[first..][..self.local].iter().copied()).collect())
+    }
+
+    fn on_devices(&self) -> Option<&dyn DeviceMap> {
+        self.group.if_on_devices(self)
+    }
+}
+
+impl DeviceMap for GatherColumns {
+    fn forward(&self, x: &DeviceValues) -> Option<DeviceValues> {
+        let size = self.group.communicator.size();
+        let gathered = x.room(x.len() * size);
+        let outcome = self.group.devices().all_gather(slice(x), slice(&gathered), stream(x));
+        self.group.failure.keep(outcome, || ());
+        Some(gathered.swapped([size, x.len() / self.local, self.local]))
+    }
+
+    fn backward(&self, gradient: &DeviceValues) -> Option<DeviceValues> {
+        let communicator = &self.group.communicator;
+        let rows = gradient.len() / (communicator.size() * self.local);
+        Some(gradient.block([rows, communicator.size(), self.local], communicator.rank()))
     }
 }

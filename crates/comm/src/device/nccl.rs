@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use nccl_rs::{Config, DataType, Error, Library, UniqueId};
+use nccl_rs::{Config, DataType, Deadline, Error, Library, UniqueId};
 
 use super::{DeviceCommunicator, DeviceSlice, DeviceStream, Piece};
 use crate::buffer::ElementType;
@@ -47,6 +47,7 @@ impl Nccl {
                 bind()?;
                 let joined = nccl_rs::Communicator::init(&library, &id, rank, count, &config);
                 let joined = joined.and_then(|communicator| {
+                    communicator.wait(Deadline::after(timeout))?;
                     let device = communicator.device()?;
                     Ok((communicator, device))
                 });

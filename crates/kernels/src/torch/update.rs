@@ -68,6 +68,26 @@ impl DeviceValues {
         Self(TchTensor::new(room(&[len], self.0.tensor.kind(), &self.0.tensor)))
     }
 
+    /// The same values in memory of their own.
+    #[must_use]
+    pub fn copied(&self) -> Self {
+        Self(TchTensor::new(self.0.tensor.copy()))
+    }
+
+    /// Values of shape `[a, b, c]` in the order of `[b, a, c]`.
+    #[must_use]
+    pub fn swapped(&self, [a, b, c]: [usize; 3]) -> Self {
+        let blocks = self.0.tensor.view([a, b, c].map(|n| n as i64).as_slice());
+        Self(TchTensor::new(blocks.transpose(0, 1).contiguous().view([-1])))
+    }
+
+    /// The `index`-th of `b` blocks in each of the `a` rows of values of shape `[a, b, c]`.
+    #[must_use]
+    pub fn block(&self, [a, b, c]: [usize; 3], index: usize) -> Self {
+        let blocks = self.0.tensor.view([a, b, c].map(|n| n as i64).as_slice());
+        Self(TchTensor::new(blocks.select(1, index as i64).contiguous().view([-1])))
+    }
+
     /// Where the first value lies, for as long as there are clones, and until the stream is through.
     pub fn address(&self) -> u64 {
         at(&self.0.tensor).0
