@@ -13,9 +13,10 @@ use crate::types::ReduceOp;
 ///   was started;
 /// - [`Error::InsideGroup`] in a group, which has these operations itself: [`Group`](crate::Group);
 /// - [`Error::Busy`] and [`Error::Ended`] when the communicator is not ready;
-/// - [`Error::Communicator`] and [`Error::Library`] when the library fails;
-/// - [`Error::Timeout`] when a non-blocking communicator's patience ends before the operation is on its
-///   stream; the communicator is then aborted.
+/// - [`Error::Communicator`] when the library fails, and [`Error::Library`] when it does so before the
+///   operation;
+/// - [`Error::Asynchronous`] when it fails in the background, and [`Error::Timeout`] when a non-blocking
+///   communicator's patience ends, before the operation is on its stream; the communicator is then aborted.
 impl Communicator {
     /// Combines the inputs of all ranks value by value; every rank gets the result.
     ///

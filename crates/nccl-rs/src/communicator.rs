@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::deadline::{Deadline, Pauses};
-use crate::error::{Error, Who};
+use crate::error::{Error, Mismatch, Who};
 use crate::ffi::{Background, Fault, Handle, Progress};
 use crate::group::refuse_inside;
 use crate::library::Library;
+use crate::memory::DeviceSlice;
 use crate::unique_id::UniqueId;
 
 /// One rank of a set of ranks that communicate, each with a GPU of its own.
@@ -35,6 +36,10 @@ use crate::unique_id::UniqueId;
 /// [`Communicator::close`] ends it in order, when all ranks do. When it is dropped without that, by an error
 /// or a panic, it is aborted: that stops what its operations still do on the device and never waits for other
 /// ranks, which is what a rank in trouble can do. What is finalized already is destroyed instead.
+///
+/// Where operations were captured in CUDA graphs, every end waits, and longer than any deadline: NCCL frees a
+/// communicator when the last such graph has been destroyed. So graphs go before their communicators, also
+/// when these are aborted or dropped.
 pub struct Communicator {
     library: Library,
     handle: Handle,
@@ -43,7 +48,7 @@ pub struct Communicator {
     count: usize,
     /// Known once the communicator is ready.
     device: Cell<Option<i32>>,
-    /// How long operations wait; `None` where the library blocks.
+    /// How long operations wait; `None` where the library was asked to block.
     patience: Option<Duration>,
     /// What the library was last seen to work on in the background.
     pending: Cell<Option<&'static str>>,
@@ -68,14 +73,14 @@ const SOMETHING: &str = "an operation";
 impl Communicator {
     /// Joins the communicator of `id` as rank `rank` of `count`, on the thread's current CUDA device.
     ///
-    /// Blocks until all ranks have come; after [`Config::non_blocking`] it returns at once, and
-    /// [`Communicator::wait`] says when they have.
+    /// Blocks until all ranks have come; after [`Config::non_blocking`], or when the environment says so, it
+    /// returns at once, and [`Communicator::wait`] says when they have.
     ///
     /// # Collective
     /// Each rank calls it once, from a process or thread of its own.
     /// # Errors
-    /// [`Error::NoSuchRank`], [`Error::Unsupported`] and [`Error::Setting`] before the library is asked;
-    /// [`Error::Library`] when it fails.
+    /// [`Error::InsideGroup`], [`Error::NoSuchRank`], [`Error::Unsupported`] and [`Error::Setting`] before
+    /// the library is asked; [`Error::Library`] when it fails.
     pub fn init(
         library: &Library,
         id: &UniqueId,
@@ -113,8 +118,10 @@ impl Communicator {
     /// # Collective
     /// All ranks call it, those without a color too.
     /// # Errors
-    /// [`Error::Setting`] for a color above 2³¹ - 1; [`Error::Communicator`] when the library fails;
-    /// [`Error::Timeout`] after a non-blocking communicator's patience, which aborts it.
+    /// [`Error::InsideGroup`] in a group; [`Error::Busy`] and [`Error::Ended`] when the communicator is not
+    /// ready; [`Error::Setting`] for a color above 2³¹ - 1, and as for [`Communicator::init`];
+    /// [`Error::Communicator`] when the library fails; [`Error::Asynchronous`] when it does so in the
+    /// background, and [`Error::Timeout`] after a non-blocking communicator's patience, which both abort it.
     pub fn split(
         &self,
         color: Option<u32>,
@@ -130,9 +137,11 @@ impl Communicator {
         });
         let color = color.transpose()?;
         let raw = config.map(|config| config.raw(&self.library)).transpose()?;
-        let handle = self
-            .handle
-            .split(color, key, raw, || self.settle(SPLIT, self.deadline()).map_err(Refusal::Waited));
+        let handle = self.handle.split(color, key, raw, || {
+            // The library goes on in the background, whether it was asked to or its environment said so.
+            let deadline = self.deadline().unwrap_or_else(Deadline::never);
+            self.settle(SPLIT, deadline).map_err(Refusal::Waited)
+        });
         let handle = handle.map_err(|refusal| match refusal {
             Refusal::Waited(error) => error,
             Refusal::Fault(fault) => self.error(SPLIT, fault),
@@ -235,6 +244,7 @@ impl Communicator {
 
     /// Begins to end the communicator: completes its operations and frees what it shares with other ranks.
     /// After [`Config::non_blocking`] it returns at once, and [`Communicator::wait`] says when that is done.
+    /// It is not done before all CUDA graphs are destroyed that captured operations.
     ///
     /// # Collective
     /// All ranks call it.
@@ -250,7 +260,8 @@ impl Communicator {
     }
 
     /// Frees the communicator. Does not wait when it was finalized and waited for; otherwise it finalizes
-    /// first, and blocks until all ranks of this machine do.
+    /// first, and blocks until all ranks of this machine do. Either way it waits until all CUDA graphs are
+    /// destroyed that captured operations.
     ///
     /// # Errors
     /// [`Error::Busy`] before a non-blocking communicator has been waited for; it is aborted then.
@@ -276,7 +287,7 @@ impl Communicator {
     }
 
     /// Stops what the communicator does, on the device too, and frees it. Every other call fails from then
-    /// on.
+    /// on. Waits until all CUDA graphs are destroyed that captured operations.
     ///
     /// # Collective
     /// The other ranks are not told: they abort their communicators as well, or wait for ever.
@@ -305,6 +316,17 @@ impl Communicator {
         self.require_idle(operation)
     }
 
+    /// Refuses memory that is not on the communicator's device.
+    pub(crate) fn require_device(
+        &self,
+        operation: &'static str,
+        memory: DeviceSlice<'_>,
+    ) -> Result<(), Error> {
+        let (found, expected) = (memory.device(), self.device()?);
+        let mismatch = Mismatch::Device { found, expected };
+        if found == expected { Ok(()) } else { Err(Error::Buffer { who: self.who(), operation, mismatch }) }
+    }
+
     fn require_idle(&self, operation: &'static str) -> Result<(), Error> {
         if !self.handle.is_live() {
             return Err(self.error(operation, Fault::Gone));
@@ -317,21 +339,18 @@ impl Communicator {
         }
     }
 
-    /// Until when an operation that starts now may take; `None` where the library blocks.
+    /// Until when an operation that starts now may take; `None` where the library was asked to block. Its
+    /// environment can overrule that, so only what it answers says whether it has.
     pub(crate) fn deadline(&self) -> Option<Deadline> {
         self.patience.map(Deadline::after)
     }
 
     /// Waits until nothing uses what was lent to `operation` before it is on its stream, and aborts the
-    /// communicator when that cannot be had. The library has done so already where there is no deadline.
-    pub(crate) fn settle(&self, operation: &'static str, deadline: Option<Deadline>) -> Result<(), Error> {
-        let Some(deadline) = deadline else { return Ok(()) };
+    /// communicator when that cannot be had.
+    pub(crate) fn settle(&self, operation: &'static str, deadline: Deadline) -> Result<(), Error> {
         self.pending.set(Some(operation));
-        let error = match self.wait(deadline) {
-            // After a fault the library does nothing more.
-            done @ (Ok(()) | Err(Error::Asynchronous { .. })) => return done,
-            Err(error) => error,
-        };
+        // After a fault, too: the library has told of it, but its thread may not have ended yet.
+        let Err(error) = self.wait(deadline) else { return Ok(()) };
         // Joins the library's thread; that it may fail besides changes nothing.
         let _ = self.handle.abort();
         Err(match error {

@@ -33,12 +33,15 @@ pub struct Config {
 }
 
 impl Config {
-    /// Nothing set: calls block.
+    /// Nothing set: calls block, see [`Config::non_blocking`].
     pub fn new() -> Self {
         Self::default()
     }
 
     /// What errors call the communicator, and from 2.27 on the library's logs and profilers.
+    ///
+    /// Each distinct name that a communicator is made with is kept for the life of the process, as the
+    /// library points to it for longer than anybody can know: let names be few, without counters.
     #[must_use]
     pub fn name(mut self, name: impl Into<Arc<str>>) -> Self {
         self.name = Some(name.into());
@@ -51,13 +54,18 @@ impl Config {
     ///
     /// It is the time for all ranks to come and call the same operation, not for the operation to run:
     /// how much one rank may be ahead of another.
+    ///
+    /// The library's environment variable `NCCL_COMM_BLOCKING` comes first: with `1` calls block all the
+    /// same, and `patience` means nothing; with `0` no call blocks without this setting either, and
+    /// operations and splits then wait as long as it takes.
     #[must_use]
     pub fn non_blocking(mut self, patience: Duration) -> Self {
         self.patience = Some(patience);
         self
     }
 
-    /// The network module, such as `IB` or `Socket`.
+    /// The network module, such as `IB` or `Socket`. Each distinct text is kept for the life of the process,
+    /// as that of [`Config::name`].
     #[must_use]
     pub fn net_name(mut self, name: impl Into<String>) -> Self {
         self.net_name = Some(name.into());
@@ -112,7 +120,7 @@ impl Config {
         self.name.clone()
     }
 
-    /// How long operations wait; `None` where the library blocks.
+    /// How long operations wait; `None` where the library is asked to block.
     pub(crate) fn patience(&self) -> Option<Duration> {
         self.patience
     }

@@ -92,13 +92,23 @@ mod tests {
     }
 
     #[test]
-    fn pauses_do_not_outlast_the_deadline() {
-        let deadline = Deadline::after(Duration::from_millis(20));
+    fn pauses_grow_up_to_the_longest() {
         let mut pauses = Pauses::new();
-        while !deadline.is_past() {
-            pauses.pause(deadline);
+        for _ in 0..EAGER_TRIES {
+            pauses.pause(Deadline::never());
         }
-        assert!(pauses.tries > EAGER_TRIES, "it slept");
+        assert_eq!(pauses.sleep, FIRST_SLEEP, "it has not slept");
+        for _ in 0..8 {
+            pauses.pause(Deadline::never());
+        }
         assert_eq!(pauses.sleep, LONGEST_SLEEP);
+    }
+
+    #[test]
+    fn pauses_do_not_outlast_the_deadline() {
+        let day = Duration::from_secs(86_400);
+        let mut pauses = Pauses { tries: EAGER_TRIES, sleep: day };
+        pauses.pause(Deadline::after(Duration::ZERO));
+        assert_eq!(pauses.tries, EAGER_TRIES + 1);
     }
 }

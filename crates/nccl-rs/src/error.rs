@@ -257,6 +257,8 @@ pub enum Code {
     InvalidUsage,
     /// The network failed or a peer ended.
     RemoteError,
+    /// Something took longer than the library waits.
+    Timeout,
     /// A number that this crate does not know.
     Other(i32),
 }
@@ -270,6 +272,8 @@ impl Code {
             4 => Self::InvalidArgument,
             5 => Self::InvalidUsage,
             6 => Self::RemoteError,
+            // 7 is `ncclInProgress`, which is no error.
+            8 => Self::Timeout,
             other => Self::Other(other),
         }
     }

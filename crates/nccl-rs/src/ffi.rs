@@ -145,7 +145,9 @@ impl Api {
     /// Loads `name`, or finds it among the libraries of the process.
     pub(crate) fn open(name: &OsStr, only_loaded: bool) -> Result<Self, OpenError> {
         let mode = unix::RTLD_NOW | unix::RTLD_LOCAL | if only_loaded { libc::RTLD_NOLOAD } else { 0 };
-        // SAFETY: NCCL's initialisers need nothing; other files are not what the caller promised to name.
+        // SAFETY: NCCL's initialisers need nothing, and its functions have the types below. That the file is
+        // an NCCL cannot be checked: it is the exception that the README names under "What is safe", for
+        // `Library::open` and for `NCCL_RS_LIBRARY` and the search path, which are the user's to set.
         let library = unsafe { unix::Library::open(Some(name), mode) }.map_err(|error| {
             let problem = if only_loaded { "not loaded".to_owned() } else { chain(&error) };
             OpenError::NotLoaded { problem }

@@ -53,6 +53,8 @@ struct Use<'env> {
     operation: &'static str,
     /// Whether there were others.
     many: bool,
+    /// Whether the library said that it goes on with one in the background.
+    running: bool,
 }
 
 impl Library {
@@ -82,10 +84,12 @@ impl Library {
     /// ```
     ///
     /// # Errors
-    /// What `body` returns; else what the library says at the end; else that a non-blocking communicator's
-    /// patience ended, see [`Config::non_blocking`](crate::Config::non_blocking). After any error some of the
-    /// operations may have started: the communicators are out of step with the other ranks', and aborting
-    /// them is all that is left. [`Error::InsideGroup`] in a group: there are no groups in groups.
+    /// What `body` returns; else that a non-blocking communicator's patience ended, see
+    /// [`Config::non_blocking`](crate::Config::non_blocking), or that it met a fault; else what the library
+    /// says at the end, where most of its errors come up, in the name of the first communicator that was
+    /// used. After any error some of the operations may have started: the communicators are out of step with
+    /// the other ranks', and aborting them is all that is left. [`Error::InsideGroup`] in a group: there are
+    /// no groups in groups.
     pub fn group<'env, T>(&self, body: impl FnOnce(&Group<'env>) -> Result<T, Error>) -> Result<T, Error> {
         refuse_inside("group")?;
         self.api().group_start().map_err(Error::Library)?;
@@ -122,10 +126,17 @@ impl<'env> Group<'env> {
         let ended = self.library.api().group_end();
         // What was lent may go when this returns: no communicator may still be about to use it.
         let used = self.used.take();
-        let deadlines: Vec<_> = used.iter().map(|used| used.communicator.deadline()).collect();
-        let settled = used.iter().zip(deadlines).map(|(used, deadline)| used.settle(deadline));
+        let all_done = matches!(ended, Ok(Progress::Done));
+        let deadlines: Vec<_> = used.iter().map(|used| used.deadline(all_done)).collect();
+        let settled = used.iter().zip(deadlines);
+        let settled = settled.filter_map(|(used, deadline)| deadline.map(|deadline| used.settle(deadline)));
         let settled = settled.fold(Ok(()), Result::and);
-        settled.and(ended.map(|_| ()).map_err(Error::Library))
+        let ended = ended.map(|_| ()).map_err(|failure| match used.first() {
+            // Operations are only queued before, so this is where they fail.
+            Some(first) => Error::Communicator { who: first.communicator.who(), failure },
+            None => Error::Library(failure),
+        });
+        settled.and(ended)
     }
 
     /// [`Communicator::all_reduce`].
@@ -366,17 +377,27 @@ impl<'env> Group<'env> {
         Ok(call)
     }
 
-    fn note(&self, communicator: &'env Communicator, operation: &'static str) {
+    fn note(&self, communicator: &'env Communicator, operation: &'static str, running: bool) {
         let mut used = self.used.borrow_mut();
         match used.iter_mut().find(|used| ptr::eq(used.communicator, communicator)) {
-            Some(used) => used.many |= used.operation != operation,
-            None => used.push(Use { communicator, operation, many: false }),
+            Some(used) => {
+                used.many |= used.operation != operation;
+                used.running |= running;
+            }
+            None => used.push(Use { communicator, operation, many: false, running }),
         }
     }
 }
 
 impl Use<'_> {
-    fn settle(&self, deadline: Option<Deadline>) -> Result<(), Error> {
+    /// Until when to wait; `None` where the library has done so: it was asked to block, and its answers say
+    /// that it did. In a group that failed, nobody knows.
+    fn deadline(&self, all_done: bool) -> Option<Deadline> {
+        let deadline = self.communicator.deadline();
+        if all_done && !self.running { deadline } else { deadline.or_else(|| Some(Deadline::never())) }
+    }
+
+    fn settle(&self, deadline: Deadline) -> Result<(), Error> {
         let operation = if self.many { "a group of operations" } else { self.operation };
         self.communicator.settle(operation, deadline)
     }
@@ -392,8 +413,9 @@ struct Call<'group, 'env> {
 impl Call<'_, '_> {
     /// Hands the operation to the library.
     fn run(&self, queue: impl FnOnce(&Handle) -> Result<Progress, Fault>) -> Result<(), Error> {
-        self.group.note(self.communicator, self.operation);
-        self.communicator.explain(self.operation, queue(self.communicator.handle())).map(|_| ())
+        let answer = queue(self.communicator.handle());
+        self.group.note(self.communicator, self.operation, matches!(answer, Ok(Progress::Running)));
+        self.communicator.explain(self.operation, answer).map(|_| ())
     }
 
     /// Sends every rank its part and receives one of each. All is checked before the first is queued: half an
@@ -426,8 +448,7 @@ impl Call<'_, '_> {
         if buffer.data_type().is_float8() {
             self.communicator.library().require(Feature::Float8)?;
         }
-        let (found, expected) = (buffer.device(), self.communicator.device()?);
-        if found == expected { Ok(()) } else { Err(self.mismatch(Mismatch::Device { found, expected })) }
+        self.communicator.require_device(self.operation, buffer)
     }
 
     fn same_type(&self, from: DeviceSlice<'_>, to: &DeviceSliceMut<'_>) -> Result<(), Error> {

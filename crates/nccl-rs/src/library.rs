@@ -53,6 +53,9 @@ impl Library {
     ///
     /// The first comes first as two copies in one process would each keep threads and memory of their own.
     ///
+    /// What is found is trusted, as by [`Library::open`]: it is for who starts the program to set
+    /// [`ENVIRONMENT_VARIABLE`] and `LD_LIBRARY_PATH` to an NCCL.
+    ///
     /// # Errors
     /// [`Error::NotFound`] says what was tried; [`Error::TooOld`] and [`Error::MissingSymbol`] when what was
     /// found does not do. There is no going on to the next then, so that nothing else runs than one thinks.
@@ -61,6 +64,9 @@ impl Library {
     }
 
     /// Loads the library in file `path`.
+    ///
+    /// Loading runs the file's initialisers, and its functions are taken for those of `nccl.h`; nobody can
+    /// check either. Name an NCCL, and no file that somebody else can choose or write.
     ///
     /// # Errors
     /// As [`Library::load`].

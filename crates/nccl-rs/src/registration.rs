@@ -27,7 +27,9 @@ impl Communicator {
     /// - When one rank uses registered memory in an operation, all do: NCCL gives no meaning to a mixture.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] before NCCL 2.19; [`Error::Communicator`] when the library fails.
+    /// [`Error::Unsupported`] before NCCL 2.19; [`Error::InsideGroup`] in a group; [`Error::Busy`] and
+    /// [`Error::Ended`] when the communicator is not ready; [`Error::Buffer`] for memory of another device;
+    /// [`Error::Communicator`] when the library fails.
     ///
     /// # Source
     /// "User Buffer Registration" in NCCL's user guide.
@@ -36,6 +38,7 @@ impl Communicator {
         self.library().require(Feature::BufferRegistration)?;
         self.require_ready(REGISTER)?;
         refuse_inside(REGISTER)?;
+        self.require_device(REGISTER, memory)?;
         // SAFETY: promised by the caller.
         let registered = unsafe { self.handle().register(memory) };
         let registered = self.explain(REGISTER, registered)?;

@@ -238,8 +238,15 @@ fn buffers_that_do_not_fit_are_refused_before_anything_starts() {
             assert_eq!(who.name.as_deref(), Some("misfits"));
         }
     }
-    for call in ["ncclAllReduce", "ncclReduceScatter", "ncclAllGather", "ncclReduce", "ncclSend", "ncclRecv"]
-    {
+    for call in [
+        "ncclAllReduce",
+        "ncclReduceScatter",
+        "ncclAllGather",
+        "ncclReduce",
+        "ncclSend",
+        "ncclRecv",
+        "ncclCommRegister",
+    ] {
         assert_eq!(stub.calls(call), 0, "{call}");
     }
 }
@@ -280,7 +287,9 @@ fn misfits(communicator: &Communicator) -> Vec<(Error, Mismatch)> {
     // SAFETY: refused before anything is read.
     let elsewhere = unsafe { DeviceSlice::from_raw_parts(0, 3, DataType::F32, 5) };
     let device = Mismatch::Device { found: 5, expected: 0 };
-    refused(communicator.all_reduce(elsewhere, lend_mut(&mut room[..3]), sum, STREAM), device);
+    refused(communicator.all_reduce(elsewhere, lend_mut(&mut room[..3]), sum, STREAM), device.clone());
+    // SAFETY: refused before the memory is used.
+    refused(unsafe { communicator.register(elsewhere) }.map(|_| ()), device);
     found
 }
 

@@ -77,7 +77,8 @@ fn numbers_of_errors_are_those_of_the_header() {
         (4, Code::InvalidArgument),
         (5, Code::InvalidUsage),
         (6, Code::RemoteError),
-        (8, Code::Other(8)),
+        (8, Code::Timeout),
+        (9, Code::Other(9)),
     ] {
         stub.fail("ncclGetUniqueId", answer);
         let error = UniqueId::new(&library).expect_err("it was told to fail");
@@ -107,15 +108,24 @@ fn a_start_that_fails_leaves_nothing() {
 #[test]
 fn groups_that_cannot_start_or_end_say_so() {
     let stub = Stub::new();
-    let communicator = stub.alone(&Config::new());
+    let communicator = stub.alone(&Config::new().name("dense"));
     let (_, operation) = OPERATIONS[0];
-    for call in ["ncclGroupStart", "ncclGroupEnd"] {
-        stub.fail(call, 5);
+    for (call, fatal, start) in [
+        ("ncclGroupStart", false, "ncclGroupStart failed: "),
+        // Where the operation fails: it was only queued before.
+        ("ncclGroupEnd", true, "NCCL, rank 0 of 1 in `dense`: ncclGroupEnd failed: "),
+    ] {
+        stub.fail(call, 1);
         let error = operation(&communicator).expect_err("it was told to fail");
         assert_eq!(failure(&error).call, call);
+        assert_eq!(error.is_fatal(), fatal, "{error}");
+        assert!(error.to_string().starts_with(start), "{error}");
         stub.fail(call, 0);
         operation(&communicator).expect("the next group is whole");
     }
+    stub.fail("ncclGroupEnd", 1);
+    let error = communicator.library().group(|_| Ok(())).expect_err("it was told to fail");
+    assert!(matches!(error, Error::Library(_)), "no communicator was used: {error}");
 }
 
 #[test]

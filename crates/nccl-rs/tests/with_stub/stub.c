@@ -5,15 +5,17 @@
 // file is a library of its own, so tests that each load a copy do not meet.
 
 #define _GNU_SOURCE
+#include <errno.h>
 #include <limits.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
-enum { SUCCESS, UNHANDLED_CUDA, SYSTEM, INTERNAL, INVALID_ARGUMENT, INVALID_USAGE, REMOTE, IN_PROGRESS };
-enum { MOST_RANKS = 8, MOST_TASKS = 64, MOST_FUNCTIONS = 64 };
+enum { SUCCESS, UNHANDLED_CUDA, SYSTEM, INTERNAL, INVALID_ARGUMENT, INVALID_USAGE, REMOTE, IN_PROGRESS, TIMEOUT };
+enum { MOST_RANKS = 8, MOST_TASKS = 64, MOST_FUNCTIONS = 64, PATIENCE_S = 30 };
 
 typedef struct { char bytes[128]; } Id;
 
@@ -67,7 +69,7 @@ static Clique *cliques;
 static char last_error[1024];
 static Config last_config;
 
-static int version = 22809, endless, async_error;
+static int version = 22809, endless, async_error, forced_blocking = -1;
 static struct { char name[48]; int calls, answer; } functions[MOST_FUNCTIONS];
 
 static __thread int depth;
@@ -86,6 +88,9 @@ static int slot_of(const char *name) {
 void stub_set_version(int code) { version = code; }
 void stub_set_endless(int on) { pthread_mutex_lock(&lock); endless = on; pthread_mutex_unlock(&lock); }
 void stub_set_async_error(int code) { pthread_mutex_lock(&lock); async_error = code; pthread_mutex_unlock(&lock); }
+
+// As NCCL_COMM_BLOCKING, which overrules configurations. A variable would be one for all tests of the process.
+void stub_set_blocking(int on) { pthread_mutex_lock(&lock); forced_blocking = on; pthread_mutex_unlock(&lock); }
 
 void stub_fail(const char *name, int answer) {
     pthread_mutex_lock(&lock);
@@ -198,13 +203,25 @@ static double combined(Clique *clique, size_t at) {
     return first->op == 4 ? value / clique->size : value;
 }
 
+// Waits until something changes, under the lock; 0 when that takes so long that a rank must have gone astray: its
+// test is to fail, not to hang.
+static int wait_for_change(void) {
+    struct timespec end;
+    clock_gettime(CLOCK_REALTIME, &end);
+    end.tv_sec += PATIENCE_S;
+    return pthread_cond_timedwait(&changed, &lock, &end) != ETIMEDOUT;
+}
+
+// Why `comm` waits no longer for what has not come.
+static int given_up(const Comm *comm) { return comm->aborted ? INTERNAL : TIMEOUT; }
+
 // Meetings of all ranks; the last to come does the work of all. Under the lock.
 
 static Comm *new_comm(Clique *clique, int rank, int blocking) {
     Comm *comm = calloc(1, sizeof *comm);
     comm->clique = clique;
     comm->rank = rank;
-    comm->blocking = blocking;
+    comm->blocking = forced_blocking < 0 ? blocking : forced_blocking;
     return comm;
 }
 
@@ -271,17 +288,17 @@ static int meet(Task *task) {
         pthread_cond_broadcast(&changed);
         return task->answer;
     }
-    while (clique->round == round && !comm->aborted) pthread_cond_wait(&changed, &lock);
+    while (clique->round == round && !comm->aborted && wait_for_change()) {}
     if (clique->round != round) return task->answer;
     clique->posted--;
-    return INTERNAL;
+    return given_up(comm);
 }
 
 static int receive(Task *task) {
     Comm *comm = task->comm;
     Task **mail = &comm->clique->mail[task->root][comm->rank];
-    while (!*mail && !comm->aborted) pthread_cond_wait(&changed, &lock);
-    if (!*mail) return INTERNAL;
+    while (!*mail && !comm->aborted && wait_for_change()) {}
+    if (!*mail) return given_up(comm);
     Task *sent = *mail;
     int same = sent->count == task->count && sent->type == task->type;
     if (same) memcpy(task->to, sent->from, task->count * bytes_of(task->type));
@@ -298,7 +315,8 @@ static int perform(Task *list, int count) {
         Task *task = &list[at];
         if (task->kind != SEND) continue;
         Task **mail = &task->comm->clique->mail[task->comm->rank][task->root];
-        while (*mail && !task->comm->aborted) pthread_cond_wait(&changed, &lock);
+        while (*mail && !task->comm->aborted && wait_for_change()) {}
+        if (*mail) continue;
         *mail = task;
         pthread_cond_broadcast(&changed);
     }
@@ -310,9 +328,9 @@ static int perform(Task *list, int count) {
         Task *task = &list[at];
         if (task->kind != SEND) continue;
         Task **mail = &task->comm->clique->mail[task->comm->rank][task->root];
-        while (!task->sent && !task->comm->aborted) pthread_cond_wait(&changed, &lock);
+        while (!task->sent && !task->comm->aborted && wait_for_change()) {}
         if (*mail == task) *mail = NULL;
-        if (!task->sent && !answer) answer = INTERNAL;
+        if (!task->sent && !answer) answer = given_up(task->comm);
     }
     return answer;
 }
@@ -404,8 +422,9 @@ const char *ncclGetErrorString(int answer) {
     static const char *const texts[] = {
         "no error", "unhandled cuda error", "unhandled system error", "internal error", "invalid argument",
         "invalid usage", "remote process exited or there was a network error", "NCCL operation in progress",
+        "timeout",
     };
-    return answer >= 0 && answer <= IN_PROGRESS ? texts[answer] : "unknown result code";
+    return answer >= 0 && answer <= TIMEOUT ? texts[answer] : "unknown result code";
 }
 
 const char *ncclGetLastError(Comm *comm) {
@@ -446,8 +465,8 @@ static void *join(void *argument) {
     pthread_mutex_lock(&lock);
     clique->arrived++;
     pthread_cond_broadcast(&changed);
-    while (clique->arrived < clique->size && !comm->aborted) pthread_cond_wait(&changed, &lock);
-    comm->state = comm->aborted ? INTERNAL : SUCCESS;
+    while (clique->arrived < clique->size && !comm->aborted && wait_for_change()) {}
+    comm->state = clique->arrived < clique->size ? given_up(comm) : SUCCESS;
     comm->working--;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
@@ -479,7 +498,7 @@ int ncclCommInitRankConfig(Comm **made, int size, Id id, int rank, void *config)
     // A start that fails on its way leaves a communicator behind.
     answer = called("joining");
     if (answer) return comm->working = 0, answer;
-    if (comm->blocking) return join(comm), SUCCESS;
+    if (comm->blocking) return join(comm), comm->state;
     pthread_t thread;
     pthread_create(&thread, NULL, join, comm);
     pthread_detach(thread);

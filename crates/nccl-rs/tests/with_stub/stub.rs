@@ -96,6 +96,13 @@ impl Stub {
         unsafe { self.function::<unsafe extern "C" fn(c_int)>("stub_set_endless")(on.into()) }
     }
 
+    /// Lets communicators that are made from now on block or not, whatever their configuration says, as the
+    /// environment variable `NCCL_COMM_BLOCKING` does.
+    pub(crate) fn set_blocking(&self, on: bool) {
+        // SAFETY: the type is that of `stub.c`.
+        unsafe { self.function::<unsafe extern "C" fn(c_int)>("stub_set_blocking")(on.into()) }
+    }
+
     /// Lets communicators meet this fault in the background.
     pub(crate) fn set_async_error(&self, answer: c_int) {
         // SAFETY: the type is that of `stub.c`.
