@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use burn::tensor::Device;
 use switchyard_comm::{
     Choice, CommError, Communicator, Launch, RESTARTABLE, StartOptions, World, abort, start,
 };
 use switchyard_config::{MeshShape, ModelConfig};
-use switchyard_parallel::{Agreement, Mesh, agree};
+use switchyard_parallel::{Agreement, Mesh, agree, world_on};
 use switchyard_train::TrainError;
 
 use crate::args::{MeshArguments, Verbosity};
@@ -65,9 +66,14 @@ impl Job {
     }
 
     /// The mesh on which the ranks use a model of `model` together.
-    pub(crate) fn mesh(&self, model: &ModelConfig, sizes: MeshArguments) -> anyhow::Result<Arc<Mesh>> {
+    pub(crate) fn mesh(
+        &self,
+        model: &ModelConfig,
+        sizes: MeshArguments,
+        device: &Device,
+    ) -> anyhow::Result<Arc<Mesh>> {
         let shape = MeshShape::of_model(model, &sizes.plan(), self.ranks()).map_err(report::in_options);
-        Ok(Arc::new(Mesh::new(Arc::clone(self.communicator()), self.agree(shape)?, false)?))
+        Ok(Arc::new(Mesh::new(self.communicator_on(device)?, self.agree(shape)?, false)?))
     }
 
     /// How much the terminal is told by this rank.
@@ -78,6 +84,11 @@ impl Job {
     /// All ranks.
     pub(crate) fn communicator(&self) -> &Arc<dyn Communicator> {
         self.world.communicator()
+    }
+
+    /// All ranks, for work on `device`.
+    pub(crate) fn communicator_on(&self, device: &Device) -> Result<Arc<dyn Communicator>, CommError> {
+        world_on(Arc::clone(self.communicator()), device)
     }
 
     /// This rank.

@@ -96,6 +96,29 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     }
 }
 
+/// Whose memory a device's tensors lie in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Main memory.
+    Host,
+    /// Main memory as LibTorch has it.
+    LibTorch,
+    /// That of the GPU with this number.
+    Gpu(usize),
+}
+
+/// Where the tensors of a device lie.
+pub fn place_of(device: &Device) -> Place {
+    #[cfg(feature = "libtorch")]
+    match crate::torch::place(device) {
+        Some(tch::Device::Cuda(index)) => return Place::Gpu(index),
+        Some(_) => return Place::LibTorch,
+        None => {}
+    }
+    let _ = device;
+    Place::Host
+}
+
 /// A device's memory as LibTorch counts it, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {

@@ -49,7 +49,8 @@ pub use activation::Activation;
 pub use attention::{Attention, AttentionInputs, Segments, attention};
 pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy};
 pub use device::{
-    DeviceError, DeviceMemory, allow_tf32, device, device_memory, devices, gpu_failure, test_device,
+    DeviceError, DeviceMemory, Place, allow_tf32, device, device_memory, devices, gpu_failure, place_of,
+    test_device,
 };
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};

@@ -16,5 +16,6 @@ pub use dispatcher::AllToAllDispatcher;
 pub use exchange::{Owned, OwnerExchange, Unit};
 pub use failure::Failure;
 pub use mesh::{Agreement, Mesh, agree, gather_text};
+pub use on_devices::world_on;
 pub use split_tensors::SplitTensors;
 pub use sums::{Gradients, SumFormats};

@@ -1,7 +1,24 @@
 //! Values where LibTorch has them, as collectives on devices take them.
 
-use switchyard_comm::{DeviceSlice, DeviceStream, ElementType};
-use switchyard_kernels::{DeviceFormat, DeviceValues};
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use switchyard_comm::{
+    CommError, Communicator, DeviceSlice, DeviceStream, Devices, ElementType, with_devices,
+};
+use switchyard_kernels::{DeviceFormat, DeviceValues, Place, place_of};
+
+/// `world` for ranks that compute on `device`: those with LibTorch's CPU device exchange activations where it
+/// has them, others through slices of main memory.
+///
+/// # Errors
+/// When the ranks cannot.
+pub fn world_on(world: Arc<dyn Communicator>, device: &Device) -> Result<Arc<dyn Communicator>, CommError> {
+    match place_of(device) {
+        Place::LibTorch => with_devices(world, &Devices::MainMemory),
+        Place::Host | Place::Gpu(_) => Ok(world),
+    }
+}
 
 /// The values, for the work of their [`stream`].
 pub(crate) fn slice(values: &DeviceValues) -> DeviceSlice {

@@ -46,7 +46,7 @@ fn evaluate_together(
     job: &Job,
 ) -> anyhow::Result<Evaluation> {
     let directory = job.agree(open_model(&arguments.model).map_err(Into::into))?;
-    let mesh = job.mesh(directory.model(), arguments.mesh)?;
+    let mesh = job.mesh(directory.model(), arguments.mesh, device)?;
     let prepared = LoadedModel::of(directory, device, mesh).and_then(|loaded| {
         let tokenizer = loaded.tokenizer()?;
         let plan = data_plan(arguments, &loaded, &tokenizer)?;

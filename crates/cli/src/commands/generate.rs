@@ -28,7 +28,7 @@ pub(crate) fn run(
 fn generate_together(arguments: &GenerateArguments, device: &Device, job: &Job) -> anyhow::Result<()> {
     let prompts = job.agree(prompts(arguments))?;
     let directory = job.agree(open_model(&arguments.model).map_err(Into::into))?;
-    let mesh = job.mesh(directory.model(), arguments.mesh)?;
+    let mesh = job.mesh(directory.model(), arguments.mesh, device)?;
     let prepared = LoadedModel::of(directory, device, mesh).and_then(|loaded| {
         let tokenizer = loaded.tokenizer()?;
         Ok((loaded, tokenizer))

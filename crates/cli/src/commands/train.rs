@@ -77,7 +77,7 @@ fn train_together(
     let plan = &resolved.plan;
     refuse_different_runs(&**job.communicator(), plan, env!("CARGO_PKG_VERSION")).map_err(of_all_ranks)?;
     let shape = job.agree(MeshShape::of(plan, job.ranks(), &resolved.provenance).map_err(Into::into))?;
-    let mesh = Arc::new(Mesh::new(Arc::clone(job.communicator()), shape, plan.comm.deterministic)?);
+    let mesh = Arc::new(Mesh::new(job.communicator_on(device)?, shape, plan.comm.deterministic)?);
     job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
     let opened = job.agree(resume(&arguments.resume).and_then(|resume| {

@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use burn::tensor::Device;
-use switchyard_comm::{Communicator, Devices, threads, with_devices};
+use switchyard_comm::threads;
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::{Part, held_part, owners};
 use switchyard_config::{MeshShape, RunPlan};
 use switchyard_data::Share;
-use switchyard_kernels::{ValuesMut, WorkStream, test_device};
-use switchyard_parallel::Mesh;
+use switchyard_kernels::{ValuesMut, test_device};
+use switchyard_parallel::{Mesh, world_on};
 use switchyard_train::evaluate::{Evaluation, EvaluationRules, evaluate};
 use switchyard_train::{Learner, StepOutcome};
 
@@ -50,15 +49,6 @@ fn plan(mesh: MeshShape, sets: &[&str]) -> RunPlan {
     small_plan(&common.into_iter().chain(sets.iter().copied()).chain(sizes).collect::<Vec<_>>())
 }
 
-/// The same ranks; those with LibTorch's CPU device exchange what is in its memory.
-fn on_devices(world: Arc<dyn Communicator>) -> Arc<dyn Communicator> {
-    let device = test_device();
-    if device == Device::flex() || WorkStream::on(&device).is_some() {
-        return world;
-    }
-    with_devices(world, &Devices::MainMemory).unwrap()
-}
-
 /// Trains on every rank of `mesh`, a thread each, and puts the parts together.
 ///
 /// Fails when two ranks hold different bits of the same values.
@@ -68,7 +58,8 @@ fn train(mesh: MeshShape, sets: &[&str], steps: u64) -> Trained {
     let ranks = threads(mesh.ranks(), Duration::from_secs(60)).into_iter().map(|world| {
         let plan = plan.clone();
         thread::spawn(move || {
-            let mesh = Mesh::new(on_devices(world), mesh, plan.comm.deterministic).unwrap();
+            let world = world_on(world, &test_device()).unwrap();
+            let mesh = Mesh::new(world, mesh, plan.comm.deterministic).unwrap();
             train_rank(&plan, Arc::new(mesh), steps)
         })
     });

@@ -1,6 +1,5 @@
 //! Plan, dispatch and combine, forward and backward, without router product and experts.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
@@ -66,7 +65,7 @@ fn measure(
     });
     job.agree(fitting)?;
     let shape = MeshShape { data: ranks, expert: ranks, tensor: 1 };
-    let mesh = Mesh::new(Arc::clone(job.communicator()), shape, false)?;
+    let mesh = Mesh::new(job.communicator_on(device)?, shape, false)?;
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); experts.len()];
     for run in 0..RUNS + 2 {
         for (times, &experts) in times.iter_mut().zip(experts) {
