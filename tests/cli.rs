@@ -3,7 +3,7 @@
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
-use crate::job::stderr;
+use crate::job::{Job, stderr};
 use crate::support::Place;
 
 const COMMANDS: [&str; 18] = [
@@ -118,7 +118,7 @@ fn a_wrong_model_fails_its_verification() {
     let arguments = format!(
         "verify --model {fixtures}/switch_step2_drop --fixture {fixtures}/switch_step2_nodrop/expected.safetensors"
     );
-    let output = place.command(&arguments).output().expect("it starts");
+    let output = Job::start(place.command(&arguments)).ended();
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(String::from_utf8_lossy(&output.stdout).contains("FAIL"));
     place.refused_with(
@@ -153,7 +153,7 @@ fn fixtures_that_cannot_be_used_or_hold_nan() {
 
     let nan: Vec<u8> = std::iter::repeat_n(f32::NAN.to_le_bytes(), 2 * 8 * 112).flatten().collect();
     with("nan.safetensors", "logits", vec![2, 8, 112], &nan);
-    let output = place.command(&verify("nan.safetensors")).output().expect("it starts");
+    let output = Job::start(place.command(&verify("nan.safetensors"))).ended();
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("FAIL logits "), "{text}");
@@ -202,7 +202,8 @@ fn the_sample_corpus_is_built_once_and_alike() {
 fn without_package_sources_the_sample_corpus_says_what_to_do() {
     let place = Place::new();
     let mut command = place.command("data build");
-    let output = command.env("CARGO_HOME", place.path("empty")).output().expect("it starts");
+    command.env("CARGO_HOME", place.path("empty"));
+    let output = Job::start(command).ended();
     assert_eq!(output.status.code(), Some(1));
     let said = stderr(&output);
     assert!(said.contains("cargo fetch --locked") && said.contains("data.sources"), "{said}");
@@ -242,7 +243,7 @@ fn benchmarks_print_their_numbers() {
 #[test]
 fn quiet_says_nothing_but_results() {
     let place = Place::with_experiment();
-    let output = place.command("train run.toml -q --max-steps 5").output().expect("it starts");
+    let output = Job::start(place.command("train run.toml -q --max-steps 5")).ended();
     assert!(output.status.success());
     assert_eq!(stderr(&output), "");
 }

@@ -115,7 +115,7 @@ fn an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused() {
     let place = Place::with_experiment();
     place.run("train run.toml --max-steps 40");
     std::fs::remove_file(place.path("runs/small/checkpoints/step-000040/manifest.json")).expect("a manifest");
-    let output = place.command("train run.toml --resume auto --max-steps 41").output().expect("it starts");
+    let output = Job::start(place.command("train run.toml --resume auto --max-steps 41")).ended();
     let said = crate::job::stderr(&output);
     assert!(output.status.success() && said.contains("continuing at step 20"), "{said}");
     assert!(said.contains("step-000040") && said.contains("not a complete checkpoint"), "{said}");
@@ -135,7 +135,7 @@ fn an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused() {
     );
     // What does not need the damaged file works, and says what is damaged.
     place.run("export runs/small/checkpoints/step-000020 --out exported");
-    let output = place.command("inspect checkpoint runs/small").output().expect("it starts");
+    let output = Job::start(place.command("inspect checkpoint runs/small")).ended();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stdout).contains("is damaged"));
 }
@@ -161,9 +161,10 @@ fn an_older_checkpoint_starts_another_run() {
 #[test]
 fn a_run_directory_has_one_process_at_a_time() {
     let place = Place::with_experiment();
-    let child = start(&place, LONG);
+    let endless = "train run.toml --set schedule.total_steps=1000000";
+    let child = start(&place, endless);
     wait_for("a step", || lines_logged(&place, "runs/small") > 0);
-    place.refused_with(&format!("{LONG} --resume auto"), &["runs/small is in use", "--run-dir"]);
+    place.refused_with(&format!("{endless} --resume auto"), &["runs/small is in use", "--run-dir"]);
     child.signal("-INT");
     assert_eq!(exit_code(&child.ended()), Some(75));
 }

@@ -73,7 +73,7 @@ impl Place {
 
     /// Runs to success and returns standard output.
     pub(crate) fn run(&self, arguments: &str) -> String {
-        let output = self.command(arguments).output().expect("it starts");
+        let output = Job::start(self.command(arguments)).ended();
         assert!(output.status.success(), "{arguments}\n{}", stderr(&output));
         String::from_utf8(output.stdout).expect("UTF-8")
     }
@@ -86,7 +86,7 @@ impl Place {
 
     /// Runs to exit code 1 and returns standard error.
     pub(crate) fn refused(&self, arguments: &str) -> String {
-        let output = self.command(arguments).output().expect("it starts");
+        let output = Job::start(self.command(arguments)).ended();
         assert_eq!(output.status.code(), Some(1), "{arguments}\n{}", stderr(&output));
         stderr(&output)
     }
@@ -132,6 +132,13 @@ pub(crate) fn wait_often_for(what: &str, pause: Duration, mut ready: impl FnMut(
 
 pub(crate) fn lines_logged(place: &Place, run: &str) -> usize {
     std::fs::read_to_string(place.path(run).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+/// Step of the last whole line of the run's metrics, 0 without one.
+pub(crate) fn last_step(place: &Place, run: &str) -> u64 {
+    let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap_or_default();
+    let records = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    records.filter_map(|record| record["step"].as_u64()).next().unwrap_or(0)
 }
 
 pub(crate) fn metrics(place: &Place, run: &str) -> Vec<Value> {

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 
 use crate::job::{Job, stderr};
-use crate::support::{Place, metrics, wait_for};
+use crate::support::{Place, last_step, metrics, wait_for};
 
 const RUN: &str = "train run.toml --set data.micro_batch_rows=2 --set comm.deterministic=true";
 
@@ -60,8 +60,7 @@ fn a_lost_rank_ends_the_job_as_restartable_and_the_run_goes_on() {
     assert_eq!(first.status.code(), Some(75), "{}", stderr(&first));
     assert!(stderr(&first).contains("rank 1 "), "{}", stderr(&first));
 
-    let last: u64 = metrics(&place, "lost").last().and_then(|line| line["step"].as_u64()).expect("a step");
-    let end = last + 5;
+    let end = last_step(&place, "lost") + 5;
     ended(start(&place, 2, &format!("{run} --run-dir lost --resume auto --max-steps {end}")));
     ended(start(&place, 2, &format!("{run} --run-dir whole --max-steps {end}")));
     assert_eq!(metrics(&place, "lost"), metrics(&place, "whole"));

@@ -5,11 +5,9 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use super::{
-    ENDLESS, EXPERTS, SHARED, assert_same_end, checkpoints, ends_with, job, last_step, mpirun, mpirun_each,
-};
+use super::{ENDLESS, EXPERTS, SHARED, assert_same_end, checkpoints, ends_with, job, mpirun, mpirun_each};
 use crate::job::{Job, exit_code, send, stderr};
-use crate::support::{Place, for_many_ranks, lines_logged, wait_for, wait_often_for};
+use crate::support::{Place, for_many_ranks, last_step, lines_logged, wait_for, wait_often_for};
 
 /// Numbers that look random, the same in every run.
 struct Random(u64);
@@ -144,7 +142,8 @@ fn a_rank_that_stops_is_named_and_the_job_ends() {
         let since = Instant::now();
         let output = child.ended();
         let said = stderr(&output);
-        assert!(since.elapsed() < Duration::from_secs(33), "{:?}: {said}", since.elapsed());
+        let orderly = output.status.code().is_some();
+        assert!(!orderly || since.elapsed() < Duration::from_secs(33), "{:?}: {said}", since.elapsed());
         assert_eq!(exit_code(&output), Some(75), "{said}");
         let told: Vec<&str> = said.lines().filter(|line| line.contains("has not finished for")).collect();
         let [line] = told.as_slice() else { panic!("one line says it: {said}") };

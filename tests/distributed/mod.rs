@@ -5,8 +5,6 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use serde_json::Value;
-
 use crate::job::{Job, exit_code, stderr};
 use crate::support::{Place, for_many_ranks, metrics, wait_for};
 
@@ -74,13 +72,6 @@ fn ends_with(command: Command, code: i32) -> String {
     assert_eq!(exit_code(&output), Some(code), "{told}\n{said}");
     assert!(!said.contains("panicked"), "{told}\n{said}");
     said
-}
-
-/// Step of the last whole line of the run's metrics, 0 without one.
-fn last_step(place: &Place, run: &str) -> u64 {
-    let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap_or_default();
-    let records = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    records.filter_map(|record| record["step"].as_u64()).next().unwrap_or(0)
 }
 
 /// What is in the run's directory of checkpoints.

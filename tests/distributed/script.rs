@@ -5,9 +5,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{ENDLESS, EXPERTS, SHARED, assert_same_end, checkpoints, ends_with, job, last_step, mpirun};
+use super::{ENDLESS, EXPERTS, SHARED, assert_same_end, checkpoints, ends_with, job, mpirun};
 use crate::job::{Job, exit_code, stderr};
-use crate::support::{Place, for_many_ranks, lines_logged, wait_for};
+use crate::support::{Place, for_many_ranks, last_step, lines_logged, wait_for};
 
 const RUN: &str = "run.toml --set comm.deterministic=true";
 
@@ -74,14 +74,15 @@ fn the_launch_script_restarts_what_was_lost_and_nothing_else() {
         "{RUN} --set schedule.total_steps=1000 --set eval.every_steps=0 --set checkpoint.every_steps=20"
     );
     job(&place, 2, &format!("train {run} --run-dir whole"), 0);
-    // The system kills the second rank of the first start after a second of work, long before the end.
-    let limited = format!(
-        "#!/bin/sh\nif [ \"$OMPI_COMM_WORLD_RANK\" = 1 ] && mkdir limited 2>/dev/null; then ulimit -t 1; fi\n\
+    // The second rank of the first start is killed once there is something to continue from.
+    let killed = format!(
+        "#!/bin/sh\nif [ \"$OMPI_COMM_WORLD_RANK\" = 1 ] && mkdir begun 2>/dev/null; then\n\
+         (until [ -d lost/checkpoints/step-000020 ]; do sleep 0.01; done; kill -KILL $$) &\nfi\n\
          exec {} \"$@\"\n",
         env!("CARGO_BIN_EXE_switchyard")
     );
     let mut command = launch(&place, &format!("{run} --run-dir lost"));
-    command.env("SWITCHYARD", program(&place, "limited.sh", &limited));
+    command.env("SWITCHYARD", program(&place, "killed.sh", &killed));
     let said = ends_with(command, 0);
     assert_eq!(said.matches("starting again in 0 s (attempt 1 of 5").count(), 1, "{said}");
     assert!(said.contains("continuing at step"), "{said}");

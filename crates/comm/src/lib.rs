@@ -10,8 +10,8 @@
 //! | tcp | processes that are told where rank 0 is, as torchrun tells them | [`start`] |
 //! | mpi | processes under mpirun or srun; cargo feature `mpi` | [`start`] |
 //!
-//! [`with_devices`] adds collectives on the memory of GPUs to any of them, with NCCL beneath (cargo feature
-//! `nccl`).
+//! [`with_devices`] adds collectives on the memory of the ranks' devices to any of them: of GPUs, with NCCL
+//! beneath (cargo feature `nccl`), or main memory as another library has it.
 //!
 //! A program calls [`Launch::detect`] to learn how it was started and [`start`] to join the job;
 //! [`World::activity`] is where it says what it is at, for the watchdog's report; [`abort`] ends all

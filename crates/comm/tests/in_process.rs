@@ -61,16 +61,16 @@ fn disagreements_break_the_group_for_all() {
 
 #[test]
 fn the_missing_are_named_when_the_deadline_passes() {
-    on_threads(4, Duration::from_millis(200), |comm| {
+    on_threads(4, Duration::from_secs(1), |comm| {
         let pair = comm.split(comm.rank() / 2, "pair").expect("all come");
         if comm.rank() == 3 {
-            thread::sleep(Duration::from_secs(1));
+            thread::sleep(Duration::from_secs(3));
             // Too late: the others have given up.
             assert!(matches!(pair.barrier(), Err(CommError::Timeout { .. })));
         } else if comm.rank() == 2 {
             let began = Instant::now();
             let error = pair.barrier().expect_err("rank 3 does not come");
-            assert!(began.elapsed() >= Duration::from_millis(200));
+            assert!(began.elapsed() >= Duration::from_secs(1));
             assert!(matches!(error, CommError::Timeout { .. }));
             assert!(error.to_string().contains("barrier of group `pair`"), "{error}");
             assert!(error.to_string().contains("rank 3 did not come"), "{error}");

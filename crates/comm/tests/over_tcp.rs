@@ -65,7 +65,7 @@ fn a_killed_rank_ends_all() {
         })
         .collect();
     assert!(said.contains("rank 2 "), "it is named: {said}");
-    assert!(began.elapsed() < TIMEOUT * 2, "took {:?}", began.elapsed());
+    assert!(began.elapsed() < TIMEOUT * 4, "took {:?}", began.elapsed());
 }
 
 #[test]

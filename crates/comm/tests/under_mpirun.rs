@@ -66,15 +66,14 @@ fn a_panic_ends_the_job_at_once() {
     let ended = mpirun(4, &[], &["panic"]);
     assert_eq!(ended.code, Some(41), "{}", ended.errors);
     assert!(ended.errors.contains("as planned"), "{}", ended.errors);
-    assert!(!ended.errors.contains("report: "), "{}", ended.errors);
-    ended.took_less_than(Duration::from_secs(3));
+    assert!(!ended.errors.contains("report: "), "the watchdog is not needed: {}", ended.errors);
 }
 
 #[test]
 fn a_thread_may_end_the_job() {
     let ended = mpirun(4, &[], &["abort"]);
     assert_eq!(ended.code, Some(75), "{}", ended.errors);
-    ended.took_less_than(Duration::from_secs(3));
+    assert!(!ended.errors.contains("report: "), "the watchdog is not needed: {}", ended.errors);
 }
 
 #[test]

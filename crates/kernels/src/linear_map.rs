@@ -45,7 +45,10 @@ pub trait LinearMap: Debug + Send + Sync + 'static {
     }
 }
 
-/// A [`LinearMap`] of values that stay where LibTorch has them.
+/// A [`LinearMap`] of values that stay where LibTorch has them; `None` for values that stay as they are.
+///
+/// # Collective
+/// As a [`LinearMap`].
 pub trait DeviceMap {
     /// Values of the output, row-major, from those of the input.
     fn forward(&self, x: &DeviceValues) -> Option<DeviceValues>;

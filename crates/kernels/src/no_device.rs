@@ -40,6 +40,18 @@ impl DeviceValues {
         match self.0 {}
     }
 
+    /// So many zeros.
+    #[must_use]
+    pub fn zeros(&self, _: usize) -> Self {
+        match self.0 {}
+    }
+
+    /// The values within bounds.
+    #[must_use]
+    pub fn clamped(&self, _: usize, _: usize) -> Self {
+        match self.0 {}
+    }
+
     /// The same values in memory of their own.
     #[must_use]
     pub fn copied(&self) -> Self {

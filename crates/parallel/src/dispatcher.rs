@@ -16,9 +16,9 @@ use crate::on_devices::{slice, stream};
 
 /// Experts spread evenly over a group: rank `r` has experts `r * l .. (r + 1) * l` of `l * size`.
 ///
-/// Capacity is fixed, so every message has the same size on every rank whatever the router does. In main
-/// memory the tokens of all senders stand one after the other at an expert, so that its matrices are read
-/// once; on devices every sender keeps its slots, so that nothing waits for the host.
+/// Capacity is fixed, so every message has the same size on every rank whatever the router does. Where the
+/// host moves the tokens, those of all senders stand one after the other at an expert, so that its matrices
+/// are read once; from device to device every sender keeps its slots, so that nothing waits for the host.
 ///
 /// # Source
 /// Lepikhin et al. 2020, "GShard" (arXiv:2006.16668), section 3; Switch Transformer, section 2.2.
@@ -87,15 +87,16 @@ impl AllToAllDispatcher {
         })
     }
 
-    /// The rows at this rank's experts, of which `own` are this rank's tokens at the experts of all.
-    fn rows_on_devices(&self, there: &DeviceTravel, own: &ExpertRows) -> ExpertRows {
+    /// The rows at this rank's experts, `slots` a sender; `own` are this rank's tokens at the experts of all.
+    fn rows_on_devices(&self, there: &DeviceTravel, own: &ExpertRows, slots: usize) -> ExpertRows {
         let (used, places) = own.on_devices().expect("the plan is there");
         let weight_gradients =
             if self.deterministic { WeightGradients::PerSegment } else { WeightGradients::Summed };
         ExpertRows {
             first_expert: self.group.rank() * there.local,
             segments: self.group.size(),
-            used: there.go(there.direction, &used).into(),
+            // No peer sends more than its slots, but what arrives becomes an index.
+            used: there.go(there.direction, &used).clamped(0, slots).into(),
             places: places.map(|places| there.go(there.direction, &places).into()),
             weight_gradients,
         }
@@ -127,7 +128,7 @@ impl TokenDispatcher for AllToAllDispatcher {
         let (senders, slots) = (self.group.size(), plan.slots_per_expert);
         let local = plan.num_experts / senders;
         if let Some(there) = self.on_devices(plan, Direction::ToExperts) {
-            let rows = self.rows_on_devices(&there, &ExpertRows::local(plan, noise));
+            let rows = self.rows_on_devices(&there, &ExpertRows::local(plan, noise), slots);
             let slots_lcd = linear_map(dispatch(tokens_nd, plan), there, [local, senders * slots, d]);
             return Dispatched { slots_lcd, rows, counts: SenderCounts::default() };
         }
@@ -317,10 +318,9 @@ impl DeviceTravel {
         };
         let to_experts = direction == Direction::ToExperts;
         let device = self.group.on_devices().expect("looked for before");
-        let outcome =
+        let exchanged =
             device.exchange(&pieces(values, !to_experts), &pieces(&moved, to_experts), stream(values));
-        self.failure.keep(outcome, || ());
-        moved
+        self.failure.keep(exchanged.map(|()| moved), || values.zeros(values.len()))
     }
 }
 

@@ -11,6 +11,9 @@ use switchyard_kernels::{DeviceFormat, DeviceValues, Place, place_of};
 /// `world` for ranks that compute on `device`: those with LibTorch's CPU device exchange activations where it
 /// has them, others through slices of main memory.
 ///
+/// # Collective
+/// Over `world`; all ranks compute on devices of one kind.
+///
 /// # Errors
 /// When the ranks cannot.
 pub fn world_on(world: Arc<dyn Communicator>, device: &Device) -> Result<Arc<dyn Communicator>, CommError> {
@@ -34,5 +37,25 @@ pub(crate) fn slice(values: &DeviceValues) -> DeviceSlice {
 
 /// The stream of work on the values.
 pub(crate) fn stream(values: &DeviceValues) -> DeviceStream {
-    DeviceStream(values.stream())
+    // SAFETY: LibTorch's streams live as long as the process.
+    unsafe { DeviceStream::from_raw(values.stream()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use switchyard_comm::threads;
+    use switchyard_kernels::test_device;
+
+    use super::*;
+
+    #[test]
+    fn ranks_with_libtorch_reach_its_memory() {
+        let reached = place_of(&test_device()) == Place::LibTorch;
+        for world in threads(2, Duration::from_secs(10)) {
+            let world = world_on(world, &test_device()).expect("nobody is asked");
+            assert_eq!(world.on_devices().is_some(), reached);
+        }
+    }
 }

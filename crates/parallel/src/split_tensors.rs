@@ -220,7 +220,7 @@ impl DeviceMap for GatherColumns {
         let size = self.group.communicator.size();
         let gathered = x.room(x.len() * size);
         let outcome = self.group.devices().all_gather(slice(x), slice(&gathered), stream(x));
-        self.group.failure.keep(outcome, || ());
+        let gathered = self.group.failure.keep(outcome.map(|()| gathered), || x.zeros(x.len() * size));
         Some(gathered.swapped([size, x.len() / self.local, self.local]))
     }
 
@@ -228,5 +228,42 @@ impl DeviceMap for GatherColumns {
         let communicator = &self.group.communicator;
         let rows = gradient.len() / (communicator.size() * self.local);
         Some(gradient.block([rows, communicator.size(), self.local], communicator.rank()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use switchyard_comm::threads;
+    use switchyard_kernels::{test_device, with_values};
+
+    use super::*;
+    use crate::world_on;
+
+    #[test]
+    fn columns_of_all_ranks_are_joined_and_each_takes_its_gradient_back() {
+        let ranks = threads(2, Duration::from_secs(60)).into_iter().map(|world| {
+            thread::spawn(move || {
+                let device = test_device().autodiff();
+                let first = 10.0 * world.rank() as f32;
+                let split = SplitTensors::new(world_on(world, &device).unwrap(), Failure::default());
+                let own = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]].map(|row| row.map(|value| first + value));
+                let own = Tensor::<2>::from_data(own, &device).require_grad();
+                let joined = split.gather_vocabulary(own.clone());
+                let weights = [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0, 9.0, 10.0, 11.0]];
+                let weights = Tensor::<2>::from_data(weights, &device);
+                let gradients = (joined.clone() * weights).sum().backward();
+                let of_own = own.grad(&gradients).expect("the loss depends on it");
+                (with_values(joined, <[f32]>::to_vec), with_values(of_own, <[f32]>::to_vec))
+            })
+        });
+        let ranks: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
+        for (joined, _) in &ranks {
+            assert_eq!(*joined, [1.0, 2.0, 11.0, 12.0, 3.0, 4.0, 13.0, 14.0, 5.0, 6.0, 15.0, 16.0]);
+        }
+        assert_eq!(ranks[0].1, [0.0, 1.0, 4.0, 5.0, 8.0, 9.0]);
+        assert_eq!(ranks[1].1, [2.0, 3.0, 6.0, 7.0, 10.0, 11.0]);
     }
 }

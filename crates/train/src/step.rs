@@ -99,7 +99,7 @@ pub struct Learner {
 
 /// A step that has been begun, for [`Learner::finish`].
 #[derive(Debug)]
-#[must_use = "a step that is not finished is not counted"]
+#[must_use = "a learner with a step that was not finished is of no use"]
 pub struct BegunStep(Begun);
 
 #[derive(Debug)]
@@ -267,7 +267,7 @@ impl Learner {
     /// As [`step`](Self::step).
     ///
     /// # Panics
-    /// When the model has been changed or moved since the step was begun.
+    /// When the model has been changed or moved since the step was begun; a later step hides that.
     pub fn finish(&mut self, plan: &RunPlan, begun: BegunStep) -> Result<StepOutcome, TrainError> {
         match (begun.0, self.gpu_alone()) {
             (Begun::Done(outcome), _) => Ok(*outcome),

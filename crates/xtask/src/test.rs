@@ -62,7 +62,16 @@ fn with_libtorch(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
         Ok(())
     };
     test(&["-p", "switchyard-cuda"], &["--test", "compile", "--", "--ignored"], &[])?;
-    let packages = ["-p", "switchyard-kernels", "-p", "switchyard-model", "-p", "switchyard-train"];
+    let packages = [
+        "-p",
+        "switchyard-kernels",
+        "-p",
+        "switchyard-model",
+        "-p",
+        "switchyard-parallel",
+        "-p",
+        "switchyard-train",
+    ];
     test(&packages, &["--features", "switchyard-kernels/libtorch"], arguments)
 }
 

@@ -1,7 +1,7 @@
 //! Devices whose memory is the host's: LibTorch's CPU device.
 
-use std::slice;
 use std::sync::Arc;
+use std::{ptr, slice};
 
 use super::{DeviceCommunicator, DeviceSlice, DeviceStream, Piece};
 use crate::buffer::{BufferMut, ElementType};
@@ -21,26 +21,31 @@ impl MainMemory {
 }
 
 /// The values as they lie there.
-fn bytes(values: &DeviceSlice) -> &[u8] {
+///
+/// # Safety
+/// Nothing writes them while the result lives.
+unsafe fn bytes<'a>(values: DeviceSlice) -> &'a [u8] {
     if values.is_empty() {
         return &[];
     }
-    // SAFETY: promised when the slice was made; bytes have no invalid values.
+    // SAFETY: there are so many, promised when the slice was made; bytes have no invalid values.
     unsafe { slice::from_raw_parts(pointer(values.address()), values.bytes()) }
 }
 
-fn bytes_mut(values: &mut DeviceSlice) -> &mut [u8] {
-    if values.is_empty() {
-        return &mut [];
-    }
-    // SAFETY: as above, and nothing else uses them until the operation has ended.
-    unsafe { slice::from_raw_parts_mut(pointer(values.address()), values.bytes()) }
+/// Replaces the values.
+fn write(values: DeviceSlice, bytes: &[u8]) {
+    assert_eq!(values.bytes(), bytes.len(), "as many as there is room for");
+    // SAFETY: promised when the slice was made, and `bytes` is memory of our own.
+    unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), pointer(values.address()), bytes.len()) };
 }
 
 /// The values by their type.
-fn buffer_mut(values: &mut DeviceSlice) -> BufferMut<'_> {
+///
+/// # Safety
+/// There are some, and nothing else uses them while the result lives.
+unsafe fn buffer_mut<'a>(values: DeviceSlice) -> BufferMut<'a> {
     let (at, len) = (values.address(), values.len());
-    // SAFETY: as above; values of that type lie at the address.
+    // SAFETY: promised; values of that type lie at the address.
     unsafe {
         match values.element_type() {
             ElementType::F32 => BufferMut::F32(slice::from_raw_parts_mut(pointer(at), len)),
@@ -54,27 +59,29 @@ fn buffer_mut(values: &mut DeviceSlice) -> BufferMut<'_> {
 }
 
 fn pointer<T>(address: u64) -> *mut T {
-    std::ptr::with_exposed_provenance_mut(address as usize)
+    ptr::with_exposed_provenance_mut(address as usize)
 }
 
 impl DeviceCommunicator for MainMemory {
-    fn all_reduce(&self, mut values: DeviceSlice, op: ReduceOp, _: DeviceStream) -> Result<(), CommError> {
-        match values.is_empty() {
-            true => self.group.all_reduce(BufferMut::U8(&mut []), op),
-            false => self.group.all_reduce(buffer_mut(&mut values), op),
+    fn all_reduce(&self, values: DeviceSlice, op: ReduceOp, _: DeviceStream) -> Result<(), CommError> {
+        if values.is_empty() {
+            return self.group.all_reduce(BufferMut::U8(&mut []), op);
         }
+        // SAFETY: nothing uses them while the operation runs, promised when the slice was made.
+        self.group.all_reduce(unsafe { buffer_mut(values) }, op)
     }
 
-    fn all_gather(
-        &self,
-        input: DeviceSlice,
-        mut output: DeviceSlice,
-        _: DeviceStream,
-    ) -> Result<(), CommError> {
-        self.group.all_gather(bytes(&input).into(), bytes_mut(&mut output).into())
+    fn all_gather(&self, input: DeviceSlice, output: DeviceSlice, _: DeviceStream) -> Result<(), CommError> {
+        let mut gathered = vec![0_u8; output.bytes()];
+        // SAFETY: nothing writes them while the operation runs, promised when the slice was made.
+        self.group.all_gather(unsafe { bytes(input) }.into(), gathered.as_mut_slice().into())?;
+        write(output, &gathered);
+        Ok(())
     }
 
     fn exchange(&self, sends: &[Piece], receives: &[Piece], _: DeviceStream) -> Result<(), CommError> {
+        let within = |piece: &Piece| piece.peer < self.group.size();
+        assert!(sends.iter().chain(receives).all(within), "pieces are for ranks of the group");
         let of_peer = |pieces: &[Piece], peer: usize| {
             pieces.iter().filter(|piece| piece.peer == peer).map(|piece| piece.values).collect::<Vec<_>>()
         };
@@ -86,7 +93,10 @@ impl DeviceCommunicator for MainMemory {
         let (sent_to, received_from) = (count(sends), count(receives));
         let mut sent = Vec::with_capacity(sent_to.iter().sum());
         for peer in peers.clone() {
-            of_peer(sends, peer).iter().for_each(|values| sent.extend_from_slice(bytes(values)));
+            for values in of_peer(sends, peer) {
+                // SAFETY: as above.
+                sent.extend_from_slice(unsafe { bytes(values) });
+            }
         }
         let mut received = vec![0_u8; received_from.iter().sum()];
         self.group.all_to_all_v(
@@ -97,16 +107,12 @@ impl DeviceCommunicator for MainMemory {
         )?;
         let mut rest = received.as_slice();
         for peer in peers {
-            for mut values in of_peer(receives, peer) {
+            for values in of_peer(receives, peer) {
                 let (arrived, after) = rest.split_at(values.bytes());
                 rest = after;
-                bytes_mut(&mut values).copy_from_slice(arrived);
+                write(values, arrived);
             }
         }
-        Ok(())
-    }
-
-    fn check(&self) -> Result<(), CommError> {
         Ok(())
     }
 }

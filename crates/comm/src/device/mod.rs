@@ -26,9 +26,10 @@ impl DeviceSlice {
     /// The `len` values of type `element` at `address`.
     ///
     /// # Safety
-    /// The memory is there and stays until the stream of every operation that it is given to has done it. The
-    /// device of the group's rank can read and write it, and nothing but the work of that stream does
-    /// meanwhile.
+    /// The memory is there, aligned for the type, and stays until the stream of every operation that it is given
+    /// to has done it. The device of the group's rank can read and write it, and nothing but the work of that
+    /// stream does meanwhile. What an operation reads holds values, and what it writes overlaps nothing else
+    /// that it is given.
     pub const unsafe fn from_raw_parts(address: u64, len: usize, element: ElementType) -> Self {
         Self { address, len, element }
     }
@@ -70,9 +71,23 @@ impl DeviceSlice {
     }
 }
 
-/// A stream of a device, by its handle; 0 for the default one.
+/// A stream of a device, by its handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceStream(pub u64);
+pub struct DeviceStream(u64);
+
+impl DeviceStream {
+    /// The default one.
+    pub const DEFAULT: Self = Self(0);
+
+    /// The stream with this handle.
+    ///
+    /// # Safety
+    /// It is a stream of the device of the rank that uses it, and lives until all work that is put on it has
+    /// run.
+    pub const unsafe fn from_raw(handle: u64) -> Self {
+        Self(handle)
+    }
+}
 
 /// Values on their way to or from a rank of the group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,12 +101,14 @@ pub struct Piece {
 /// A group whose ranks have a device each.
 ///
 /// Operations join the work of a stream and return at once; what a stream does afterwards sees the results.
-/// All ranks of the group call the same operations in the same order, with sizes that fit each other: nobody
-/// compares them.
+///
+/// # Collective
+/// All ranks of the group call the same operations in the same order, with types and sizes that fit each other.
+/// Devices do not compare them.
 ///
 /// # Errors
-/// Every method: [`CommError::WrongBuffer`] for buffers that cannot be right, [`CommError::Library`] when the
-/// library beneath fails.
+/// Every method: [`CommError::Library`] when the library beneath refuses or fails; in main memory as every
+/// collective.
 pub trait DeviceCommunicator: fmt::Debug + Send + Sync {
     /// Combines the values of all ranks in place; every rank gets the same bits. The order of sums is the
     /// library's, the same whenever the same ranks sum as many values.
@@ -107,10 +124,10 @@ pub trait DeviceCommunicator: fmt::Debug + Send + Sync {
 
     /// Sends and receives all pieces as one operation. What one rank sends another arrives in the order of the
     /// pieces, each as long as its sender has it.
+    ///
+    /// # Panics
+    /// When a piece is for a rank that the group does not have.
     fn exchange(&self, sends: &[Piece], receives: &[Piece], stream: DeviceStream) -> Result<(), CommError>;
-
-    /// Whether everything went well until now, as far as the library knows; does not wait.
-    fn check(&self) -> Result<(), CommError>;
 }
 
 /// What the devices of a job are.

@@ -16,6 +16,7 @@ use crate::error::CommError;
 #[derive(Debug)]
 pub(super) struct Nccl {
     label: String,
+    ranks: usize,
     communicator: Mutex<nccl_rs::Communicator>,
     /// Its GPU, by the CUDA runtime's number.
     device: i32,
@@ -59,7 +60,7 @@ impl Nccl {
         match joined.recv_timeout(timeout) {
             Ok(Ok((communicator, device))) => {
                 let label = group.label().to_owned();
-                Ok(Self { label, communicator: Mutex::new(communicator), device })
+                Ok(Self { label, ranks: count, communicator: Mutex::new(communicator), device })
             }
             Ok(Err(error)) => Err(failed(error)),
             Err(RecvTimeoutError::Timeout) => Err(CommError::Timeout {
@@ -133,7 +134,7 @@ fn data_type(element: ElementType) -> DataType {
 }
 
 fn stream(stream: DeviceStream) -> nccl_rs::Stream {
-    // SAFETY: streams are those of the training framework, which keeps them as long as the process lives.
+    // SAFETY: promised when it was made.
     unsafe { nccl_rs::Stream::from_raw(std::ptr::with_exposed_provenance_mut(stream.0 as usize)) }
 }
 
@@ -152,6 +153,8 @@ impl DeviceCommunicator for Nccl {
     }
 
     fn exchange(&self, sends: &[Piece], receives: &[Piece], on: DeviceStream) -> Result<(), CommError> {
+        let within = |piece: &Piece| piece.peer < self.ranks;
+        assert!(sends.iter().chain(receives).all(within), "pieces are for ranks of the group");
         self.ask("exchange", |group| {
             group.library().group(|all| {
                 for piece in sends {
@@ -163,9 +166,5 @@ impl DeviceCommunicator for Nccl {
                 Ok(())
             })
         })
-    }
-
-    fn check(&self) -> Result<(), CommError> {
-        self.ask("an operation", |group| group.state().map(|_| ()))
     }
 }

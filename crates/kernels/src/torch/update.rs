@@ -68,6 +68,18 @@ impl DeviceValues {
         Self(TchTensor::new(room(&[len], self.0.tensor.kind(), &self.0.tensor)))
     }
 
+    /// So many zeros of the same format, in the same place.
+    #[must_use]
+    pub fn zeros(&self, len: usize) -> Self {
+        Self(TchTensor::new(self.room(len).0.tensor.zeros_like()))
+    }
+
+    /// The values, none below `least` or above `most`.
+    #[must_use]
+    pub fn clamped(&self, least: usize, most: usize) -> Self {
+        Self(TchTensor::new(self.0.tensor.clamp(least as i64, most as i64)))
+    }
+
     /// The same values in memory of their own.
     #[must_use]
     pub fn copied(&self) -> Self {
@@ -78,14 +90,19 @@ impl DeviceValues {
     #[must_use]
     pub fn swapped(&self, [a, b, c]: [usize; 3]) -> Self {
         let blocks = self.0.tensor.view([a, b, c].map(|n| n as i64).as_slice());
-        Self(TchTensor::new(blocks.transpose(0, 1).contiguous().view([-1])))
+        Self(self.sharing(&blocks.transpose(0, 1)))
     }
 
     /// The `index`-th of `b` blocks in each of the `a` rows of values of shape `[a, b, c]`.
     #[must_use]
     pub fn block(&self, [a, b, c]: [usize; 3], index: usize) -> Self {
         let blocks = self.0.tensor.view([a, b, c].map(|n| n as i64).as_slice());
-        Self(TchTensor::new(blocks.select(1, index as i64).contiguous().view([-1])))
+        Self(self.sharing(&blocks.select(1, index as i64)))
+    }
+
+    /// A view of the values, row by row: in their memory where it lies so.
+    fn sharing(&self, view: &tch::Tensor) -> TchTensor {
+        TchTensor::from_existing(view.contiguous().view([-1]), self.0.storage.clone())
     }
 
     /// Where the first value lies, for as long as there are clones, and until the stream is through.
@@ -210,7 +227,7 @@ impl DeviceOptimizer {
 
     /// Clips `gradients` to `max_norm`, 0 for not at all, and updates every parameter, unless their norm or
     /// `loss`, `[1]`, is not finite, or an update was left out before and nobody took [note](Self::resume) yet.
-    /// Nothing waits for the device.
+    /// Nothing waits for the device but, outside of recordings, the copy of where gradients are.
     ///
     /// Inside a recording the gradients must be those of an update before by name and format, and
     /// [`point`](Self::point) must follow it.

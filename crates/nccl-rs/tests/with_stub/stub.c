@@ -34,7 +34,7 @@ typedef enum { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, REDUCE, SPLIT,
 
 typedef struct Comm Comm;
 
-typedef struct {
+typedef struct Task {
     Kind kind;
     Comm *comm;
     const void *from;
@@ -46,6 +46,7 @@ typedef struct {
     Comm **made;
     const Config *config;
     int answer;
+    struct Task *next; // in the mail
 } Task;
 
 typedef struct Clique {
@@ -54,7 +55,7 @@ typedef struct Clique {
     unsigned round;
     int posted;
     Task *meeting[MOST_RANKS];
-    Task *mail[MOST_RANKS][MOST_RANKS]; // from, to
+    Task *mail[MOST_RANKS][MOST_RANKS]; // from, to: what is offered, the first first
     struct Clique *next;
 } Clique;
 
@@ -303,7 +304,7 @@ static int receive(Task *task) {
     int same = sent->count == task->count && sent->type == task->type;
     if (same) memcpy(task->to, sent->from, task->count * bytes_of(task->type));
     sent->sent = 1;
-    *mail = NULL;
+    *mail = sent->next;
     pthread_cond_broadcast(&changed);
     return same ? SUCCESS : INVALID_USAGE;
 }
@@ -315,8 +316,7 @@ static int perform(Task *list, int count) {
         Task *task = &list[at];
         if (task->kind != SEND) continue;
         Task **mail = &task->comm->clique->mail[task->comm->rank][task->root];
-        while (*mail && !task->comm->aborted && wait_for_change()) {}
-        if (*mail) continue;
+        while (*mail) mail = &(*mail)->next;
         *mail = task;
         pthread_cond_broadcast(&changed);
     }
@@ -329,7 +329,8 @@ static int perform(Task *list, int count) {
         if (task->kind != SEND) continue;
         Task **mail = &task->comm->clique->mail[task->comm->rank][task->root];
         while (!task->sent && !task->comm->aborted && wait_for_change()) {}
-        if (*mail == task) *mail = NULL;
+        while (*mail && *mail != task) mail = &(*mail)->next;
+        if (*mail) *mail = task->next;
         if (!task->sent && !answer) answer = given_up(task->comm);
     }
     return answer;
