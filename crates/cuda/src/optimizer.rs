@@ -76,6 +76,9 @@ pub struct UpdateControl {
 }
 
 impl UpdateControl {
+    /// The word in which [`left_out`](Self::left_out) lies.
+    pub const LEFT_OUT: i64 = 7;
+
     /// As it lies in device memory.
     pub fn to_words(self) -> [u64; 8] {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;

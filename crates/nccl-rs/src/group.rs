@@ -30,9 +30,13 @@ pub(crate) fn refuse_inside(operation: &'static str) -> Result<(), Error> {
 /// before, so what they use stays lent for `'env`, until after the group:
 ///
 /// ```compile_fail
-/// # use nccl_rs::{Communicator, DeviceSlice, Error, Stream};
+/// # use nccl_rs::{Communicator, DataType, DeviceSlice, Error, Stream};
 /// # struct Tensor;
-/// # impl Tensor { fn lend(&self) -> DeviceSlice<'_> { unimplemented!() } }
+/// # impl Tensor {
+/// #     fn lend(&self) -> DeviceSlice<'_> {
+/// #         unsafe { DeviceSlice::from_raw_parts(0, 0, DataType::U8, 0) }
+/// #     }
+/// # }
 /// fn too_short(communicator: &Communicator) -> Result<(), Error> {
 ///     communicator.library().group(|group| {
 ///         let tensor = Tensor;

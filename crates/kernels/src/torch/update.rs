@@ -267,8 +267,7 @@ impl DeviceOptimizer {
 
     /// Takes note that an update was left out: the next one may be made.
     pub fn resume(&mut self) {
-        let left_out = CONTROL_WORDS as i64 / 2 - 1;
-        no_grad(|| drop(self.control.narrow(0, left_out, 1).fill_(0)));
+        no_grad(|| drop(self.control.narrow(0, UpdateControl::LEFT_OUT, 1).fill_(0)));
     }
 
     /// Where an [`UpdateControl`] says what the last update did.
