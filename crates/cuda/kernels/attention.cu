@@ -501,20 +501,21 @@ __device__ __forceinline__ void backward_queries(const Given<bf16> given, const 
                    q_gradient_stride, given.queries - warp_query);
 }
 
-// Sums what the blocks of `rows` queries left. Blocks of 32 values of a head; batch rows are dealt out to
-// eight groups, which are added in order.
+// Sums what the blocks of `rows` queries left; of `rows` keys if `of_keys`, whose diagonals come in the opposite order.
+// Blocks of 32 values of a head; batch rows are dealt out to eight groups, which are added in order.
 extern "C" __global__ void __launch_bounds__(256)
     attention_bias_gradient(const float* diagonals, float* bias_gradient, int batch, int queries, int keys,
-                            int rows, int tiles, int pitch) {
+                            int rows, int tiles, int pitch, int of_keys) {
   __shared__ float parts[8][32];
   const int at = blockIdx.x * 32 + (threadIdx.x & 31), group = threadIdx.x >> 5, count = queries + keys - 1;
+  const int first = of_keys ? queries - 1 - at : at - (queries - 1), columns = of_keys ? queries : keys;
   float sum = 0.f;
   for (int b = group; b < batch; b += 8) {
     const float* of_head = diagonals + (size_t(b) * gridDim.y + blockIdx.y) * tiles * pitch;
 #pragma unroll 4
     for (int tile = 0; tile < tiles; tile++) {
-      const int diagonal = at - (queries - 1) + tile * rows + rows - 1;
-      if (0 <= diagonal && diagonal < keys + rows - 1) sum += of_head[size_t(tile) * pitch + diagonal];
+      const int diagonal = first + tile * rows + rows - 1;
+      if (0 <= diagonal && diagonal < columns + rows - 1) sum += of_head[size_t(tile) * pitch + diagonal];
     }
   }
   parts[group][threadIdx.x & 31] = sum;

@@ -74,9 +74,9 @@ __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 from) {
 // Rows of the tiles that a pass walks over.
 template <int D> constexpr int TILE = D == 64 ? 64 : 32;
 
-// Copies tiles of ROWS rows of one head; a thread has its place in each.
-template <int ROWS, int D> struct Mover {
-  static constexpr int PIECES = D / 8, ROWS_AT_ONCE = THREADS / PIECES;
+// Copies tiles of ROWS rows of one head; each of a block's ALL threads has its place in each.
+template <int ROWS, int D, int ALL = THREADS> struct Mover {
+  static constexpr int PIECES = D / 8, ROWS_AT_ONCE = ALL / PIECES;
   const u8* from;
   u32 to, bytes_at_once;
   int row;
@@ -143,14 +143,14 @@ template <int D, int BLOCKS, bool IN_REGISTERS> struct Left {
 template <int ROWS, int TILE> constexpr int WINDOW = ROWS + TILE + 16;
 
 // Value `m` of the window is `bias[first + STEP * m]`, 0 beyond the ends.
-template <int ROWS, int TILE, int STEP>
+template <int ROWS, int TILE, int STEP, int ALL = THREADS>
 __device__ __forceinline__ void copy_bias(u32 to, const float* bias, int first, int count) {
   const int at = first + STEP * int(threadIdx.x);
   const float* from = bias + at;
   to += 4 * threadIdx.x;
 #pragma unroll
-  for (int start = 0; start < ROWS + TILE; start += THREADS) {
-    if (start + THREADS > ROWS + TILE && threadIdx.x >= ROWS + TILE - start) break;
+  for (int start = 0; start < ROWS + TILE; start += ALL) {
+    if (start + ALL > ROWS + TILE && threadIdx.x >= ROWS + TILE - start) break;
     const int value = at + STEP * start, before = value - STEP;
     copy<4>(to + 4 * start, from + STEP * start, u32(value) < u32(count));
     copy<4>(to + 4 * (WINDOW<ROWS, TILE> + start), from + STEP * start - STEP, u32(before) < u32(count));
@@ -159,11 +159,11 @@ __device__ __forceinline__ void copy_bias(u32 to, const float* bias, int first, 
 template <int ROWS, int TILE> __device__ __forceinline__ void no_bias(float* windows) {
   for (int m = threadIdx.x; m < 4 * WINDOW<ROWS, TILE>; m += THREADS) windows[m] = 0.f;
 }
-// Where a lane's values of its first row and first columns lie; 8 rows on they are what they were 8 columns
-// before.
-template <int ROWS, int TILE> __device__ __forceinline__ int place_in_window() {
+// Where a lane's values of its first row and first columns lie, if the ALL threads share the rows; 8 rows on they
+// are what they were 8 columns before.
+template <int ROWS, int TILE, int ALL = THREADS> __device__ __forceinline__ int place_in_window() {
   int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
-  return ROWS - 1 - ROWS / WARPS * warp - g + 2 * c + (g & 1 ? 0 : WINDOW<ROWS, TILE> + 1);
+  return ROWS - 1 - ROWS / (ALL / 32) * warp - g + 2 * c + (g & 1 ? 0 : WINDOW<ROWS, TILE> + 1);
 }
 // ---- Masks, where rows are queries ----
 
@@ -322,6 +322,30 @@ __device__ __forceinline__ void store_rows(const float (&x)[BLOCKS][D / 8][4],
 
 // ---- Backward: what is known of every query ----
 
+// `-log2` of a query's sum of exponentials, from what the forward pass left; of all keys' if it sees none.
+__device__ __forceinline__ float minus_log2(float sum, int keys) {
+  return sum == minus_infinity() ? -log2f(float(keys)) : -sum * LOG2_E;
+}
+// The sum of products of the output and its gradient over row `row`, the same for the D / 8 lanes that share it. Zero
+// for rows that there are not.
+template <int D>
+__device__ __forceinline__ float dot_of_rows(const bf16* out, int out_stride, const bf16* gradient,
+                                             int gradient_stride, int row, int rows_there) {
+  constexpr int LANES = D / 8;
+  const int piece = threadIdx.x % LANES;
+  float dot = 0.f;
+  if (row < rows_there) {
+    float a[8], b[8];
+    load_lanes(out + size_t(row) * out_stride + 8 * piece, a);
+    load_lanes(gradient + size_t(row) * gradient_stride + 8 * piece, b);
+#pragma unroll
+    for (int i = 0; i < 8; i++) dot = fmaf(a[i], b[i], dot);
+  }
+#pragma unroll
+  for (int offset = LANES / 2; offset; offset >>= 1) dot += __shfl_xor_sync(ALL_LANES, dot, offset);
+  return dot;
+}
+
 // Leaves of the block's 128 queries, in `rows` and for the pass over keys, `-log2` of the sum of exponentials and
 // minus the sum of probability times its gradient; rows are padded to 128. Returns whether this thread's query
 // sees nothing.
@@ -337,25 +361,17 @@ __device__ __forceinline__ bool sums_of_rows(const Given<bf16>& given, int first
   if (first_query + threadIdx.x < given.queries) {
     const float sum = sums[given.head() * given.queries + first_query + threadIdx.x];
     is_blind = sum == minus_infinity();
-    minus_sum = is_blind ? -log2f(float(given.keys)) : -sum * LOG2_E;
+    minus_sum = minus_log2(sum, given.keys);
   }
   rows[threadIdx.x] = minus_sum;
   minus_sums[padded_row + threadIdx.x] = minus_sum;
 #pragma unroll
   for (int step = 0; step < D / 8; step++) {
     constexpr int LANES = D / 8;
-    const int row = 32 * warp + step * (32 / LANES) + lane / LANES, piece = lane % LANES;
-    float dot = 0.f;
-    if (first_query + row < given.queries) {
-      float a[8], b[8];
-      load_lanes(out + size_t(row) * out_stride + 8 * piece, a);
-      load_lanes(gradient + size_t(row) * gradient_stride + 8 * piece, b);
-#pragma unroll
-      for (int i = 0; i < 8; i++) dot = fmaf(a[i], b[i], dot);
-    }
-#pragma unroll
-    for (int offset = LANES / 2; offset; offset >>= 1) dot += __shfl_xor_sync(ALL_LANES, dot, offset);
-    if (piece == 0) rows[THREADS + row] = -dot, minus_dots[padded_row + row] = -dot;
+    const int row = 32 * warp + step * (32 / LANES) + lane / LANES;
+    const float dot =
+        dot_of_rows<D>(out, out_stride, gradient, gradient_stride, row, given.queries - first_query);
+    if (lane % LANES == 0) rows[THREADS + row] = -dot, minus_dots[padded_row + row] = -dot;
   }
   return is_blind;
 }
@@ -410,8 +426,9 @@ __device__ __forceinline__ void leave_last_diagonals(const float* ring, float* d
 
 // ---- Masks, where rows are keys ----
 
-// Finds which tiles of queries see the block's keys, and which of these need masks. Ends with a barrier.
-template <int TILE, int KEYS>
+// Finds which tiles of queries see the KEYS keys of the block's ALL threads, and which of these need masks. `sums`
+// are those of the head's queries. Ends with a barrier.
+template <int TILE, int KEYS, int ALL = THREADS>
 __device__ __forceinline__ void look_over_queries(const Given<bf16>& given, int first_key, const float* sums,
                                                   u32* flags, int* range) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tiles = (given.queries + TILE - 1) / TILE;
@@ -431,11 +448,11 @@ __device__ __forceinline__ void look_over_queries(const Given<bf16>& given, int 
   int low = range[0], high = range[1];
   bool any = range[2], all = range[3];
 #pragma unroll
-  for (int w = 1; w < WARPS; w++) {
+  for (int w = 1; w < ALL / 32; w++) {
     low = min(low, range[4 * w]), high = max(high, range[4 * w + 1]);
     any |= range[4 * w + 2] != 0, all &= range[4 * w + 3] != 0;
   }
-  for (int tile = warp; tile < tiles; tile += WARPS) {
+  for (int tile = warp; tile < tiles; tile += ALL / 32) {
     bool blind = false, meets = false, strange = false;
 #pragma unroll
     for (int part = 0; part < TILE / 32; part++) {

@@ -9,7 +9,7 @@ use crate::error::CudaError;
 use crate::gpu::{Gpu, Grid, Queue};
 use crate::noise::{NoiseKey, dropout_args};
 use crate::size::{count, lanes};
-use crate::source::{ATTENTION, ATTENTION_HOPPER, Source};
+use crate::source::{ATTENTION, ATTENTION_BACKWARD_HOPPER, ATTENTION_HOPPER, Source};
 
 /// Sizes and rules of one attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -155,9 +155,13 @@ impl Attention {
         self.keys.div_ceil(128) * 4
     }
 
-    /// Values that a block of queries leaves of the gradient of the bias.
-    fn diagonals(&self) -> usize {
-        (self.keys + self.block_queries() - 1).next_multiple_of(4)
+    /// Blocks of the backward pass that leave sums of the gradient of the bias, and the room of each for them.
+    fn diagonals(&self, one_pass: bool) -> (usize, usize) {
+        let (rows, columns, block) = match one_pass {
+            true => (self.keys, self.queries, self.block_keys()),
+            false => (self.queries, self.keys, self.block_queries()),
+        };
+        (rows.div_ceil(block), (columns + block - 1).next_multiple_of(4))
     }
 
     /// Values of the relative bias of a head.
@@ -219,6 +223,23 @@ impl Attention {
                 2 * rows * self.d_kv * 2 + self.tiles_and_windows(stages, rows) + of_queries + tiles
             }
         }
+    }
+
+    /// `Room` of the kernel that goes backward in one pass.
+    fn one_pass_shared(&self) -> usize {
+        let (tile, padded) = (128 * self.d_kv * 2, self.queries.next_multiple_of(PADDING));
+        let tiles = (2 + 2 * 2 + 2 * 2) * tile;
+        let (turned, windows, kept) = (8 * 8 * 72 * 4, 2 * 2 * (128 + 128 + 16) * 4, 2 * 128 * 16);
+        let of_queries = 3 * padded * 4 + 8 * (padded + 16) * 4 + padded / 128 * 8;
+        tiles + turned + windows + kept + 128 + of_queries
+    }
+
+    /// Whether to go backward in one pass, a block for a whole head: that is half the work of two passes, but uses
+    /// no more multiprocessors than there are heads.
+    fn goes_back_in_one_pass(&self, gpu: &Gpu) -> bool {
+        self.multiplies_by_warpgroups(gpu)
+            && self.one_pass_shared() <= gpu.shared_per_block()
+            && gpu.one_pass_attention_from().is_some_and(|heads| self.batch * self.num_heads >= heads)
     }
 
     /// Bytes of a tile in float32.
@@ -333,7 +354,7 @@ impl Attention {
         gpu.has_warpgroup_products() && self.format == Format::Bf16 && self.d_kv == 64
     }
 
-    /// The source of the kernels, forward and backward.
+    /// The source of the kernels, forward and backward in two passes.
     fn source(&self, gpu: &Gpu) -> &'static Source {
         if self.multiplies_by_warpgroups(gpu) { &ATTENTION_HOPPER } else { &ATTENTION }
     }
@@ -382,10 +403,18 @@ pub fn attention_dropout_bytes(rules: &Attention) -> usize {
 
 /// Bytes of workspace of [`attention_backward`].
 pub fn attention_workspace(rules: &Attention) -> usize {
-    let heads = rules.batch * rules.num_heads;
-    let of_queries = 2 * rules.queries.next_multiple_of(PADDING);
-    let of_bias = rules.queries.div_ceil(rules.block_queries()) * rules.diagonals();
-    heads * (of_queries + of_bias) * 4
+    let padded = rules.queries.next_multiple_of(PADDING);
+    let with_bias = |of_queries: usize, one_pass| {
+        let (blocks, values) = rules.diagonals(one_pass);
+        of_queries + blocks * values
+    };
+    // Which it is to be is known on the device only.
+    let most = with_bias(padded * rules.d_kv, true).max(with_bias(2 * padded, false));
+    let of_head = match (rules.format, rules.d_kv) {
+        (Format::Bf16, 64) => most,
+        _ => with_bias(2 * padded, false),
+    };
+    rules.batch * rules.num_heads * of_head * 4
 }
 
 /// Draws which probabilities dropout keeps, for the forward and the backward pass of one step, to `kept`,
@@ -465,7 +494,8 @@ pub unsafe fn attention(
 /// As the crate's documentation demands.
 ///
 /// # Source
-/// As [`attention`]; the sums over keys and over queries are two passes, so that their order is fixed.
+/// As [`attention`]; sums over keys and over queries are two passes, or those of a head one block's, so that their
+/// order is fixed.
 pub unsafe fn attention_backward(
     queue: Queue<'_>,
     inputs: AttentionInputs,
@@ -479,66 +509,131 @@ pub unsafe fn attention_backward(
             format!("{} keys in room for {}; cached keys carry no gradient", rules.keys, rules.key_room);
         return Err(CudaError::Size { operation: "attention_backward", reason });
     }
-    let plain = rules.format == Format::F32;
-    let given = rules.given(&inputs)?;
-    let gradient = rules.rows("the output's gradient", to.out)?;
-    let heads = rules.batch * rules.num_heads;
-    let padded = rules.queries.next_multiple_of(PADDING);
-    let minus_sums = to.workspace;
-    let minus_dots = minus_sums.plus(heads * padded * 4);
-    let diagonals = match to.relative_bias {
-        Address::NONE => Address::NONE,
-        _ => minus_dots.plus(heads * padded * 4),
+    // SAFETY: passed on.
+    let diagonals = unsafe {
+        match rules.goes_back_in_one_pass(queue.gpu) {
+            true => rules.back_in_one_pass(queue, &inputs, &from, &to)?,
+            false => rules.back_in_two_passes(queue, &inputs, &from, &to)?,
+        }
     };
-
-    let of_queries: [Arg; 2] = if plain {
-        [minus_dots.into(), (padded as u32).into()]
-    } else {
-        [minus_sums.into(), minus_dots.into()]
-    };
-
-    let mut args = given.clone();
-    args.extend(rules.rows("out", from.out)?);
-    args.extend(gradient);
-    args.push(from.log_sums.into());
-    args.extend(rules.rows("the gradient of q", to.q)?);
-    args.extend(of_queries);
-    args.extend([diagonals.into(), Arg::from(rules.diagonals() as u32)]);
-    if plain {
-        args.push((rules.d_kv as u32).into());
-    }
-    let tiles = rules.queries.div_ceil(rules.block_queries());
-    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe { rules.launch(queue, "backward_queries", tiles, rules.queries_shared(queue.gpu), &args)? };
-
-    let mut args = given;
-    args.extend(gradient);
-    args.push(from.log_sums.into());
-    args.extend(of_queries);
-    args.extend(rules.rows("the gradient of k", to.k)?);
-    args.extend(rules.rows("the gradient of v", to.v)?);
-    if plain {
-        args.push((rules.d_kv as u32).into());
-    }
-    let blocks = rules.keys.div_ceil(rules.block_keys());
-    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-    unsafe { rules.launch(queue, "backward_keys", blocks, rules.keys_shared(queue.gpu), &args)? };
-
     let blocks = [rules.bias_count().div_ceil(32) as u32, rules.num_heads as u32, 1];
     if to.relative_bias == Address::NONE || blocks.contains(&0) {
         return Ok(());
     }
-    let args: [Arg; 8] = [
-        diagonals.into(),
+    let (tiles, pitch) = rules.diagonals(diagonals.of_keys);
+    let args: [Arg; 9] = [
+        diagonals.at.into(),
         to.relative_bias.into(),
         (rules.batch as u32).into(),
         (rules.queries as u32).into(),
         (rules.keys as u32).into(),
         (rules.block_queries() as u32).into(),
         (tiles as u32).into(),
-        (rules.diagonals() as u32).into(),
+        (pitch as u32).into(),
+        u32::from(diagonals.of_keys).into(),
     ];
     let grid = Grid { blocks, threads: 256, shared: 0 };
     // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
     unsafe { queue.gpu.launch(&ATTENTION, "attention_bias_gradient", grid, queue.stream, &args) }
+}
+
+/// Sums along diagonals, of which the gradient of the bias is made: none, if that is not wanted.
+struct Diagonals {
+    at: Address,
+    /// Left by blocks of keys, not of queries.
+    of_keys: bool,
+}
+
+impl Attention {
+    /// All gradients but that of the bias by one kernel.
+    unsafe fn back_in_one_pass(
+        &self,
+        queue: Queue<'_>,
+        inputs: &AttentionInputs,
+        from: &AttentionOutput,
+        to: &AttentionGradients,
+    ) -> Result<Diagonals, CudaError> {
+        let heads = self.batch * self.num_heads;
+        let sums_of_q = to.workspace;
+        let diagonals = match to.relative_bias {
+            Address::NONE => Address::NONE,
+            _ => sums_of_q.plus(heads * self.queries.next_multiple_of(PADDING) * self.d_kv * 4),
+        };
+        let mut args = self.given(inputs)?;
+        args.extend(self.rows("out", from.out)?);
+        args.extend(self.rows("the output's gradient", to.out)?);
+        args.push(from.log_sums.into());
+        args.extend(self.rows("the gradient of q", to.q)?);
+        args.extend(self.rows("the gradient of k", to.k)?);
+        args.extend(self.rows("the gradient of v", to.v)?);
+        args.extend([sums_of_q.into(), diagonals.into(), Arg::from(self.diagonals(true).1 as u32)]);
+        let blocks = [1, self.num_heads as u32, self.batch as u32];
+        let grid = Grid { blocks, threads: 256, shared: self.one_pass_shared() };
+        // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+        unsafe {
+            queue.gpu.launch(
+                &ATTENTION_BACKWARD_HOPPER,
+                &self.kernel("backward"),
+                grid,
+                queue.stream,
+                &args,
+            )?;
+        }
+        Ok(Diagonals { at: diagonals, of_keys: true })
+    }
+
+    /// Gradients of queries, then those of keys and values.
+    unsafe fn back_in_two_passes(
+        &self,
+        queue: Queue<'_>,
+        inputs: &AttentionInputs,
+        from: &AttentionOutput,
+        to: &AttentionGradients,
+    ) -> Result<Diagonals, CudaError> {
+        let plain = self.format == Format::F32;
+        let given = self.given(inputs)?;
+        let gradient = self.rows("the output's gradient", to.out)?;
+        let heads = self.batch * self.num_heads;
+        let padded = self.queries.next_multiple_of(PADDING);
+        let minus_sums = to.workspace;
+        let minus_dots = minus_sums.plus(heads * padded * 4);
+        let diagonals = match to.relative_bias {
+            Address::NONE => Address::NONE,
+            _ => minus_dots.plus(heads * padded * 4),
+        };
+        let (tiles, pitch) = self.diagonals(false);
+
+        let of_queries: [Arg; 2] = if plain {
+            [minus_dots.into(), (padded as u32).into()]
+        } else {
+            [minus_sums.into(), minus_dots.into()]
+        };
+
+        let mut args = given.clone();
+        args.extend(self.rows("out", from.out)?);
+        args.extend(gradient);
+        args.push(from.log_sums.into());
+        args.extend(self.rows("the gradient of q", to.q)?);
+        args.extend(of_queries);
+        args.extend([diagonals.into(), Arg::from(pitch as u32)]);
+        if plain {
+            args.push((self.d_kv as u32).into());
+        }
+        // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+        unsafe { self.launch(queue, "backward_queries", tiles, self.queries_shared(queue.gpu), &args)? };
+
+        let mut args = given;
+        args.extend(gradient);
+        args.push(from.log_sums.into());
+        args.extend(of_queries);
+        args.extend(self.rows("the gradient of k", to.k)?);
+        args.extend(self.rows("the gradient of v", to.v)?);
+        if plain {
+            args.push((self.d_kv as u32).into());
+        }
+        let blocks = self.keys.div_ceil(self.block_keys());
+        // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+        unsafe { self.launch(queue, "backward_keys", blocks, self.keys_shared(queue.gpu), &args)? };
+        Ok(Diagonals { at: diagonals, of_keys: false })
+    }
 }

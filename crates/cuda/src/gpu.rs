@@ -73,6 +73,7 @@ pub struct Gpu {
     capability: (i32, i32),
     warpgroup_products: bool,
     multiprocessors: u32,
+    one_pass_attention_from: Option<usize>,
     shared_per_block: usize,
     compiler: Compiler,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
@@ -125,6 +126,7 @@ impl Gpu {
             capability: (major, minor),
             warpgroup_products: (major, minor) == HOPPER,
             multiprocessors: multiprocessors as u32,
+            one_pass_attention_from: None,
             shared_per_block: shared_per_block as usize,
             compiler: Compiler::new(architecture(major, minor), cache_directory()),
             modules: Mutex::default(),
@@ -182,6 +184,18 @@ impl Gpu {
     #[must_use]
     pub fn without_warpgroup_products(self) -> Self {
         Self { warpgroup_products: false, ..self }
+    }
+
+    /// The same device, where attention goes backward in one pass, if it can, from so many heads of all batch rows
+    /// on. By default it never does: on no device has that been measured yet.
+    #[must_use]
+    pub fn with_one_pass_attention_from(self, heads: usize) -> Self {
+        Self { one_pass_attention_from: Some(heads), ..self }
+    }
+
+    /// From how many heads of all batch rows on attention goes backward in one pass, if it does.
+    pub fn one_pass_attention_from(&self) -> Option<usize> {
+        self.one_pass_attention_from
     }
 
     /// Multiprocessors.

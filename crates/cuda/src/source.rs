@@ -25,9 +25,9 @@ macro_rules! kernels {
     ($name:literal) => {
         include_str!(concat!("../kernels/", $name, ".cu"))
     };
-    ($name:literal behind $shared:literal) => {
+    ($name:literal behind $($shared:literal)+) => {
         concat!(
-            include_str!(concat!("../kernels/", $shared)),
+            $("\n#line 1 \"kernels/", $shared, "\"\n", include_str!(concat!("../kernels/", $shared)),)+
             "\n#line 1 \"kernels/",
             $name,
             ".cu\"\n",
@@ -46,10 +46,10 @@ macro_rules! is_hopper {
 }
 
 macro_rules! sources {
-    ($($constant:ident = $name:literal $(behind $shared:literal)? $(on $hopper:ident)?),* $(,)?) => {
+    ($($constant:ident = $name:literal $(behind $($shared:literal)+)? $(on $hopper:ident)?),* $(,)?) => {
         $(pub(crate) const $constant: Source = Source {
             name: $name,
-            text: kernels!($name $(behind $shared)?),
+            text: kernels!($name $(behind $($shared)+)?),
             hopper_only: is_hopper!($($hopper)?),
         };)*
 
@@ -61,7 +61,9 @@ macro_rules! sources {
 sources! {
     ACTIVATION = "activation",
     ATTENTION = "attention" behind "attention.cuh",
-    ATTENTION_HOPPER = "attention_hopper" behind "attention.cuh" on Hopper,
+    ATTENTION_HOPPER = "attention_hopper" behind "attention.cuh" "attention_hopper.cuh" on Hopper,
+    ATTENTION_BACKWARD_HOPPER =
+        "attention_backward_hopper" behind "attention.cuh" "attention_hopper.cuh" on Hopper,
     CROSS_ENTROPY = "cross_entropy",
     EMBEDDING = "embedding",
     NOISE = "noise",

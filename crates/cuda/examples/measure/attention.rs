@@ -86,7 +86,7 @@ fn measure(clock: &Clock, name: &str, rules: Attention, has_bias: bool) {
         attention(queue, inputs, to, rules)
     });
     // SAFETY: as above.
-    clock.time_both(&format!("attention backward, {name}"), 10.0 * pairs, 2.0 * bytes, |queue| unsafe {
+    clock.time_all(&format!("attention backward, {name}"), 10.0 * pairs, 2.0 * bytes, |queue| unsafe {
         attention_backward(queue, inputs, to, backward, rules)
     });
 }

@@ -16,6 +16,8 @@ pub(crate) struct Clock {
     gpu: Gpu,
     /// The same device as if it were an older one, if it has instructions that older ones have not.
     older: Option<Gpu>,
+    /// And with attention backward in one pass, if it can.
+    one_pass: Option<Gpu>,
     stream: Arc<CudaStream>,
     wanted: String,
 }
@@ -33,9 +35,11 @@ impl Clock {
     pub(crate) fn open(wanted: &str) -> Self {
         let open = || Gpu::open(0).unwrap_or_else(|e| panic!("{e}"));
         let gpu = open();
-        let older = gpu.has_warpgroup_products().then(|| open().without_warpgroup_products());
+        let has_others = gpu.has_warpgroup_products();
+        let older = has_others.then(|| open().without_warpgroup_products());
+        let one_pass = has_others.then(|| open().with_one_pass_attention_from(0));
         let stream = gpu.context().default_stream();
-        Self { gpu, older, stream, wanted: wanted.to_owned() }
+        Self { gpu, older, one_pass, stream, wanted: wanted.to_owned() }
     }
 
     /// Says which device it is.
@@ -105,6 +109,21 @@ impl Clock {
         if let Some(gpu) = &self.older {
             let queue = Queue { gpu, stream: Stream::DEFAULT };
             self.time_on(queue, &format!("{name}, as before Hopper"), flops, bytes, launch);
+        }
+    }
+
+    /// As [`Self::time_both`], and again with attention backward in one pass.
+    pub(crate) fn time_all(
+        &self,
+        name: &str,
+        flops: f64,
+        bytes: f64,
+        mut launch: impl FnMut(Queue<'_>) -> Result<(), CudaError>,
+    ) {
+        self.time_both(name, flops, bytes, &mut launch);
+        if let Some(gpu) = &self.one_pass {
+            let queue = Queue { gpu, stream: Stream::DEFAULT };
+            self.time_on(queue, &format!("{name}, in one pass"), flops, bytes, launch);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use switchyard_cuda::{
     Address, Attention, AttentionGradients, AttentionInputs, AttentionNoise, AttentionOutput, CudaError,
-    Format, HeadRows, Queue, Segments, attention, attention_backward, attention_dropout,
+    Format, Gpu, HeadRows, Queue, Segments, attention, attention_backward, attention_dropout,
     attention_dropout_bytes, attention_workspace,
 };
 
@@ -278,18 +278,20 @@ fn check(rules: Attention, hidden: &Hidden) {
     let case = Case::new(rules, hidden.clone());
     let expected = case.expected();
     for queue in queues() {
-        compare(&case, &run(queue, &case), &expected, queue.gpu.has_warpgroup_products());
+        compare(&case, &run(queue, &case), &expected, queue.gpu);
     }
 }
 
-fn compare(case: &Case, found: &Found, expected: &Expected, warpgroup_products: bool) {
+fn compare(case: &Case, found: &Found, expected: &Expected, gpu: &Gpu) {
     let (rules, hidden) = (case.rules, &case.hidden);
     let what = |name: &str| {
         let masks = (hidden.key_mask.is_some(), hidden.segments.is_some());
         let packed = hidden.packed;
         format!(
             "{name} of {rules:?}, key mask and segments {masks:?}, packed {packed}, \
-             products of warpgroups {warpgroup_products}"
+             products of warpgroups {}, one pass {}",
+            gpu.has_warpgroup_products(),
+            gpu.one_pass_attention_from().is_some()
         )
     };
     assert_near(&what("out"), &found.out, &expected.out, rules.format, [0.02, 0.004]);
@@ -367,6 +369,28 @@ fn rows_of_the_length_of_training() {
         let documents = Some(documents(&rules));
         check(rules, &Hidden { segments: documents.clone(), packed: true, ..Hidden::default() });
         check(rules, &Hidden { segments: documents, key_mask: Some(holes(&rules)), ..Hidden::default() });
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn one_pass_backward_at_the_edges_of_its_tiles() {
+    let packed = Hidden { packed: true, ..Hidden::default() };
+    for len in [127, 128, 129, 255, 257, 384, 511, 513, 640] {
+        check(Attention { batch: 1, queries: len, keys: len, ..RULES }, &packed);
+    }
+    for (queries, keys) in [(513, 1), (1, 513), (114, 512), (512, 114), (129, 640), (640, 129)] {
+        check(Attention { batch: 1, queries, keys, ..RULES }, &Hidden::default());
+    }
+    // Tiles that no key of a block is seen from come first, and come between.
+    check(Attention { batch: 1, queries: 700, keys: 700, causal: true, ..RULES }, &packed);
+    let apart = Attention { queries: 640, keys: 640, ..RULES };
+    let in_turn = |len: usize| (0..apart.batch * len).map(|at| (at % len / 128 % 2) as i32).collect();
+    let segments = Some((in_turn(apart.queries), in_turn(apart.keys)));
+    check(apart, &Hidden { segments, ..Hidden::default() });
+    // The last whose sums fit into shared memory, and the first that takes two passes everywhere.
+    for queries in [896, 897] {
+        check(Attention { batch: 1, num_heads: 1, queries, keys: 130, ..RULES }, &Hidden::default());
     }
 }
 
@@ -512,9 +536,11 @@ fn nothing_has_no_gradient() {
     for (batch, queries) in [(0, 5), (2, 0)] {
         for format in [Format::F32, Format::Bf16] {
             let rules = Attention { batch, queries, format, ..RULES };
-            let found = run(queue(), &Case::new(rules, Hidden::default()));
-            assert!(found.bias.iter().chain(&found.log_sums).all(|&g| g == 0.0), "{rules:?}");
-            assert!(found.gradients.iter().flatten().all(|&g| g == 0.0), "{rules:?}");
+            for queue in queues() {
+                let found = run(queue, &Case::new(rules, Hidden::default()));
+                assert!(found.bias.iter().chain(&found.log_sums).all(|&g| g == 0.0), "{rules:?}");
+                assert!(found.gradients.iter().flatten().all(|&g| g == 0.0), "{rules:?}");
+            }
         }
     }
 }

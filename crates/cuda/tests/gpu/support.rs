@@ -13,16 +13,18 @@ pub(crate) fn gpu() -> &'static Gpu {
     GPU.get_or_init(|| Gpu::open(0).expect("these tests need a device"))
 }
 
-/// The same device and stream: as they are, and on Hopper also as if it were an older device, whose kernels
-/// it can run as well.
+/// The same device and stream: as they are, and on Hopper also with attention backward in one pass, and as if it
+/// were an older device, whose kernels it can run as well.
 pub(crate) fn queues() -> impl Iterator<Item = Queue<'static>> {
-    static OLDER: OnceLock<Option<Gpu>> = OnceLock::new();
-    let older = OLDER.get_or_init(|| {
-        gpu()
-            .has_warpgroup_products()
-            .then(|| Gpu::open(0).expect("these tests need a device").without_warpgroup_products())
+    static OTHERS: OnceLock<Vec<Gpu>> = OnceLock::new();
+    let others = OTHERS.get_or_init(|| {
+        if !gpu().has_warpgroup_products() {
+            return Vec::new();
+        }
+        let open = || Gpu::open(0).expect("these tests need a device");
+        vec![open().with_one_pass_attention_from(0), open().without_warpgroup_products()]
     });
-    std::iter::once(gpu()).chain(older).map(|gpu| Queue { gpu, stream: Stream::DEFAULT })
+    std::iter::once(gpu()).chain(others).map(|gpu| Queue { gpu, stream: Stream::DEFAULT })
 }
 
 /// The default stream of the device.
