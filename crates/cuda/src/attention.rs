@@ -235,11 +235,15 @@ impl Attention {
     }
 
     /// Whether to go backward in one pass, a block for a whole head: that is half the work of two passes, but uses
-    /// no more multiprocessors than there are heads.
+    /// no more multiprocessors than there are heads, and leaves idle those for which the last heads do not suffice.
+    /// Where all work it takes 0.87 of the time of two passes on an H100.
     fn goes_back_in_one_pass(&self, gpu: &Gpu) -> bool {
+        let (heads, at_once) = (self.batch * self.num_heads, gpu.multiprocessors() as usize);
+        let fill_them = 8 * heads >= 7 * heads.div_ceil(at_once) * at_once;
         self.multiplies_by_warpgroups(gpu)
             && self.one_pass_shared() <= gpu.shared_per_block()
-            && gpu.one_pass_attention_from().is_some_and(|heads| self.batch * self.num_heads >= heads)
+            && heads * self.queries > 0
+            && gpu.one_pass_attention().unwrap_or(fill_them)
     }
 
     /// Bytes of a tile in float32.

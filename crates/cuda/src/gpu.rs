@@ -73,7 +73,7 @@ pub struct Gpu {
     capability: (i32, i32),
     warpgroup_products: bool,
     multiprocessors: u32,
-    one_pass_attention_from: Option<usize>,
+    one_pass_attention: Option<bool>,
     shared_per_block: usize,
     compiler: Compiler,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
@@ -126,7 +126,7 @@ impl Gpu {
             capability: (major, minor),
             warpgroup_products: (major, minor) == HOPPER,
             multiprocessors: multiprocessors as u32,
-            one_pass_attention_from: None,
+            one_pass_attention: None,
             shared_per_block: shared_per_block as usize,
             compiler: Compiler::new(architecture(major, minor), cache_directory()),
             modules: Mutex::default(),
@@ -186,16 +186,16 @@ impl Gpu {
         Self { warpgroup_products: false, ..self }
     }
 
-    /// The same device, where attention goes backward in one pass, if it can, from so many heads of all batch rows
-    /// on. By default it never does: on no device has that been measured yet.
+    /// The same device, where attention always goes backward in one pass, if it can, or never, to compare kernels;
+    /// by itself it does where heads fill the multiprocessors.
     #[must_use]
-    pub fn with_one_pass_attention_from(self, heads: usize) -> Self {
-        Self { one_pass_attention_from: Some(heads), ..self }
+    pub fn with_one_pass_attention(self, always: bool) -> Self {
+        Self { one_pass_attention: Some(always), ..self }
     }
 
-    /// From how many heads of all batch rows on attention goes backward in one pass, if it does.
-    pub fn one_pass_attention_from(&self) -> Option<usize> {
-        self.one_pass_attention_from
+    /// Whether attention always or never goes backward in one pass, if that was said.
+    pub fn one_pass_attention(&self) -> Option<bool> {
+        self.one_pass_attention
     }
 
     /// Multiprocessors.

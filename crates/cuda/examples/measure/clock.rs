@@ -16,8 +16,8 @@ pub(crate) struct Clock {
     gpu: Gpu,
     /// The same device as if it were an older one, if it has instructions that older ones have not.
     older: Option<Gpu>,
-    /// And with attention backward in one pass, if it can.
-    one_pass: Option<Gpu>,
+    /// And with attention backward in two passes always.
+    two_passes: Option<Gpu>,
     stream: Arc<CudaStream>,
     wanted: String,
 }
@@ -37,9 +37,9 @@ impl Clock {
         let gpu = open();
         let has_others = gpu.has_warpgroup_products();
         let older = has_others.then(|| open().without_warpgroup_products());
-        let one_pass = has_others.then(|| open().with_one_pass_attention_from(0));
+        let two_passes = has_others.then(|| open().with_one_pass_attention(false));
         let stream = gpu.context().default_stream();
-        Self { gpu, older, one_pass, stream, wanted: wanted.to_owned() }
+        Self { gpu, older, two_passes, stream, wanted: wanted.to_owned() }
     }
 
     /// Says which device it is.
@@ -112,7 +112,7 @@ impl Clock {
         }
     }
 
-    /// As [`Self::time_both`], and again with attention backward in one pass.
+    /// As [`Self::time_both`], and again with attention backward in two passes.
     pub(crate) fn time_all(
         &self,
         name: &str,
@@ -121,9 +121,9 @@ impl Clock {
         mut launch: impl FnMut(Queue<'_>) -> Result<(), CudaError>,
     ) {
         self.time_both(name, flops, bytes, &mut launch);
-        if let Some(gpu) = &self.one_pass {
+        if let Some(gpu) = &self.two_passes {
             let queue = Queue { gpu, stream: Stream::DEFAULT };
-            self.time_on(queue, &format!("{name}, in one pass"), flops, bytes, launch);
+            self.time_on(queue, &format!("{name}, in two passes"), flops, bytes, launch);
         }
     }
 

@@ -291,7 +291,7 @@ fn compare(case: &Case, found: &Found, expected: &Expected, gpu: &Gpu) {
             "{name} of {rules:?}, key mask and segments {masks:?}, packed {packed}, \
              products of warpgroups {}, one pass {}",
             gpu.has_warpgroup_products(),
-            gpu.one_pass_attention_from().is_some()
+            gpu.one_pass_attention() == Some(true)
         )
     };
     assert_near(&what("out"), &found.out, &expected.out, rules.format, [0.02, 0.004]);

@@ -22,7 +22,7 @@ pub(crate) fn queues() -> impl Iterator<Item = Queue<'static>> {
             return Vec::new();
         }
         let open = || Gpu::open(0).expect("these tests need a device");
-        vec![open().with_one_pass_attention_from(0), open().without_warpgroup_products()]
+        vec![open().with_one_pass_attention(true), open().without_warpgroup_products()]
     });
     std::iter::once(gpu()).chain(others).map(|gpu| Queue { gpu, stream: Stream::DEFAULT })
 }
