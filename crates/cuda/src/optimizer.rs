@@ -76,6 +76,9 @@ pub struct UpdateControl {
 }
 
 impl UpdateControl {
+    /// The word in which [`squares`](Self::squares) lies.
+    pub const SQUARES: i64 = 2;
+
     /// The word in which [`left_out`](Self::left_out) lies.
     pub const LEFT_OUT: i64 = 7;
 

@@ -5,8 +5,8 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUevent, CUevent_flags};
-use cudarc::driver::{CudaContext, result};
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult};
+use cudarc::driver::{CudaContext, DriverError, result};
 
 use crate::address::Address;
 use crate::error::CudaError;
@@ -49,6 +49,17 @@ impl<T: Copy + Default> Pinned<T> {
         self.context.bind_to_thread().map_err(failed(doing))?;
         // SAFETY: the event lives as long as this value.
         unsafe { result::event::synchronize(self.copied) }.map_err(failed(doing))
+    }
+
+    /// Whether the last copy is done.
+    fn is_done(&self, doing: &str) -> Result<bool, CudaError> {
+        self.context.bind_to_thread().map_err(failed(doing))?;
+        // SAFETY: as above.
+        match unsafe { result::event::query(self.copied) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(error) => Err(failed(doing)(error)),
+        }
     }
 
     /// What `stream` has been asked for until now was the last copy.
@@ -119,6 +130,8 @@ impl PinnedIntegers {
     }
 }
 
+const WAITING: &str = "waiting for results";
+
 /// Words on their way from a device.
 #[derive(Debug)]
 pub struct PinnedWords(Pinned<u32>);
@@ -156,12 +169,20 @@ impl PinnedWords {
         pinned.copied_by(queue.stream, doing)
     }
 
+    /// Whether the last copy is done.
+    ///
+    /// # Errors
+    /// When something failed on the device.
+    pub fn are_here(&self) -> Result<bool, CudaError> {
+        self.0.is_done(WAITING)
+    }
+
     /// All words, once the last copy is done.
     ///
     /// # Errors
     /// When something failed on the device.
     pub fn wait(&self) -> Result<&[u32], CudaError> {
-        self.0.wait("waiting for results")?;
+        self.0.wait(WAITING)?;
         Ok(self.0.values())
     }
 }

@@ -240,6 +240,8 @@ impl ValuesMut<'_> {
 pub enum DeviceFormat {
     /// float32.
     F32,
+    /// float64.
+    F64,
     /// bfloat16.
     Bf16,
     /// 32-bit integers.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::ops::Range;
 
 use burn::tensor::{Device, Int, Tensor};
 
@@ -16,6 +17,11 @@ pub struct DeviceValues(Infallible);
 impl DeviceValues {
     /// `None`: no tensor is on a GPU.
     pub fn of<const D: usize>(_: &Tensor<D>) -> Option<Self> {
+        None
+    }
+
+    /// `None`: LibTorch has no tensor.
+    pub fn in_torch<const D: usize>(_: &Tensor<D>) -> Option<Self> {
         None
     }
 
@@ -37,6 +43,29 @@ impl DeviceValues {
     /// Room for other values.
     #[must_use]
     pub fn room(&self, _: usize) -> Self {
+        match self.0 {}
+    }
+
+    /// Room for values of another format.
+    #[must_use]
+    pub fn room_as(&self, _: DeviceFormat, _: usize) -> Self {
+        match self.0 {}
+    }
+
+    /// Some of the values.
+    #[must_use]
+    pub fn part(&self, _: Range<usize>) -> Self {
+        match self.0 {}
+    }
+
+    /// Some of the values along every axis.
+    #[must_use]
+    pub fn part_of(&self, _: &[usize], _: [&[usize]; 2]) -> Self {
+        match self.0 {}
+    }
+
+    /// Puts values in the place of some, or adds them.
+    pub fn write_part(&self, _: &[usize], _: [&[usize]; 2], _: &Self, _: bool) {
         match self.0 {}
     }
 
@@ -129,7 +158,19 @@ impl DeviceOptimizer {
     }
 
     /// Clips and updates.
-    pub fn update(&mut self, _: &BTreeMap<String, Values>, _: &Tensor<1>, _: f64, _: bool) {
+    pub fn update(
+        &mut self,
+        _: &BTreeMap<String, Values>,
+        _: &Tensor<1>,
+        _: f64,
+        _: bool,
+        _: Option<&mut dyn FnMut(&DeviceValues)>,
+    ) {
+        match *self {}
+    }
+
+    /// The values of the matrices of a parameter.
+    pub fn values(&self, _: &str) -> DeviceValues {
         match *self {}
     }
 
@@ -210,6 +251,11 @@ impl Readback {
 
     /// Asks for a report and what the last update did.
     pub fn ask(&mut self, _: &Tensor<1>, _: &DeviceOptimizer) {
+        match self.0 {}
+    }
+
+    /// Whether both are here.
+    pub fn is_here(&self) -> bool {
         match self.0 {}
     }
 

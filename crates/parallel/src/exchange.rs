@@ -4,6 +4,8 @@
 //! scale and factored moments are those of one rank. Sums are taken in rank order, in buckets that
 //! bound the memory of the exchange.
 
+mod on_devices;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
@@ -165,12 +167,7 @@ impl OwnerExchange {
                 lane.reduce::<bf16>(&mut local, segments, into, self)?;
                 continue;
             }
-            let here = lane.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
-            for name in here.map(|leg| &leg.name) {
-                // Parameters without a gradient stay without one; large ones come in several legs.
-                let Some(gradient) = local.remove(name) else { continue };
-                self.sums.add(into, name, gradient);
-            }
+            lane.keep(&mut local, &self.sums, into);
         }
         Ok(())
     }
@@ -346,6 +343,16 @@ impl<'a> LaneBuilder<'a> {
 }
 
 impl Lane {
+    /// Adds the gradients of a rank that is its own owner.
+    fn keep(&self, local: &mut Gradients, sums: &SumFormats, into: &mut Gradients) {
+        let here = self.buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten());
+        for name in here.map(|leg| &leg.name) {
+            // Parameters without a gradient stay without one; large ones come in several legs.
+            let Some(gradient) = local.remove(name) else { continue };
+            sums.add(into, name, gradient);
+        }
+    }
+
     /// Reduces the gradients whose sums have format `E`.
     fn reduce<E: Summand>(
         &self,

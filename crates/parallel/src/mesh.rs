@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
+use burn::tensor::Tensor;
 use switchyard_comm::{CommError, Communicator, ReduceOp, Solo};
 use switchyard_config::{Coordinates, MeshShape};
+use switchyard_kernels::DeviceValues;
 use switchyard_model::{LocalDispatcher, TensorParallel, TokenDispatcher, WholeTensors};
 
 use crate::dispatcher::AllToAllDispatcher;
 use crate::failure::Failure;
+use crate::on_devices::{slice, stream};
 use crate::split_tensors::SplitTensors;
 
 /// A rank's place in the job and its communicators.
@@ -124,6 +127,23 @@ impl Mesh {
     /// As every collective.
     pub fn sum_over_data<const N: usize>(&self, mut values: [u64; N]) -> Result<[u64; N], CommError> {
         self.data.all_reduce(values.as_mut_slice().into(), ReduceOp::Sum)?;
+        Ok(values)
+    }
+
+    /// Sums over the data-parallel ranks, from device to device; not waited for. `[len]`
+    ///
+    /// # Errors
+    /// As every collective.
+    ///
+    /// # Panics
+    /// When there are several ranks and they do not exchange there.
+    pub fn summed_over_data(&self, values: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        if self.data.size() == 1 {
+            return Ok(values);
+        }
+        let devices = self.data.on_devices().expect("the ranks exchange from device to device");
+        let sums = DeviceValues::shared(&values).expect("the values lie there");
+        devices.all_reduce(slice(&sums), ReduceOp::Sum, stream(&sums))?;
         Ok(values)
     }
 

@@ -27,6 +27,7 @@ pub fn world_on(world: Arc<dyn Communicator>, device: &Device) -> Result<Arc<dyn
 pub(crate) fn slice(values: &DeviceValues) -> DeviceSlice {
     let element = match values.format() {
         DeviceFormat::F32 => ElementType::F32,
+        DeviceFormat::F64 => ElementType::F64,
         DeviceFormat::Bf16 => ElementType::Bf16,
         DeviceFormat::I32 => ElementType::I32,
     };

@@ -25,6 +25,12 @@ impl SumFormats {
         Self { narrow: names.collect() }
     }
 
+    /// Sums of these parameters are bfloat16.
+    #[cfg(test)]
+    pub(crate) fn narrow<'a>(specs: impl Iterator<Item = &'a ParameterSpec>) -> Self {
+        Self { narrow: specs.map(|spec| spec.name.clone()).collect() }
+    }
+
     /// Whether sums of a parameter are bfloat16.
     pub(crate) fn is_narrow(&self, name: &str) -> bool {
         self.narrow.contains(name)

@@ -1,16 +1,17 @@
-//! Steps of one rank on a GPU: nothing waits for the host between their first kernel and their last, so that
+//! Steps on GPUs, one a rank: nothing waits for the host between their first kernel and their last, so that
 //! they can be recorded once and repeated, and the host can ask for the next before it has read of one.
 
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Device, Tensor};
+use switchyard_comm::CommError;
 use switchyard_config::RunPlan;
 use switchyard_data::HostBatch;
 use switchyard_kernels::optimizer::UpdateOutcome;
-use switchyard_kernels::{DeviceIntegers, DeviceOptimizer, Readback, Recording, WorkStream};
+use switchyard_kernels::{DeviceIntegers, DeviceOptimizer, DeviceValues, Readback, Recording, WorkStream};
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Seq2SeqBatch, SwitchTransformer};
-use switchyard_parallel::{Gradients, Mesh, SumFormats};
+use switchyard_parallel::{Gradients, Mesh, OwnerExchange};
 
 use crate::report::MicroLoss;
 use crate::step::{Pass, StepInputs, add_layers, sparse_layers};
@@ -76,12 +77,12 @@ struct Shape {
 /// What a step leaves on the GPU.
 #[derive(Debug)]
 struct LeftOnGpu {
-    /// Kept where a recording writes and reads them.
+    /// Of the matrices that this rank owns. Kept where a recording writes and reads them.
     gradients: Gradients,
     /// Of each micro-batch the cross-entropy and everything that was differentiated, then the sums of every
     /// sparse layer.
     report: Tensor<1>,
-    /// Everything that was differentiated, over all micro-batches. `[1]`
+    /// Everything that was differentiated here, over all micro-batches. `[1]`
     loss: Tensor<1>,
     /// Sparse layers of a micro-batch, in the order of the report.
     layers: Vec<String>,
@@ -91,7 +92,7 @@ struct LeftOnGpu {
 pub(crate) struct LearnerParts<'a> {
     pub(crate) model: &'a SwitchTransformer,
     pub(crate) mesh: &'a Mesh,
-    pub(crate) sums: &'a SumFormats,
+    pub(crate) exchange: &'a OwnerExchange,
     pub(crate) optimizer: &'a mut DeviceOptimizer,
 }
 
@@ -163,12 +164,12 @@ impl GpuStep {
         mut learner: LearnerParts<'_>,
         micro_batches: &[HostBatch],
         now: StepInputs,
-    ) -> AskedStep {
+    ) -> Result<AskedStep, CommError> {
         let started = Instant::now();
         self.feed(stream, micro_batches, now);
         learner.optimizer.set_learning_rate(now.learning_rate);
         if matches!(self.mode, Mode::Record) {
-            self.record(stream, plan, &mut learner, now);
+            self.record(stream, plan, &mut learner, now)?;
         }
         let left = match &mut self.mode {
             Mode::Replay(recording) => {
@@ -188,9 +189,9 @@ impl GpuStep {
                         Mode::Eager
                     }
                 };
-                Some(left)
+                Some(left?)
             }
-            Mode::Record | Mode::Eager => Some(self.update(plan, &mut learner, now, false)),
+            Mode::Record | Mode::Eager => Some(self.update(plan, &mut learner, now, false)?),
         };
         let left = left.as_ref().or(self.recorded.as_ref()).expect("recordings leave what they do");
         let [len] = left.report.dims();
@@ -199,7 +200,7 @@ impl GpuStep {
         readback.ask(&left.report, learner.optimizer);
         let layers = left.layers.clone();
         self.host_time = started.elapsed();
-        AskedStep { readback, micro_batches: self.shapes.len(), layers }
+        Ok(AskedStep { readback, micro_batches: self.shapes.len(), layers })
     }
 
     /// What a step did, once it has.
@@ -219,13 +220,13 @@ impl GpuStep {
         learner: &LearnerParts<'_>,
         micro_batches: &[HostBatch],
         now: StepInputs,
-    ) -> Gradients {
+    ) -> Result<Gradients, CommError> {
         self.recorded = None;
         if self.is_recorded() {
             self.mode = Mode::Record;
         }
         self.feed(stream, micro_batches, now);
-        self.differentiate(plan, learner, now).gradients
+        Ok(self.differentiate(plan, learner, now)?.gradients)
     }
 
     /// Sends the GPU what changes from step to step.
@@ -253,11 +254,11 @@ impl GpuStep {
         plan: &RunPlan,
         learner: &mut LearnerParts<'_>,
         now: StepInputs,
-    ) {
+    ) -> Result<(), CommError> {
         match stream.record(|| self.update(plan, learner, now, true)) {
             Ok((recording, left)) => {
                 learner.optimizer.point();
-                self.recorded = Some(left);
+                self.recorded = Some(left?);
                 self.mode = Mode::Replay(recording);
             }
             Err(error) => {
@@ -265,32 +266,49 @@ impl GpuStep {
                 self.mode = Mode::Eager;
             }
         }
+        Ok(())
     }
 
-    /// Forward and backward over all micro-batches, then the update.
+    /// Forward and backward over all micro-batches, then the update of what this rank owns; every rank then holds
+    /// the new values.
     fn update(
         &self,
         plan: &RunPlan,
         learner: &mut LearnerParts<'_>,
         now: StepInputs,
         recording: bool,
-    ) -> LeftOnGpu {
-        let left = self.differentiate(plan, learner, now);
-        learner.optimizer.update(&left.gradients, &left.loss, plan.optimizer.clip_norm, recording);
-        left
+    ) -> Result<LeftOnGpu, CommError> {
+        let left = self.differentiate(plan, learner, now)?;
+        let LearnerParts { model, mesh, exchange, optimizer } = learner;
+        let (gradients, loss, clip) = (&left.gradients, &left.loss, plan.optimizer.clip_norm);
+        if mesh.world().size() == 1 {
+            optimizer.update(gradients, loss, clip, recording, None);
+            return Ok(left);
+        }
+        let mut summed = Ok(());
+        let mut sum = |values: &DeviceValues| summed = exchange.sum_over_ranks(values);
+        optimizer.update(gradients, loss, clip, recording, Some(&mut sum));
+        summed?;
+        exchange.spread_on_devices(|name| optimizer.values(name), &model.device_parameters())?;
+        Ok(left)
     }
 
-    /// Forward and backward over all micro-batches.
-    fn differentiate(&self, plan: &RunPlan, learner: &LearnerParts<'_>, now: StepInputs) -> LeftOnGpu {
-        let LearnerParts { model, mesh, sums, .. } = learner;
+    /// Forward and backward over all micro-batches; gradients go to their owners.
+    fn differentiate(
+        &self,
+        plan: &RunPlan,
+        learner: &LearnerParts<'_>,
+        now: StepInputs,
+    ) -> Result<LeftOnGpu, CommError> {
+        let LearnerParts { model, mesh, exchange, .. } = learner;
         let (mut gradients, mut layers) = (Gradients::new(), Vec::new());
         let (mut losses, mut reports) = (Vec::new(), Vec::new());
         for index in 0..self.shapes.len() {
             let batch = self.batch(index, plan.model.pad_token_id as i32);
             let (first_row, groups) = (self.shapes[index].first_row, now.denominators.groups);
             let pass = Pass { plan, mesh, step: now.step, first_row, loss_scale: &self.loss_scale, groups };
-            let (output, loss) =
-                pass.run(model, &batch, |name, gradient| sums.add(&mut gradients, name, gradient));
+            let take = |name: &str, gradient| exchange.sums().add(&mut gradients, name, gradient);
+            let (output, loss) = pass.run(model, &batch, take);
             let weighted = output.cross_entropy.token_loss.clone() * batch.weights;
             reports.extend([weighted.sum() * self.loss_scale.clone(), loss.clone().inner()]);
             losses.push(loss.inner());
@@ -299,8 +317,10 @@ impl GpuStep {
             let sparse = stacks.into_iter().filter(|routers| !routers.is_empty());
             reports.extend(sparse.map(|routers| LayerMetrics::sums(routers).flatten(0, 1)));
         }
+        mesh.check()?;
         let (report, loss) = (Tensor::cat(reports, 0), Tensor::cat(losses, 0).sum());
-        LeftOnGpu { gradients, report, loss, layers }
+        let report = mesh.summed_over_data(report)?;
+        Ok(LeftOnGpu { gradients: exchange.reduce_on_devices(gradients)?, report, loss, layers })
     }
 
     fn batch(&self, index: usize, pad_token_id: i32) -> Seq2SeqBatch {

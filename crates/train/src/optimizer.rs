@@ -95,7 +95,14 @@ impl Optimizer {
                     [Some(row.as_slice()), Some(col.as_slice())]
                 }
             };
-            Some(DeviceTensor { name, shape: unit.part.shape.clone(), parameter, master, moments })
+            Some(DeviceTensor {
+                name,
+                shape: unit.part.shape.clone(),
+                parameter,
+                start: unit.in_held,
+                master,
+                moments,
+            })
         });
         DeviceOptimizer::new(rules.of(self.plan.kind), tensors.collect(), self.updates)
     }

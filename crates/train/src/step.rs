@@ -86,7 +86,7 @@ pub struct Learner {
     exchange: OwnerExchange,
     mesh: Arc<Mesh>,
     device: Device,
-    /// Of the last step, if the model is on a GPU that no other rank shares the work with.
+    /// Of the last step, if whole steps are done on a GPU.
     gpu_step: Option<GpuStep>,
     /// Steps under way that a GPU does or has done.
     asked: u64,
@@ -247,10 +247,10 @@ impl Learner {
         let denominators = Denominators::of(plan, targets);
         let learning_rate = plan.optimizer.learning_rate * schedule::factor(&plan.schedule, step + 1);
         let now = StepInputs { step, denominators, learning_rate, tokens };
-        Ok(BegunStep(match self.gpu_alone() {
+        Ok(BegunStep(match self.gpu(plan) {
             Some(stream) => {
                 let asked = if self.unasked == 0 {
-                    Some(self.ask_gpu(&stream, plan, &micro_batches, now))
+                    Some(self.ask_gpu(&stream, plan, &micro_batches, now)?)
                 } else {
                     self.unasked += 1;
                     None
@@ -269,7 +269,7 @@ impl Learner {
     /// # Panics
     /// When the model has been changed or moved since the step was begun; a later step hides that.
     pub fn finish(&mut self, plan: &RunPlan, begun: BegunStep) -> Result<StepOutcome, TrainError> {
-        match (begun.0, self.gpu_alone()) {
+        match (begun.0, self.gpu(plan)) {
             (Begun::Done(outcome), _) => Ok(*outcome),
             (Begun::OnGpu(step), Some(stream)) => self.finish_on_gpu(&stream, plan, *step),
             (Begun::OnGpu(_), None) => panic!("{UNDER_WAY}"),
@@ -310,9 +310,13 @@ impl Learner {
         Ok(outcome)
     }
 
-    /// The stream of the GPU that this rank works on, if it works alone.
-    fn gpu_alone(&self) -> Option<WorkStream> {
-        (self.mesh.world().size() == 1).then(|| WorkStream::on(&self.device)).flatten()
+    /// The stream of the GPU that this rank works on, if whole steps are done there: ranks exchange from device
+    /// to device, and need not add up in the order of the global batch.
+    fn gpu(&self, plan: &RunPlan) -> Option<WorkStream> {
+        let world = self.mesh.world();
+        let alone = world.size() == 1;
+        let there = alone || (world.on_devices().is_some() && !plan.comm.deterministic);
+        there.then(|| WorkStream::on(&self.device)).flatten()
     }
 
     fn ask_gpu(
@@ -321,12 +325,12 @@ impl Learner {
         plan: &RunPlan,
         micro_batches: &[HostBatch],
         now: StepInputs,
-    ) -> AskedStep {
+    ) -> Result<AskedStep, TrainError> {
         let mut steps = self.gpu_steps(stream, plan, micro_batches);
-        let asked = steps.ask(stream, plan, self.parts(), micro_batches, now);
+        let asked = steps.ask(stream, plan, self.parts(), micro_batches, now)?;
         self.gpu_step = Some(steps);
         self.asked += 1;
-        asked
+        Ok(asked)
     }
 
     /// What steps with batches of these shapes share: that of the last step, if it fits.
@@ -343,10 +347,13 @@ impl Learner {
     ) -> Result<StepOutcome, TrainError> {
         let is_asked = self.is_asked(&step);
         let StepUnderWay { asked, micro_batches, now, .. } = step;
-        let asked = asked.filter(|_| is_asked).unwrap_or_else(|| {
-            self.unasked -= 1;
-            self.ask_gpu(stream, plan, &micro_batches, now)
-        });
+        let asked = match asked.filter(|_| is_asked) {
+            Some(asked) => asked,
+            None => {
+                self.unasked -= 1;
+                self.ask_gpu(stream, plan, &micro_batches, now)?
+            }
+        };
         let report = self.gpu_step.as_mut().expect(UNDER_WAY).report(asked);
         self.asked -= 1;
         let StepReport { losses: MicroLoss { loss, total_loss }, grad_norm, updated, moe } = report;
@@ -355,7 +362,7 @@ impl Learner {
             self.optimizer.count_update();
         } else {
             let mut steps = self.gpu_steps(stream, plan, &micro_batches);
-            let gradients = steps.gradients(stream, plan, &self.parts(), &micro_batches, now);
+            let gradients = steps.gradients(stream, plan, &self.parts(), &micro_batches, now)?;
             let place = first_non_finite(self, plan, &micro_batches, now.step, total_loss, &gradients)?;
             skipped = Some(NonFinite { place });
             self.gpu_step = Some(steps);
@@ -371,7 +378,7 @@ impl Learner {
     fn parts(&mut self) -> LearnerParts<'_> {
         let model = self.model.as_ref().expect("every method that takes the model puts it back");
         let optimizer = self.optimizer.on_device_of(model).expect("the model is on the stream's GPU");
-        LearnerParts { model, mesh: &self.mesh, sums: self.exchange.sums(), optimizer }
+        LearnerParts { model, mesh: &self.mesh, exchange: &self.exchange, optimizer }
     }
 
     /// Forward and backward of one micro-batch.

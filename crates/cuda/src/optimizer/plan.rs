@@ -99,7 +99,9 @@ impl Cut {
         let (stack, matrix) = tensor.shape.split_at(tensor.shape.len().saturating_sub(2));
         let (matrices, len) = (stack.iter().product(), matrix.iter().product::<usize>());
         let narrow = if tensor.gradient_format == Format::Bf16 { NARROW } else { 0 };
-        let aligned = |yes| if yes { ALIGNED } else { 0 };
+        let places = [tensor.master, tensor.gradient, tensor.copy].into_iter().chain(tensor.moments);
+        let begins_aligned = places.fold(0, |all, at| all | at.0).is_multiple_of(16);
+        let aligned = |yes| if yes && begins_aligned { ALIGNED } else { 0 };
         match (rules, matrix) {
             (UpdateRules::Adafactor { .. }, &[rows, cols]) => {
                 let flags = narrow | FACTORED | aligned(cols.is_multiple_of(8));

@@ -12,16 +12,19 @@ pub enum OptimizerRules {
     Adamw(Adamw),
 }
 
-/// A parameter on a device, and its state in main memory.
+/// Matrices of a parameter on a device, and their state in main memory.
 #[derive(Debug)]
 pub struct DeviceTensor<'a> {
     /// Its name.
     pub name: String,
     /// The last two dims are a matrix, the others a stack of those; one dim is a vector.
     pub shape: Vec<usize>,
-    /// What the model computes with; updates write into it.
+    /// What the model computes with.
     pub parameter: DeviceValues,
-    /// Float32 values of a parameter that is held in bfloat16.
+    /// Where the matrices begin in it, so that updates write there; `None` if the model holds only a part of
+    /// each.
+    pub start: Option<usize>,
+    /// Float32 values of matrices that the model holds in bfloat16, or only a part of.
     pub master: Option<&'a [f32]>,
     /// AdamW: first and second moments. Adafactor: row and column means, or the second moments of a vector.
     pub moments: [Option<&'a [f32]>; 2],

@@ -286,6 +286,14 @@ impl Readback {
         started(unsafe { self.words.fetch(queue, &parts) });
     }
 
+    /// Whether report and outcome are here.
+    ///
+    /// # Panics
+    /// When the GPU has failed meanwhile.
+    pub fn is_here(&self) -> bool {
+        started(self.words.are_here())
+    }
+
     /// The report and what the update did, once they are here.
     ///
     /// # Panics

@@ -1,6 +1,7 @@
 //! Gradients that stay on a GPU, and the optimizer that meets them there.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn_tch::TchTensor;
@@ -22,11 +23,12 @@ pub struct DeviceValues(TchTensor);
 impl DeviceValues {
     /// The values of `tensor`, if they are on a GPU; not a copy unless they are strided.
     pub fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
-        if !is_here(&tensor.device()) {
-            return None;
-        }
-        let tensor = floats(tensor.clone());
-        tensor.tensor.device().is_cuda().then(|| Self(super::contiguous(&tensor)))
+        Self::in_torch(tensor).filter(|values| values.0.tensor.device().is_cuda())
+    }
+
+    /// The values of `tensor`, wherever LibTorch has them; not a copy unless they are strided.
+    pub fn in_torch<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        is_here(&tensor.device()).then(|| Self(super::contiguous(&floats(tensor.clone()))))
     }
 
     /// The memory of `tensor` itself, if that is on a GPU, for writing.
@@ -66,6 +68,46 @@ impl DeviceValues {
     #[must_use]
     pub fn room(&self, len: usize) -> Self {
         Self(TchTensor::new(room(&[len], self.0.tensor.kind(), &self.0.tensor)))
+    }
+
+    /// Room for `len` values of `format`, in the same place.
+    #[must_use]
+    pub fn room_as(&self, format: DeviceFormat, len: usize) -> Self {
+        Self(TchTensor::new(room(&[len], kind_of(format), &self.0.tensor)))
+    }
+
+    /// Some of the values, where they lie.
+    ///
+    /// # Panics
+    /// When `range` reaches beyond them.
+    #[must_use]
+    pub fn part(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of {} values", self.len());
+        let flat = self.0.tensor.view([-1]);
+        Self(self.sharing(&flat.narrow(0, range.start as i64, range.len() as i64)))
+    }
+
+    /// Of values of shape `shape` those that are `extent` from `start` on, along every axis: where they lie if
+    /// they follow each other, else a copy.
+    #[must_use]
+    pub fn part_of(&self, shape: &[usize], [start, extent]: [&[usize]; 2]) -> Self {
+        Self(self.sharing(&self.box_of(shape, [start, extent])))
+    }
+
+    /// Puts values in the place of those that [`part_of`](Self::part_of) tells, or adds them; whoever shares the
+    /// memory sees it. Rounds sums to the format that is there, each time.
+    pub fn write_part(&self, shape: &[usize], [start, extent]: [&[usize]; 2], values: &Self, add: bool) {
+        let mut there = self.box_of(shape, [start, extent]);
+        let values = values.0.tensor.view_as(&there);
+        no_grad(|| if add { drop(there.g_add_(&values)) } else { there.copy_(&values) });
+    }
+
+    fn box_of(&self, shape: &[usize], [start, extent]: [&[usize]; 2]) -> tch::Tensor {
+        let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+        let axes = start.iter().zip(extent).enumerate();
+        axes.fold(self.0.tensor.view(shape.as_slice()), |part, (axis, (&start, &extent))| {
+            part.narrow(axis as i64, start as i64, extent as i64)
+        })
     }
 
     /// So many zeros of the same format, in the same place.
@@ -114,6 +156,7 @@ impl DeviceValues {
     pub fn format(&self) -> DeviceFormat {
         match self.0.tensor.kind() {
             Kind::Float => DeviceFormat::F32,
+            Kind::Double => DeviceFormat::F64,
             Kind::BFloat16 => DeviceFormat::Bf16,
             Kind::Int => DeviceFormat::I32,
             other => panic!("no operation takes {other:?}"),
@@ -156,13 +199,23 @@ impl DeviceValues {
     }
 }
 
-/// A parameter on the device with all that belongs to it.
+fn kind_of(format: DeviceFormat) -> Kind {
+    match format {
+        DeviceFormat::F32 => Kind::Float,
+        DeviceFormat::F64 => Kind::Double,
+        DeviceFormat::Bf16 => Kind::BFloat16,
+        DeviceFormat::I32 => Kind::Int,
+    }
+}
+
+/// Owned matrices of a parameter with all that belongs to them.
 #[derive(Debug)]
 struct Kept {
     shape: Vec<usize>,
-    /// What the model computes with.
-    parameter: TchTensor,
-    /// Float32 values of a parameter that is held in bfloat16.
+    /// As the model computes with them.
+    values: DeviceValues,
+    /// Float32 values of those that are kept in bfloat16 or beside the model; the same memory where both are
+    /// float32.
     master: Option<tch::Tensor>,
     moments: [Option<tch::Tensor>; 2],
 }
@@ -203,14 +256,14 @@ impl DeviceOptimizer {
         let upload = |values: &[f32]| tch::Tensor::from_slice(values).to(device);
         let control = UpdateControl { updates, ..UpdateControl::default() };
         let kept = tensors.into_iter().map(|tensor| {
-            let DeviceTensor { name, shape, parameter, master, moments } = tensor;
-            let kept = Kept {
-                shape,
-                parameter: parameter.0,
-                master: master.map(upload),
-                moments: moments.map(|moment| moment.map(upload)),
+            let DeviceTensor { name, shape, parameter, start, master, moments } = tensor;
+            let (master, kind) = (master.map(upload), parameter.0.tensor.kind());
+            let values = match (start, &master) {
+                (Some(start), _) => parameter.part(start..start + shape.iter().product::<usize>()),
+                (None, Some(master)) => DeviceValues(TchTensor::new(master.to_kind(kind))),
+                (None, None) => panic!("{name} is kept beside the model, or in it"),
             };
-            (name, kept)
+            (name, Kept { shape, values, master, moments: moments.map(|moment| moment.map(upload)) })
         });
         Some(Self {
             rules: of_cuda(rules),
@@ -229,6 +282,9 @@ impl DeviceOptimizer {
     /// `loss`, `[1]`, is not finite, or an update was left out before and nobody took [note](Self::resume) yet.
     /// Nothing waits for the device but, outside of recordings, the copy of where gradients are.
     ///
+    /// `sum_over_ranks`, where there are several, makes of float64 values their sums over all ranks: the norm is
+    /// that of all ranks' gradients, and no loss of theirs may be other than finite.
+    ///
     /// Inside a recording the gradients must be those of an update before by name and format, and
     /// [`point`](Self::point) must follow it.
     ///
@@ -240,6 +296,7 @@ impl DeviceOptimizer {
         loss: &Tensor<1>,
         max_norm: f64,
         recording: bool,
+        sum_over_ranks: Option<&mut dyn FnMut(&DeviceValues)>,
     ) {
         no_grad(|| self.describe(gradients));
         if !recording {
@@ -247,14 +304,34 @@ impl DeviceOptimizer {
         }
         let planned = self.planned.as_ref().expect("just planned");
         let queue = queue(&self.control).expect("the optimizer is on a GPU");
-        let (memory, loss) = (self.memory(planned), floats(loss.clone()).tensor);
+        let (memory, mut loss) = (self.memory(planned), floats(loss.clone()).tensor);
         // SAFETY: the plan's tensors, table and workspace are kept here; gradients are borrowed, and memory that
         // is freed after a launch is reused in the order of the stream.
         started(unsafe { gradient_squares(queue, &planned.plan, memory) });
+        if let Some(sum) = sum_over_ranks {
+            loss = no_grad(|| self.over_ranks(&loss, sum));
+        }
         // SAFETY: as above.
         started(unsafe { prepare_update(queue, &planned.plan, memory, max_norm, at(&loss)) });
         // SAFETY: as above.
         started(unsafe { update(queue, &planned.plan, memory) });
+    }
+
+    /// Makes of this rank's sum of squares that of all ranks; returns the sum of their losses.
+    fn over_ranks(&self, loss: &tch::Tensor, sum: &mut dyn FnMut(&DeviceValues)) -> tch::Tensor {
+        let mut squares = self.control.view_dtype(Kind::Double).narrow(0, UpdateControl::SQUARES, 1);
+        let both = tch::Tensor::cat(&[&squares, &loss.to_kind(Kind::Double)], 0);
+        sum(&DeviceValues(TchTensor::new(both.shallow_clone())));
+        squares.copy_(&both.narrow(0, 0, 1));
+        both.narrow(0, 1, 1).to_kind(Kind::Float)
+    }
+
+    /// The values of the matrices of parameter `name`, as the model computes with them; updates write there.
+    ///
+    /// # Panics
+    /// When there are none.
+    pub fn values(&self, name: &str) -> DeviceValues {
+        self.kept.get(name).unwrap_or_else(|| panic!("{name} is not updated here")).values.clone()
     }
 
     /// Sends the device the places of the gradients of the last [`update`](Self::update).
@@ -312,13 +389,14 @@ impl DeviceOptimizer {
             .iter()
             .map(|(name, gradient)| {
                 let kept = self.kept.get(*name).unwrap_or_else(|| panic!("{name} is no parameter"));
-                let own = at(&kept.parameter.tensor);
+                let own = at(&kept.values.0.tensor);
+                let is_copy = kept.master.is_some() && kept.values.format() == DeviceFormat::Bf16;
                 UpdatedTensor {
                     shape: kept.shape.clone(),
                     master: kept.master.as_ref().map_or(own, at),
                     gradient: at(&gradient.tensor),
                     gradient_format: format(&gradient.tensor),
-                    copy: if kept.master.is_some() { own } else { Address::NONE },
+                    copy: if is_copy { own } else { Address::NONE },
                     moments: kept.moments.each_ref().map(|moment| moment.as_ref().map_or(Address::NONE, at)),
                 }
             })
