@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use crate::cards::{Cards, ENDING};
 use crate::communicator::Communicator;
 use crate::error::CommError;
+use crate::exit::end_process;
 use crate::group::{Group, Shared};
 use crate::launcher::Meeting;
 use crate::tcp::connections::Connections;
@@ -69,5 +70,5 @@ impl Job {
 /// Ends this process; its connections end with it, which ends the others.
 fn end(code: i32) -> ! {
     ENDING.store(true, Ordering::Release);
-    std::process::exit(code)
+    end_process(code)
 }
