@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::buffer::{Buffer, BufferMut};
 use crate::device::DeviceCommunicator;
@@ -37,6 +38,11 @@ pub trait Communicator: Debug + Send + Sync {
 
     /// What the group is for, such as `expert`; for messages.
     fn label(&self) -> &str;
+
+    /// How long an operation may take; `None` for as long as it takes.
+    fn timeout(&self) -> Option<Duration> {
+        None
+    }
 
     /// Waits until every rank has come.
     fn barrier(&self) -> Result<(), CommError>;

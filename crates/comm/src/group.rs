@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use crate::activity::{Activity, GroupName};
 use crate::buffer::{Buffer, BufferMut, Element, with_values};
@@ -28,6 +29,8 @@ const PIECE: usize = 4 << 20;
 pub(crate) struct Shared {
     pub(crate) activity: Arc<Activity>,
     pub(crate) scratch: Scratch,
+    /// How long the watchdog lets an operation take.
+    pub(crate) timeout: Option<Duration>,
     /// Set before the job is left.
     pub(crate) ended: AtomicBool,
 }
@@ -293,6 +296,10 @@ impl<T: Transport + 'static> Communicator for Group<T> {
 
     fn label(&self) -> &str {
         &self.name.label
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.shared.timeout
     }
 
     fn barrier(&self) -> Result<(), CommError> {

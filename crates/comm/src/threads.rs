@@ -250,6 +250,10 @@ impl Communicator for Rank {
         &self.label
     }
 
+    fn timeout(&self) -> Option<Duration> {
+        Some(self.group.timeout)
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
         self.meet(Deposit::new(Call::barrier())).map(drop)
     }

@@ -16,12 +16,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const STREAM: DeviceStream = DeviceStream::DEFAULT;
 
 fn on_threads<T: Send>(size: usize, rank: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<T> {
+    on_threads_for(PATIENCE, size, rank)
+}
+
+fn on_threads_for<T: Send>(
+    timeout: Duration,
+    size: usize,
+    rank: impl Fn(Arc<dyn Communicator>) -> T + Sync,
+) -> Vec<T> {
     thread::scope(|scope| {
         let start = |comm| {
             let rank = &rank;
             scope.spawn(move || rank(comm))
         };
-        let ranks: Vec<_> = threads(size, PATIENCE).into_iter().map(start).collect();
+        let ranks: Vec<_> = threads(size, timeout).into_iter().map(start).collect();
         ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
     })
 }
@@ -182,23 +190,19 @@ fn waits_end_when_what_they_wait_for_is_there() {
 
 #[test]
 fn a_deadline_that_passes_ends_waits_and_breaks_the_group() {
-    thread::scope(|scope| {
-        for group in threads(2, Duration::from_millis(200)) {
-            scope.spawn(move || {
-                let group = with_devices(group, &Devices::MainMemory).expect("nobody is asked");
-                let error = match group.rank() {
-                    0 => group.wait_for("a step", &mut || false).unwrap_err(),
-                    _ => loop {
-                        // Until the other rank's wait has ended.
-                        if let Err(error) = group.wait_for("a step", &mut || true) {
-                            break error;
-                        }
-                    },
-                };
-                assert!(matches!(error, CommError::Timeout { operation: "a step", .. }), "{error}");
-                assert_eq!(group.barrier(), Err(error));
-            });
-        }
+    on_threads_for(Duration::from_millis(200), 2, |group| {
+        let group = with_devices(group, &Devices::MainMemory).expect("nobody is asked");
+        let error = match group.rank() {
+            0 => group.wait_for("a step", &mut || false).unwrap_err(),
+            _ => loop {
+                // Until the other rank's wait has ended.
+                if let Err(error) = group.wait_for("a step", &mut || true) {
+                    break error;
+                }
+            },
+        };
+        assert!(matches!(error, CommError::Timeout { operation: "a step", .. }), "{error}");
+        assert_eq!(group.barrier(), Err(error));
     });
 }
 
@@ -273,31 +277,28 @@ mod nccl {
         StandIn { library, raw, _directory: directory }
     }
 
-    fn devices(
-        StandIn { library, .. }: &StandIn,
-        timeout: Duration,
-        bind: impl Fn() -> Result<(), String> + Send + Sync + 'static,
-    ) -> Devices {
-        Devices::Nccl { library: library.clone(), bind: Arc::new(bind), timeout }
+    fn devices(StandIn { library, .. }: &StandIn) -> Devices {
+        Devices::Nccl { library: library.clone(), bind: Arc::new(|| Ok(())) }
     }
 
     #[test]
     fn gpus_do_all_operations() {
         let stand_in = stand_in();
         for size in [2, 3, 4] {
-            groups_work(size, &devices(&stand_in, PATIENCE, || Ok(())));
+            groups_work(size, &devices(&stand_in));
         }
     }
 
     #[test]
     fn a_rank_without_its_gpu_says_so_and_the_others_do_not_wait_for_ever() {
         let stand_in = stand_in();
-        let errors = on_threads(2, |group| {
+        let join = |group: Arc<dyn Communicator>| {
             let broken = group.rank() == 1;
             let bind = move || if broken { Err("no GPU here".to_owned()) } else { Ok(()) };
-            let patience = if broken { PATIENCE } else { Duration::from_millis(200) };
-            with_devices(group, &devices(&stand_in, patience, bind)).map(|_| ())
-        });
+            let devices = Devices::Nccl { library: stand_in.library.clone(), bind: Arc::new(bind) };
+            with_devices(group, &devices).map(drop)
+        };
+        let errors = on_threads_for(Duration::from_secs(2), 2, join);
         let [first, second] = errors.try_into().expect("two ranks");
         let (first, second) = (first.unwrap_err(), second.unwrap_err());
         assert!(matches!(first, CommError::Timeout { operation: "joining NCCL", .. }), "{first}");
@@ -308,7 +309,7 @@ mod nccl {
     fn what_the_library_refuses_is_told() {
         let stand_in = stand_in();
         let errors = on_threads(2, |group| {
-            let group = with_devices(group, &devices(&stand_in, PATIENCE, || Ok(()))).expect("both come");
+            let group = with_devices(group, &devices(&stand_in)).expect("both come");
             let device = group.on_devices().expect("two ranks");
             let (mut two, mut three) = ([0.0; 2], [0.0; 3]);
             device.all_gather(floats(&mut two), floats(&mut three), STREAM).unwrap_err()
@@ -323,9 +324,7 @@ mod nccl {
     fn ranks_that_share_a_gpu_are_told_how_not_to() {
         let stand_in = stand_in();
         stand_in.refuses("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000");
-        let errors = on_threads(2, |group| {
-            with_devices(group, &devices(&stand_in, PATIENCE, || Ok(()))).map(|_| ()).unwrap_err()
-        });
+        let errors = on_threads(2, |group| with_devices(group, &devices(&stand_in)).map(|_| ()).unwrap_err());
         for error in errors {
             assert!(!error.may_pass(), "{error}");
             let text = error.to_string();
@@ -334,9 +333,7 @@ mod nccl {
             }
         }
         stand_in.refuses("the network is down");
-        let errors = on_threads(2, |group| {
-            with_devices(group, &devices(&stand_in, PATIENCE, || Ok(()))).map(|_| ()).unwrap_err()
-        });
+        let errors = on_threads(2, |group| with_devices(group, &devices(&stand_in)).map(|_| ()).unwrap_err());
         assert!(errors.iter().all(|error| matches!(error, CommError::Library { .. }) && error.may_pass()));
     }
 
@@ -344,7 +341,7 @@ mod nccl {
     fn a_fault_of_any_group_ends_a_wait_and_all_groups() {
         let stand_in = stand_in();
         on_threads(2, |world| {
-            let world = with_devices(world, &devices(&stand_in, PATIENCE, || Ok(()))).expect("both come");
+            let world = with_devices(world, &devices(&stand_in)).expect("both come");
             let [expert, data] = ["expert", "data"].map(|label| world.split(0, label).expect("both come"));
             let on = |group: &Arc<dyn Communicator>| group.on_devices().map(|device| device.check());
             assert_eq!([&world, &expert, &data].map(on), [const { Some(Ok(())) }; 3]);
@@ -360,10 +357,7 @@ mod nccl {
                 )
             );
             // None of them is of use now, and what their streams waited for has ended.
-            assert_eq!(
-                [&world, &expert, &data].map(on),
-                [const { () }; 3].map(|()| Some(Err(error.clone())))
-            );
+            assert_eq!([&world, &expert, &data].map(on), [(); 3].map(|()| Some(Err(error.clone()))));
             let mut values = [1.0];
             let refused =
                 data.on_devices().expect("two ranks").all_reduce(floats(&mut values), ReduceOp::Sum, STREAM);
@@ -379,7 +373,7 @@ mod nccl {
     #[test]
     fn nccl_is_measured_by_itself_in_turns() {
         let stand_in = stand_in();
-        let (found, operations) = measured(&devices(&stand_in, PATIENCE, || Ok(())));
+        let (found, operations) = measured(&devices(&stand_in));
         assert_eq!(found, expected(Some(1.0)));
         assert_eq!(operations, found.len() * 12);
         // On two ranks, half of them bare; each is asked for in four formats and sizes.

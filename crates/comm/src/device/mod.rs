@@ -158,8 +158,6 @@ pub enum Devices {
         library: nccl_rs::Library,
         /// Makes the rank's GPU the current one of the thread that calls it.
         bind: Bind,
-        /// How long the ranks may take to meet.
-        timeout: Duration,
     },
 }
 
@@ -184,12 +182,12 @@ impl Devices {
     ///
     /// # Errors
     /// [`DevicesError`], where there is none.
-    pub fn gpus(bind: Bind, timeout: Duration) -> Result<Self, DevicesError> {
+    pub fn gpus(bind: Bind) -> Result<Self, DevicesError> {
         #[cfg(feature = "nccl")]
-        return Ok(Self::Nccl { library: nccl_rs::Library::load()?, bind, timeout });
+        return Ok(Self::Nccl { library: nccl_rs::Library::load()?, bind });
         #[cfg(not(feature = "nccl"))]
         {
-            let _ = (bind, timeout);
+            let _ = bind;
             Err(DevicesError::NotInThisBuild)
         }
     }
@@ -201,9 +199,7 @@ impl Devices {
     pub(crate) fn bare(&self, group: &dyn Communicator) -> Result<Option<Box<dyn Bare>>, CommError> {
         match self {
             #[cfg(feature = "nccl")]
-            Self::Nccl { library, bind, timeout } => {
-                Ok(Some(Box::new(nccl::Bare::join(group, library, bind, *timeout)?)))
-            }
+            Self::Nccl { library, bind } => Ok(Some(Box::new(nccl::Bare::join(group, library, bind)?))),
             Self::MainMemory => {
                 let _ = group;
                 Ok(None)
@@ -265,9 +261,7 @@ fn joined(
     let on_devices: Arc<dyn DeviceGroup> = match devices {
         Devices::MainMemory => Arc::new(main_memory::MainMemory::new(Arc::clone(&group))),
         #[cfg(feature = "nccl")]
-        Devices::Nccl { library, bind, timeout } => {
-            Arc::new(nccl::Nccl::join(Arc::clone(&group), library, bind, *timeout)?)
-        }
+        Devices::Nccl { library, bind } => Arc::new(nccl::Nccl::join(Arc::clone(&group), library, bind)?),
     };
     siblings.add(&on_devices);
     let (devices, siblings) = (devices.clone(), Arc::clone(siblings));
@@ -294,6 +288,10 @@ impl Communicator for WithDevices {
 
     fn label(&self) -> &str {
         self.group.label()
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.group.timeout()
     }
 
     fn barrier(&self) -> Result<(), CommError> {

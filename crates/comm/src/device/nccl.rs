@@ -3,7 +3,6 @@
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread;
-use std::time::Duration;
 
 use nccl_rs::{Config, DataType, Deadline, Error, Library, UniqueId};
 
@@ -51,7 +50,6 @@ fn join(
     group: &dyn Communicator,
     library: &Library,
     bind: &Bind,
-    timeout: Duration,
 ) -> Result<(nccl_rs::Communicator, GpuNumber), CommError> {
     const JOIN: &str = "joining NCCL";
     let failed = |message: String| {
@@ -64,6 +62,7 @@ fn join(
     let id = unique_id(group, library, &failed)?;
     let config = Config::new().name(group.label());
     let (rank, count, library, bind) = (group.rank(), group.size(), library.clone(), Arc::clone(bind));
+    let timeout = group.timeout();
     let (told, joined) = mpsc::channel();
     // The library waits for the other ranks as long as it takes.
     thread::spawn(move || {
@@ -71,7 +70,7 @@ fn join(
             bind()?;
             let joined = nccl_rs::Communicator::init(&library, &id, rank, count, &config);
             let joined = joined.and_then(|communicator| {
-                communicator.wait(Deadline::after(timeout))?;
+                communicator.wait(timeout.map_or_else(Deadline::never, Deadline::after))?;
                 let device = communicator.device()?;
                 Ok((communicator, GpuNumber(device)))
             });
@@ -80,16 +79,20 @@ fn join(
         // Whoever does not wait any more has given the job up.
         let _ = told.send(join());
     });
-    match joined.recv_timeout(timeout) {
-        Ok(joined) => joined.map_err(failed),
-        Err(RecvTimeoutError::Timeout) => Err(CommError::Timeout {
-            operation: JOIN,
-            group: group.label().to_owned(),
-            after: timeout,
-            blame: "a rank has not come, or its network does not let it".to_owned(),
-        }),
-        Err(RecvTimeoutError::Disconnected) => Err(failed("the thread that joined has ended".to_owned())),
-    }
+    let ended = || failed("the thread that joined has ended".to_owned());
+    let joined = match timeout {
+        None => joined.recv().map_err(|_| ended())?,
+        Some(after) => joined.recv_timeout(after).map_err(|missing| match missing {
+            RecvTimeoutError::Timeout => CommError::Timeout {
+                operation: JOIN,
+                group: group.label().to_owned(),
+                after,
+                blame: "a rank has not come, or its network does not let it".to_owned(),
+            },
+            RecvTimeoutError::Disconnected => ended(),
+        })?,
+    };
+    joined.map_err(failed)
 }
 
 fn library_error(group: &str, operation: &'static str, error: &Error) -> CommError {
@@ -101,9 +104,8 @@ impl Nccl {
         group: Arc<dyn Communicator>,
         library: &Library,
         bind: &Bind,
-        timeout: Duration,
     ) -> Result<Self, CommError> {
-        let (communicator, device) = join(&*group, library, bind, timeout)?;
+        let (communicator, device) = join(&*group, library, bind)?;
         Ok(Self { group, communicator: Mutex::new(Ok(communicator)), device })
     }
 
@@ -242,13 +244,8 @@ pub(super) struct Bare {
 }
 
 impl Bare {
-    pub(super) fn join(
-        group: &dyn Communicator,
-        library: &Library,
-        bind: &Bind,
-        timeout: Duration,
-    ) -> Result<Self, CommError> {
-        let (communicator, device) = join(group, library, bind, timeout)?;
+    pub(super) fn join(group: &dyn Communicator, library: &Library, bind: &Bind) -> Result<Self, CommError> {
+        let (communicator, device) = join(group, library, bind)?;
         Ok(Self { communicator, device, label: group.label().to_owned() })
     }
 

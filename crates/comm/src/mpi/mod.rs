@@ -52,7 +52,7 @@ impl Job {
             return Err(StartError::NoThreads);
         }
         let handle = Handle::world().map_err(StartError::Library)?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { timeout: options.timeout, ..Shared::default() });
         let world = Arc::new(Group::world(Arc::clone(&shared), handle));
         check_size(world.size())?;
         let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown".to_owned());

@@ -30,7 +30,7 @@ pub(crate) struct Job {
 impl Job {
     /// Meets the other ranks and starts the watchdog.
     pub(crate) fn start(meeting: &Meeting, options: StartOptions) -> Result<Self, StartError> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { timeout: options.timeout, ..Shared::default() });
         let connections = rendezvous::meet(meeting).map_err(StartError::Rendezvous)?;
         let world = Arc::new(Group::world(Arc::clone(&shared), connections));
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
