@@ -50,6 +50,35 @@ fn ranks_learn_what_one_process_learns() {
 }
 
 #[test]
+fn collectives_are_measured_between_the_ranks() {
+    let place = Place::new();
+    // LibTorch's memory counts as that of devices, which are measured in both formats.
+    let (device, formats) = match cfg!(feature = "libtorch") {
+        true => ("libtorch", &["bf16", "f32"][..]),
+        false => ("cpu", &["f32"][..]),
+    };
+    let arguments = format!("bench collectives --mebibytes 0.0625 --rounds 2 --device {device} --json");
+    let said = ended(start(&place, 2, &arguments));
+    let rows: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    let rows = rows.as_array().expect("a row for each");
+    let names = |row: &serde_json::Value| [row["format"].clone(), row["operation"].clone()];
+    let expected = formats.iter().flat_map(|format| {
+        ["all_reduce", "all_to_all", "all_gather"].map(|operation| [*format, operation].map(Into::into))
+    });
+    assert_eq!(rows.iter().map(names).collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+    for row in rows {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key}: {row}"));
+        assert_eq!([number("bytes"), number("ranks")], [65_536.0, 2.0]);
+        let rate = 65_536.0 / number("median_ms") / 1e6;
+        let share = if row["operation"] == "all_reduce" { 1.0 } else { 0.5 };
+        for (key, expected) in [("algorithm_gb_per_s", rate), ("bus_gb_per_s", rate * share)] {
+            assert!((number(key) / expected - 1.0).abs() < 1e-9, "{key}: {row}");
+        }
+        assert!(row["bare_ms"].is_null(), "there is no other library: {row}");
+    }
+}
+
+#[test]
 fn a_lost_rank_ends_the_job_as_restartable_and_the_run_goes_on() {
     let place = Place::with_experiment();
     let run = format!("{RUN} --set schedule.total_steps=1000000 --set checkpoint.every_steps=5");

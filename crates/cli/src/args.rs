@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::Device;
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use switchyard_comm::Choice;
 use switchyard_config::plan::ParallelPlan;
+use switchyard_kernels::DeviceName;
 
 /// Pretrains, evaluates and runs Switch Transformers and T5.
 #[derive(Debug, Parser)]
@@ -26,8 +26,10 @@ pub(crate) struct Arguments {
     #[command(subcommand)]
     pub command: Command,
     /// Where to compute: `cpu`; in builds with LibTorch also `cuda`, `cuda:N` and `libtorch`, its CPU device.
-    #[arg(long, global = true, default_value = "cpu", value_parser = switchyard_kernels::device)]
-    pub device: Device,
+    ///
+    /// `cuda` is the first GPU; in a job of several ranks each takes the GPU of its number on its machine.
+    #[arg(long, global = true, default_value = "cpu")]
+    pub device: DeviceName,
     /// Who says which rank this process is: `auto` asks the environment (torchrun's variables, Open MPI,
     /// PMIx, PMI, Slurm), `mpi` the MPI library, `none` makes it one process alone.
     ///
@@ -414,8 +416,11 @@ pub(crate) enum BenchCommand {
     /// Matrix products of a model's sizes, as shares of the measured peak of the multipliers.
     #[command(after_help = "Example:\n  switchyard bench gemm --preset tiny --precision bf16")]
     Gemm(BenchGemmArguments),
-    /// Sums, all-to-alls and all-gathers of the ranks under mpirun, beside the MPI library's own.
-    #[command(after_help = "Example:\n  mpirun -n 4 switchyard bench collectives --mebibytes 1,64")]
+    /// Sums, all-to-alls and all-gathers of the ranks of a job, beside the MPI library's own, or on the ranks'
+    /// GPUs beside NCCL's own.
+    #[command(
+        after_help = "Examples:\n  mpirun -n 4 switchyard bench collectives --mebibytes 1,64\n  mpirun -n 8 switchyard bench collectives --device cuda --mebibytes 1,64,1024"
+    )]
     Collectives {
         /// Sizes of a rank's buffer.
         #[arg(long, value_delimiter = ',', default_value = "0.0625,1,64", value_parser = mebibytes)]
@@ -430,7 +435,7 @@ pub(crate) enum BenchCommand {
     /// Plan, dispatch and combine of one sparse layer, by number of experts; under mpirun the experts
     /// are spread over the ranks, and every rank has the tokens.
     #[command(
-        after_help = "Examples:\n  switchyard bench dispatch --tokens 2048 --experts 8,128\n  mpirun -n 4 switchyard bench dispatch --experts 8,128"
+        after_help = "Examples:\n  switchyard bench dispatch --tokens 2048 --experts 8,128\n  mpirun -n 4 switchyard bench dispatch --experts 8,128\n  mpirun -n 4 switchyard bench dispatch --device cuda --experts 8,128"
     )]
     Dispatch {
         /// Tokens of the layer.

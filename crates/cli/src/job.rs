@@ -10,10 +10,12 @@ use switchyard_comm::{
     Choice, CommError, Communicator, Launch, RESTARTABLE, StartOptions, World, abort, start,
 };
 use switchyard_config::{MeshShape, ModelConfig};
-use switchyard_parallel::{Agreement, Mesh, agree, world_on};
+use switchyard_kernels::DeviceName;
+use switchyard_parallel::{Agreement, Mesh, agree, devices_of, world_on};
 use switchyard_train::TrainError;
 
 use crate::args::{MeshArguments, Verbosity};
+use crate::device::OnMachine;
 use crate::{Outcome, report};
 
 /// The environment variable that names this machine for the others.
@@ -23,6 +25,7 @@ const ADDRESS: &str = "SWITCHYARD_ADDRESS";
 #[derive(Debug)]
 pub(crate) struct Job {
     world: World,
+    on_machine: OnMachine,
 }
 
 /// An error that ends all ranks alike; the first rank that met it tells.
@@ -57,7 +60,14 @@ impl Job {
             address: std::env::var(ADDRESS).ok(),
             report: Box::new(report::line),
         };
-        let job = Self { world: start(&launch, options).context("cannot join the job")? };
+        let world = start(&launch, options).context("cannot join the job")?;
+        let on_machine = match (launch.local_rank, launch.local_size) {
+            (Some(rank), Some(ranks)) if rank < ranks && ranks <= world.communicator().size() => {
+                OnMachine { rank, ranks }
+            }
+            _ => OnMachine { rank: world.local_rank(), ranks: world.local_size() },
+        };
+        let job = Self { world, on_machine };
         share_cores(job.world.local_size());
         if job.ranks() > 1 {
             abort_on_panic(job.rank());
@@ -86,9 +96,18 @@ impl Job {
         self.world.communicator()
     }
 
+    /// The device that `name` means for this rank, once all ranks have theirs.
+    pub(crate) fn device(&self, name: DeviceName) -> anyhow::Result<Device> {
+        self.agree(self.on_machine.device(name))
+    }
+
     /// All ranks, for work on `device`.
-    pub(crate) fn communicator_on(&self, device: &Device) -> Result<Arc<dyn Communicator>, CommError> {
-        world_on(Arc::clone(self.communicator()), device)
+    pub(crate) fn communicator_on(&self, device: &Device) -> anyhow::Result<Arc<dyn Communicator>> {
+        if self.ranks() > 1 {
+            // Those that could would wait for those that cannot.
+            self.agree(devices_of(device).map(drop).map_err(Into::into))?;
+        }
+        Ok(world_on(Arc::clone(self.communicator()), device)?)
     }
 
     /// This rank.
@@ -149,7 +168,11 @@ impl Job {
             }
             Err(error) => {
                 let lost = error.chain().any(|cause| {
-                    cause.is::<CommError>() || matches!(cause.downcast_ref(), Some(TrainError::Comm(_)))
+                    let of_training = match cause.downcast_ref() {
+                        Some(TrainError::Comm(error)) => Some(error),
+                        _ => None,
+                    };
+                    cause.downcast_ref().or(of_training).is_some_and(CommError::may_pass)
                 });
                 report::print(&error.context(format!("rank {rank}")));
                 abort(if lost { RESTARTABLE } else { 1 })

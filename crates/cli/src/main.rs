@@ -4,6 +4,7 @@
 
 mod args;
 mod commands;
+mod device;
 mod job;
 mod logging;
 mod memory;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
     };
     report::tell_failures_of_gpus();
     let verbosity = arguments.verbosity;
-    match commands::run(&arguments.command, &arguments.device, arguments.launcher.into(), verbosity) {
+    match commands::run(&arguments.command, arguments.device, arguments.launcher.into(), verbosity) {
         Ok(outcome) => outcome.into(),
         Err(error) => {
             report::print(&error);

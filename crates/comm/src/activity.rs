@@ -15,12 +15,14 @@ pub struct Activity {
 struct State {
     mark: String,
     marked: Instant,
-    waits: Vec<Wait>,
+    waits: Vec<(u64, Wait)>,
+    /// Waits so far.
+    begun: u64,
 }
 
 impl Default for Activity {
     fn default() -> Self {
-        let state = State { mark: String::new(), marked: Instant::now(), waits: Vec::new() };
+        let state = State { mark: String::new(), marked: Instant::now(), waits: Vec::new(), begun: 0 };
         Self { state: Mutex::new(state) }
     }
 }
@@ -63,26 +65,30 @@ pub(crate) struct Wait {
 #[derive(Debug)]
 pub(crate) struct Waiting<'a> {
     activity: &'a Activity,
-    group: u64,
+    number: u64,
 }
 
 impl Activity {
-    /// Notes that a collective begins; a group has one at a time.
+    /// Notes that a collective begins.
     pub(crate) fn enter(&self, operation: &'static str, group: &GroupName, call: u64) -> Waiting<'_> {
         let wait = Wait { operation, group: group.clone(), call, since: Instant::now() };
-        self.lock().waits.push(wait);
-        Waiting { activity: self, group: group.id }
+        let mut state = self.lock();
+        state.begun += 1;
+        let number = state.begun;
+        state.waits.push((number, wait));
+        Waiting { activity: self, number }
     }
 
     /// The last mark, its age, and the current waits.
     pub(crate) fn look(&self) -> (String, Duration, Vec<Wait>) {
         let state = self.lock();
-        (state.mark.clone(), state.marked.elapsed(), state.waits.clone())
+        let waits = state.waits.iter().map(|(_, wait)| wait.clone());
+        (state.mark.clone(), state.marked.elapsed(), waits.collect())
     }
 
     /// Does not count `pause` as waiting, since this process did not run.
     pub(crate) fn forgive(&self, pause: Duration) {
-        for wait in &mut self.lock().waits {
+        for (_, wait) in &mut self.lock().waits {
             wait.since = (wait.since + pause).min(Instant::now());
         }
     }
@@ -90,6 +96,6 @@ impl Activity {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.activity.lock().waits.retain(|wait| wait.group.id != self.group);
+        self.activity.lock().waits.retain(|(number, _)| *number != self.number);
     }
 }

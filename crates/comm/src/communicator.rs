@@ -2,10 +2,12 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::buffer::{Buffer, BufferMut};
 use crate::device::DeviceCommunicator;
 use crate::error::CommError;
+use crate::poll::poll;
 
 /// How values of several ranks become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +38,11 @@ pub trait Communicator: Debug + Send + Sync {
 
     /// What the group is for, such as `expert`; for messages.
     fn label(&self) -> &str;
+
+    /// How long an operation may take; `None` for as long as it takes.
+    fn timeout(&self) -> Option<Duration> {
+        None
+    }
 
     /// Waits until every rank has come.
     fn barrier(&self) -> Result<(), CommError>;
@@ -78,6 +85,21 @@ pub trait Communicator: Debug + Send + Sync {
     ///
     /// Collective over this group.
     fn split(&self, color: usize, label: &str) -> Result<Arc<dyn Communicator>, CommError>;
+
+    /// Waits until `done` says so; meanwhile this rank is in an operation called `what`, in the eyes of the
+    /// watchdog. It is for what the ranks do together on their devices, such as a step, of which the host
+    /// only sees the end.
+    ///
+    /// The answer is known within some 50 us. Where the devices break in the meantime, they are given up, so that
+    /// their streams end.
+    ///
+    /// # Collective
+    /// Every rank of the group waits for the same things in the same order. They are counted by themselves: they
+    /// may overlap with other operations of the group.
+    fn wait_for(&self, what: &'static str, done: &mut dyn FnMut() -> bool) -> Result<(), CommError> {
+        let _ = what;
+        poll(done, || Ok(()))
+    }
 
     /// The collectives of these ranks on their devices' memory, if they have any.
     fn on_devices(&self) -> Option<&dyn DeviceCommunicator> {

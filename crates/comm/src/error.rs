@@ -56,4 +56,22 @@ pub enum CommError {
         /// The library's words.
         message: String,
     },
+    /// Several ranks were given one device.
+    #[error(
+        "ranks of group `{group}` share a GPU, which NCCL refuses ({message}); start no more ranks on a machine than \
+         it has GPUs, each with `--device cuda`: that is the GPU of the rank's number on its machine"
+    )]
+    SharedDevice {
+        /// The group's label.
+        group: String,
+        /// The library's words.
+        message: String,
+    },
+}
+
+impl CommError {
+    /// Whether the job may fare better when it is started again as it was.
+    pub fn may_pass(&self) -> bool {
+        !matches!(self, Self::SharedDevice { .. })
+    }
 }

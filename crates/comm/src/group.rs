@@ -4,14 +4,16 @@
 //! an error on all of them instead of a hang or wrong values. A transport has no deadlines: the
 //! watchdog ends the job when one passes.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use crate::activity::{Activity, GroupName};
 use crate::buffer::{Buffer, BufferMut, Element, with_values};
 use crate::call::{self, Call, Words};
 use crate::communicator::{Communicator, ReduceOp};
 use crate::error::CommError;
+use crate::poll::poll;
 use crate::reduce::Reduce;
 use crate::scratch::{Pooled, Scratch};
 use crate::transport::{Fault, Parts, Transport};
@@ -27,6 +29,8 @@ const PIECE: usize = 4 << 20;
 pub(crate) struct Shared {
     pub(crate) activity: Arc<Activity>,
     pub(crate) scratch: Scratch,
+    /// How long the watchdog lets an operation take.
+    pub(crate) timeout: Option<Duration>,
     /// Set before the job is left.
     pub(crate) ended: AtomicBool,
 }
@@ -39,6 +43,8 @@ pub(crate) struct Group<T> {
     name: GroupName,
     /// Calls made so far; held during a call, since a transport wants them one by one.
     calls: Mutex<u64>,
+    /// Waits for devices so far.
+    waits: AtomicU64,
     broken: Arc<Broken>,
 }
 
@@ -72,7 +78,14 @@ impl<T: Transport + 'static> Group<T> {
     pub(crate) fn world(shared: Arc<Shared>, transport: T) -> Self {
         let members = (0..transport.size()).collect();
         let name = GroupName { label: "world".into(), id: 1, members };
-        Self { shared, transport, name, calls: Mutex::new(0), broken: Arc::default() }
+        Self {
+            shared,
+            transport,
+            name,
+            calls: Mutex::default(),
+            waits: AtomicU64::default(),
+            broken: Arc::default(),
+        }
     }
 
     #[cfg(feature = "mpi")]
@@ -80,17 +93,23 @@ impl<T: Transport + 'static> Group<T> {
         &self.transport
     }
 
-    /// Makes the transport's part of a call, once all ranks are known to call alike.
-    fn run<R>(&self, call: &Call, work: impl FnOnce(u64) -> Result<R, Failure>) -> Result<R, CommError> {
-        let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Whether operations are still possible.
+    fn check(&self, operation: &'static str) -> Result<(), CommError> {
         if let Some(error) = self.broken.error() {
             return Err(error.clone());
         }
-        let (operation, group) = (call.operation.name(), self.name.label.to_string());
         if self.shared.ended.load(Ordering::Acquire) {
             let blame = "this rank has left the job".to_owned();
-            return Err(CommError::PeerLost { operation, group, blame });
+            return Err(CommError::PeerLost { operation, group: self.name.label.to_string(), blame });
         }
+        Ok(())
+    }
+
+    /// Makes the transport's part of a call, once all ranks are known to call alike.
+    fn run<R>(&self, call: &Call, work: impl FnOnce(u64) -> Result<R, Failure>) -> Result<R, CommError> {
+        let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        let (operation, group) = (call.operation.name(), self.name.label.to_string());
+        self.check(operation)?;
         *calls += 1;
         let _waiting = self.shared.activity.enter(operation, &self.name, *calls);
         let done = self.agree(call).and_then(|()| match call.wrong_buffer(&self.name.label) {
@@ -236,7 +255,8 @@ impl<T: Transport + 'static> Group<T> {
             shared: Arc::clone(&self.shared),
             transport: self.transport.split(&colors, id)?,
             name: GroupName { label: label.into(), id, members },
-            calls: Mutex::new(0),
+            calls: Mutex::default(),
+            waits: AtomicU64::default(),
             broken: Arc::new(Broken { error: OnceLock::new(), parent: Some(Arc::clone(&self.broken)) }),
         })
     }
@@ -276,6 +296,10 @@ impl<T: Transport + 'static> Communicator for Group<T> {
 
     fn label(&self) -> &str {
         &self.name.label
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.shared.timeout
     }
 
     fn barrier(&self) -> Result<(), CommError> {
@@ -352,5 +376,11 @@ impl<T: Transport + 'static> Communicator for Group<T> {
         let group =
             self.run(&Call::split(), |number| self.split_group(color, label, number).map_err(Failure::from))?;
         Ok(Arc::new(group))
+    }
+
+    fn wait_for(&self, what: &'static str, done: &mut dyn FnMut() -> bool) -> Result<(), CommError> {
+        let number = self.waits.fetch_add(1, Ordering::Relaxed) + 1;
+        let _waiting = self.shared.activity.enter(what, &self.name, number);
+        poll(done, || self.check(what))
     }
 }

@@ -42,10 +42,12 @@ mod cards;
 mod communicator;
 mod device;
 mod error;
+mod exit;
 mod group;
 mod launcher;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod poll;
 mod reduce;
 mod scratch;
 mod solo;
@@ -58,7 +60,10 @@ mod world;
 pub use activity::Activity;
 pub use buffer::{Buffer, BufferMut, Element, ElementType};
 pub use communicator::{Communicator, ReduceOp};
-pub use device::{DeviceCommunicator, DeviceSlice, DeviceStream, Devices, Piece, with_devices};
+pub use device::{
+    Bind, DeviceCommunicator, DeviceSlice, DeviceStream, Devices, DevicesError, Piece, nccl_version,
+    with_devices,
+};
 pub use error::CommError;
 pub use launcher::{Choice, Launch, LaunchError, Launcher, Meeting};
 pub use solo::Solo;

@@ -11,6 +11,7 @@ use crate::buffer::{Buffer, BufferMut, Element, Values, with_values};
 use crate::call::{self, Call, Operation, name_ranks};
 use crate::communicator::{Communicator, ReduceOp};
 use crate::error::CommError;
+use crate::poll::poll;
 use crate::reduce::Reduce;
 
 /// Makes the ranks of a group called `world`, one for each thread.
@@ -249,6 +250,10 @@ impl Communicator for Rank {
         &self.label
     }
 
+    fn timeout(&self) -> Option<Duration> {
+        Some(self.group.timeout)
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
         self.meet(Deposit::new(Call::barrier())).map(drop)
     }
@@ -343,6 +348,22 @@ impl Communicator for Rank {
         let job_rank = self.group.members[self.rank];
         let rank = group.members.iter().position(|&member| member == job_rank);
         Ok(Self::member(group, rank.expect("a rank is in the group of its color"), label))
+    }
+
+    fn wait_for(&self, what: &'static str, done: &mut dyn FnMut() -> bool) -> Result<(), CommError> {
+        let began = Instant::now();
+        let after = self.group.timeout;
+        poll(done, || {
+            let state = self.group.lock(&self.label, what);
+            if let Some(error) = &state.broken {
+                return Err(error.clone());
+            }
+            if began.elapsed() < after {
+                return Ok(());
+            }
+            let (group, blame) = (self.label.clone(), "this rank's device is not through".to_owned());
+            Err(self.group.fail(state, CommError::Timeout { operation: what, group, after, blame }))
+        })
     }
 }
 

@@ -213,10 +213,11 @@ impl Drop for World {
     }
 }
 
-/// Ends all ranks of the job with exit code `code`, from any thread, also from a panic hook.
+/// Ends all ranks of the job with exit code `code`, from any thread, also from a panic hook, and whatever other
+/// threads are blocked in. What is registered for the end of a program does not run.
 pub fn abort(code: i32) -> ! {
     #[cfg(feature = "mpi")]
     crate::mpi::abort(code);
     #[cfg(not(feature = "mpi"))]
-    std::process::exit(code)
+    crate::exit::end_process(code)
 }

@@ -96,6 +96,21 @@ fn a_rank_that_ends_is_lost_at_once() {
 }
 
 #[test]
+fn waits_are_for_what_the_caller_sees() {
+    let thousandth = |comm: &dyn Communicator| {
+        let mut asked = 0;
+        let mut done = || {
+            asked += 1;
+            asked == 1000
+        };
+        comm.wait_for("a step", &mut done).expect("nothing fails");
+        assert_eq!(asked, 1000);
+    };
+    thousandth(&Solo::new("world"));
+    on_threads(2, PATIENCE, |comm| thousandth(&*comm));
+}
+
+#[test]
 fn a_rank_may_end_once_all_have_come() {
     for _ in 0..200 {
         on_threads(3, PATIENCE, |comm| comm.barrier().expect("all come"));

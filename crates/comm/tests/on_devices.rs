@@ -1,11 +1,14 @@
 //! Collectives on devices' memory: in main memory, and with a stand-in for NCCL whose devices are the host.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use switchyard_comm::bench::{MeasuredDevice, Measurement, collectives_on_devices};
 use switchyard_comm::{
-    Communicator, DeviceSlice, DeviceStream, Devices, ElementType, Piece, ReduceOp, threads, with_devices,
+    CommError, Communicator, DeviceSlice, DeviceStream, Devices, ElementType, Piece, ReduceOp, threads,
+    with_devices,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -13,12 +16,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const STREAM: DeviceStream = DeviceStream::DEFAULT;
 
 fn on_threads<T: Send>(size: usize, rank: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<T> {
+    on_threads_for(PATIENCE, size, rank)
+}
+
+fn on_threads_for<T: Send>(
+    timeout: Duration,
+    size: usize,
+    rank: impl Fn(Arc<dyn Communicator>) -> T + Sync,
+) -> Vec<T> {
     thread::scope(|scope| {
         let start = |comm| {
             let rank = &rank;
             scope.spawn(move || rank(comm))
         };
-        let ranks: Vec<_> = threads(size, PATIENCE).into_iter().map(start).collect();
+        let ranks: Vec<_> = threads(size, timeout).into_iter().map(start).collect();
         ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
     })
 }
@@ -101,17 +112,158 @@ fn parts_lie_where_their_values_do() {
     assert!(whole.part(8..8).is_empty());
 }
 
+/// Main memory as a device on which an operation takes a second.
+#[derive(Default)]
+struct Slow {
+    kept: Vec<Vec<f32>>,
+    operations: Cell<usize>,
+}
+
+impl MeasuredDevice for Slow {
+    fn zeros(&mut self, element: ElementType, len: usize) -> DeviceSlice {
+        let mut values = vec![0.0_f32; (len * element.bytes()).div_ceil(4)];
+        let address = values.as_mut_ptr() as u64;
+        self.kept.push(values);
+        // SAFETY: operations have ended when they return, and the values stay until the device goes.
+        unsafe { DeviceSlice::from_raw_parts(address, len, element) }
+    }
+
+    fn stream(&self) -> DeviceStream {
+        STREAM
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<(), CommError>) -> Result<f64, CommError> {
+        work()?;
+        self.operations.set(self.operations.get() + 1);
+        Ok(1.0)
+    }
+}
+
+/// What two ranks measure three times, and the operations that the first was asked for.
+fn measured(devices: &Devices) -> (Vec<Measurement>, usize) {
+    let mut ranks = on_threads(2, |group| {
+        let group = with_devices(group, devices).expect("the devices are there");
+        let mut device = Slow::default();
+        let found = collectives_on_devices(&*group, devices, &mut device, &[5, 64], 3).expect("all come");
+        (found, device.operations.get())
+    });
+    let (second, first) = (ranks.pop().expect("two ranks"), ranks.pop().expect("two ranks"));
+    assert_eq!(first.0, second.0, "all ranks know the same");
+    first
+}
+
+/// Operations, formats and sizes in the order of measurements.
+fn expected(bare_seconds: Option<f64>) -> Vec<Measurement> {
+    let of = |element: ElementType, bytes| {
+        ["all_reduce", "all_to_all", "all_gather"].map(|operation| {
+            let seconds = 1.0;
+            Measurement { operation, element, bytes, ranks: 2, seconds, bare_seconds }
+        })
+    };
+    // Five bytes become what both ranks can share: two values of bf16, two of f32.
+    let (bf16, f32) = (ElementType::Bf16, ElementType::F32);
+    [of(bf16, 4), of(bf16, 64), of(f32, 8), of(f32, 64)].concat()
+}
+
+#[test]
+fn operations_of_devices_are_measured_in_every_format() {
+    let (found, operations) = measured(&Devices::MainMemory);
+    assert_eq!(found, expected(None));
+    // Twice to begin with, then one round that does not count and three that do, one operation each.
+    assert_eq!(operations, found.len() * 6);
+}
+
+#[test]
+fn waits_end_when_what_they_wait_for_is_there() {
+    on_threads(2, |group| {
+        let group = with_devices(group, &Devices::MainMemory).expect("nobody is asked");
+        let mut asked = 0;
+        let mut hundredth = || {
+            asked += 1;
+            asked == 100
+        };
+        group.wait_for("a step", &mut hundredth).expect("nothing fails");
+        assert_eq!(asked, 100);
+        group.barrier().expect("both come");
+    });
+}
+
+#[test]
+fn a_deadline_that_passes_ends_waits_and_breaks_the_group() {
+    on_threads_for(Duration::from_millis(200), 2, |group| {
+        let group = with_devices(group, &Devices::MainMemory).expect("nobody is asked");
+        let error = match group.rank() {
+            0 => group.wait_for("a step", &mut || false).unwrap_err(),
+            _ => loop {
+                // Until the other rank's wait has ended.
+                if let Err(error) = group.wait_for("a step", &mut || true) {
+                    break error;
+                }
+            },
+        };
+        assert!(matches!(error, CommError::Timeout { operation: "a step", .. }), "{error}");
+        assert_eq!(group.barrier(), Err(error));
+    });
+}
+
 #[cfg(feature = "nccl")]
 mod nccl {
+    use std::ffi::{CString, c_char, c_int};
     use std::process::Command;
+    use std::time::Instant;
 
     use nccl_rs::Library;
-    use switchyard_comm::CommError;
 
     use super::*;
 
     /// The stand-in that nccl-rs is tested with, built anew.
-    fn stand_in() -> (Library, tempfile::TempDir) {
+    struct StandIn {
+        library: Library,
+        raw: libloading::Library,
+        _directory: tempfile::TempDir,
+    }
+
+    impl StandIn {
+        /// # Safety
+        /// `F` is the type of the function in `stub.c`.
+        unsafe fn function<F: Copy>(&self, name: &str) -> F {
+            // SAFETY: promised by the caller.
+            *unsafe { self.raw.get::<F>(name) }.expect("the stand-in has it")
+        }
+
+        fn calls(&self, name: &str) -> c_int {
+            let name = CString::new(name).expect("no zero byte");
+            // SAFETY: the type is that of `stub.c`.
+            unsafe {
+                self.function::<unsafe extern "C" fn(*const c_char) -> c_int>("stub_calls")(name.as_ptr())
+            }
+        }
+
+        /// Lets communicators of this name meet a fault in the background.
+        fn breaks(&self, group: &str) {
+            const REMOTE_ERROR: c_int = 6;
+            let name = CString::new(group).expect("no zero byte");
+            // SAFETY: as above.
+            unsafe {
+                let set = self.function::<unsafe extern "C" fn(c_int, *const c_char)>("stub_set_async_error");
+                set(REMOTE_ERROR, name.as_ptr());
+            }
+        }
+
+        /// Lets ranks be refused when they join, in these words.
+        fn refuses(&self, warning: &str) {
+            const INVALID_USAGE: c_int = 5;
+            let warning = CString::new(warning).expect("no zero byte");
+            // SAFETY: as above.
+            unsafe {
+                self.function::<unsafe extern "C" fn(*const c_char)>("stub_set_warning")(warning.as_ptr());
+                let fail = self.function::<unsafe extern "C" fn(*const c_char, c_int)>("stub_fail");
+                fail(c"joining".as_ptr(), INVALID_USAGE);
+            }
+        }
+    }
+
+    fn stand_in() -> StandIn {
         let directory = tempfile::tempdir().expect("a directory for the build");
         let file = directory.path().join("libnccl-stub.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../nccl-rs/tests/with_stub/stub.c");
@@ -119,34 +271,34 @@ mod nccl {
         compiler.args(["-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread", source, "-o"]).arg(&file);
         let output = compiler.output().expect("a C compiler called `cc` is on the path");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        (Library::open(&file).expect("the stand-in has all functions"), directory)
+        // SAFETY: its initialisers do nothing.
+        let raw = unsafe { libloading::Library::new(&file) }.expect("it can be loaded");
+        let library = Library::open(&file).expect("the stand-in has all functions");
+        StandIn { library, raw, _directory: directory }
     }
 
-    fn devices(
-        library: &Library,
-        timeout: Duration,
-        bind: impl Fn() -> Result<(), String> + Send + Sync + 'static,
-    ) -> Devices {
-        Devices::Nccl { library: library.clone(), bind: Arc::new(bind), timeout }
+    fn devices(StandIn { library, .. }: &StandIn) -> Devices {
+        Devices::Nccl { library: library.clone(), bind: Arc::new(|| Ok(())) }
     }
 
     #[test]
     fn gpus_do_all_operations() {
-        let (library, _directory) = stand_in();
+        let stand_in = stand_in();
         for size in [2, 3, 4] {
-            groups_work(size, &devices(&library, PATIENCE, || Ok(())));
+            groups_work(size, &devices(&stand_in));
         }
     }
 
     #[test]
     fn a_rank_without_its_gpu_says_so_and_the_others_do_not_wait_for_ever() {
-        let (library, _directory) = stand_in();
-        let errors = on_threads(2, |group| {
+        let stand_in = stand_in();
+        let join = |group: Arc<dyn Communicator>| {
             let broken = group.rank() == 1;
             let bind = move || if broken { Err("no GPU here".to_owned()) } else { Ok(()) };
-            let patience = if broken { PATIENCE } else { Duration::from_millis(200) };
-            with_devices(group, &devices(&library, patience, bind)).map(|_| ())
-        });
+            let devices = Devices::Nccl { library: stand_in.library.clone(), bind: Arc::new(bind) };
+            with_devices(group, &devices).map(drop)
+        };
+        let errors = on_threads_for(Duration::from_secs(2), 2, join);
         let [first, second] = errors.try_into().expect("two ranks");
         let (first, second) = (first.unwrap_err(), second.unwrap_err());
         assert!(matches!(first, CommError::Timeout { operation: "joining NCCL", .. }), "{first}");
@@ -155,16 +307,78 @@ mod nccl {
 
     #[test]
     fn what_the_library_refuses_is_told() {
-        let (library, _directory) = stand_in();
+        let stand_in = stand_in();
         let errors = on_threads(2, |group| {
-            let group = with_devices(group, &devices(&library, PATIENCE, || Ok(()))).expect("both come");
+            let group = with_devices(group, &devices(&stand_in)).expect("both come");
             let device = group.on_devices().expect("two ranks");
             let (mut two, mut three) = ([0.0; 2], [0.0; 3]);
             device.all_gather(floats(&mut two), floats(&mut three), STREAM).unwrap_err()
         });
         for error in errors {
             let text = error.to_string();
-            assert!(text.starts_with("all_gather of group `world` failed: "), "{text}");
+            assert!(text.starts_with("all_gather on GPUs of group `world` failed: "), "{text}");
         }
+    }
+
+    #[test]
+    fn ranks_that_share_a_gpu_are_told_how_not_to() {
+        let stand_in = stand_in();
+        stand_in.refuses("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000");
+        let errors = on_threads(2, |group| with_devices(group, &devices(&stand_in)).map(|_| ()).unwrap_err());
+        for error in errors {
+            assert!(!error.may_pass(), "{error}");
+            let text = error.to_string();
+            for part in ["group `world` share a GPU", "both on CUDA device 1b000", "--device cuda"] {
+                assert!(text.contains(part), "{part} in {text}");
+            }
+        }
+        stand_in.refuses("the network is down");
+        let errors = on_threads(2, |group| with_devices(group, &devices(&stand_in)).map(|_| ()).unwrap_err());
+        assert!(errors.iter().all(|error| matches!(error, CommError::Library { .. }) && error.may_pass()));
+    }
+
+    #[test]
+    fn a_fault_of_any_group_ends_a_wait_and_all_groups() {
+        let stand_in = stand_in();
+        on_threads(2, |world| {
+            let world = with_devices(world, &devices(&stand_in)).expect("both come");
+            let [expert, data] = ["expert", "data"].map(|label| world.split(0, label).expect("both come"));
+            let on = |group: &Arc<dyn Communicator>| group.on_devices().map(|device| device.check());
+            assert_eq!([&world, &expert, &data].map(on), [const { Some(Ok(())) }; 3]);
+            world.barrier().expect("both come");
+            stand_in.breaks("expert");
+            let error = world.wait_for("a step", &mut || false).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "an operation on GPUs of group `expert` failed: NCCL, rank {} of 2 in `expert`: an operation \
+                     broke in the background: remote process exited or there was a network error",
+                    world.rank()
+                )
+            );
+            // None of them is of use now, and what their streams waited for has ended.
+            assert_eq!([&world, &expert, &data].map(on), [(); 3].map(|()| Some(Err(error.clone()))));
+            let mut values = [1.0];
+            let refused =
+                data.on_devices().expect("two ranks").all_reduce(floats(&mut values), ReduceOp::Sum, STREAM);
+            assert_eq!((refused, values), (Err(error), [1.0]));
+        });
+        let began = Instant::now();
+        while stand_in.calls("ncclCommAbort") < 6 {
+            assert!(began.elapsed() < PATIENCE, "{} of 6 are given up", stand_in.calls("ncclCommAbort"));
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn nccl_is_measured_by_itself_in_turns() {
+        let stand_in = stand_in();
+        let (found, operations) = measured(&devices(&stand_in));
+        assert_eq!(found, expected(Some(1.0)));
+        assert_eq!(operations, found.len() * 12);
+        // On two ranks, half of them bare; each is asked for in four formats and sizes.
+        let expected = 2 * 4 * 12;
+        assert_eq!([stand_in.calls("ncclAllReduce"), stand_in.calls("ncclAllGather")], [expected; 2]);
+        assert_eq!([stand_in.calls("ncclSend"), stand_in.calls("ncclRecv")], [2 * expected; 2]);
     }
 }

@@ -82,6 +82,32 @@ fn a_stopped_rank_is_named_and_the_others_end() {
 }
 
 #[test]
+fn ranks_that_wait_for_their_devices_are_counted_as_waiting() {
+    let mut job = Ranks::start(&[4; 4], &["device", "2"]);
+    let first = job.ended(0);
+    assert_eq!(first.status.code(), Some(75), "{}", stderr(&first));
+    let report = stderr(&first);
+    assert!(
+        report.contains("report: a step of group `world` (its call 1) has not finished for 3"),
+        "{report}"
+    );
+    assert!(report.contains("ranks 0, 1 and 3 wait in it; missing: rank 2 is busy: step 17"), "{report}");
+    for rank in 1..4 {
+        assert_ne!(job.ended(rank).status.code(), Some(0), "rank {rank}");
+    }
+}
+
+#[test]
+fn a_lost_rank_ends_ranks_whose_devices_never_answer() {
+    let mut job = Ranks::start(&[3; 3], &["driver", "2"]);
+    let first = job.ended(0);
+    assert_eq!(first.status.code(), Some(75), "{}", stderr(&first));
+    assert!(stderr(&first).contains("rank 2 (host "), "{}", stderr(&first));
+    assert_eq!(job.ended(1).status.code(), Some(75));
+    assert_ne!(job.ended(2).status.code(), Some(0));
+}
+
+#[test]
 fn a_thread_may_end_the_job() {
     let mut job = Ranks::start(&[3; 3], &["abort"]);
     assert_eq!(job.ended(1).status.code(), Some(75));

@@ -102,11 +102,7 @@ impl Gpu {
     /// # Errors
     /// Whatever keeps the device from running kernels; nothing is compiled yet.
     pub fn open(ordinal: usize) -> Result<Self, CudaError> {
-        // SAFETY: only looks whether a library can be loaded; the driver's initialisers have no requirements.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoDriver);
-        }
-        let count = CudaContext::device_count().map_err(failed("counting devices"))? as usize;
+        let count = Self::count()?;
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }
@@ -133,6 +129,18 @@ impl Gpu {
             kernels: Mutex::default(),
             products: Mutex::default(),
         })
+    }
+
+    /// Devices that the driver sees.
+    ///
+    /// # Errors
+    /// When there is no driver, or it does not answer.
+    pub fn count() -> Result<usize, CudaError> {
+        // SAFETY: only looks whether a library can be loaded; the driver's initialisers have no requirements.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        CudaContext::device_count().map(|count| count as usize).map_err(failed("counting devices"))
     }
 
     /// A stream that waits for the default one, and the default one for it, as long as the process lives.
@@ -223,8 +231,11 @@ impl Gpu {
         unsafe { result::stream::synchronize(stream.0) }.map_err(failed("finishing work"))
     }
 
-    /// Makes this the device of the thread.
-    pub(crate) fn bind(&self) -> Result<(), CudaError> {
+    /// Makes this the device of the thread, for CUDA's runtime too.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn bind(&self) -> Result<(), CudaError> {
         self.context.bind_to_thread().map_err(failed("binding the device"))
     }
 

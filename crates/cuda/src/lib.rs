@@ -26,6 +26,7 @@ mod dispatch;
 mod embedding;
 mod error;
 mod gpu;
+mod mark;
 mod noise;
 mod norm;
 mod optimizer;
@@ -52,6 +53,7 @@ pub use dispatch::{CombineGradients, Slots, combine, combine_backward, dispatch,
 pub use embedding::{LookedUp, Table, embedding, embedding_backward, embedding_workspace};
 pub use error::CudaError;
 pub use gpu::{Gpu, Queue, Stream};
+pub use mark::Mark;
 pub use noise::{Columns, Dropout, NoiseKey, TokenNoise, TokenTensor, dropout, jitter};
 pub use norm::{RmsNorm, RmsNormGradients, rms_norm, rms_norm_backward, rms_norm_workspace};
 pub use optimizer::{

@@ -1,5 +1,8 @@
 //! Devices by their names.
 
+use std::fmt;
+use std::str::FromStr;
+
 use burn::tensor::Device;
 #[cfg(feature = "libtorch")]
 use switchyard_cuda::CudaError;
@@ -50,7 +53,7 @@ pub fn devices() -> Vec<(String, Result<String, DeviceError>)> {
         devices.push(("libtorch".to_owned(), Ok("LibTorch's CPU device".to_owned())));
         for index in 0.. {
             let described =
-                device(&format!("cuda:{index}")).and_then(|_| Ok(crate::torch::gpu(index)?.describe()?));
+                DeviceName::CudaNumber(index).open().and_then(|_| Ok(crate::torch::gpu(index)?.describe()?));
             let none_there =
                 matches!(&described, Err(DeviceError::Gpu(CudaError::NoDevice { .. }))) && index > 0;
             if none_there {
@@ -66,34 +69,104 @@ pub fn devices() -> Vec<(String, Result<String, DeviceError>)> {
     devices
 }
 
-/// The device called `name`: `cpu`, or in builds with LibTorch also `libtorch`, its CPU device, `cuda` and
-/// `cuda:N`.
+/// What `--device` may name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceName {
+    /// `cpu`.
+    Cpu,
+    /// `libtorch`: LibTorch's CPU device.
+    LibTorch,
+    /// `cuda`: the GPU of this process, the first if it is alone.
+    Cuda,
+    /// `cuda:N`.
+    CudaNumber(usize),
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::LibTorch => f.write_str("libtorch"),
+            Self::Cuda => f.write_str("cuda"),
+            Self::CudaNumber(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = DeviceError;
+
+    /// Whether the device is there is not looked for yet.
+    fn from_str(name: &str) -> Result<Self, DeviceError> {
+        let found = match name.split_once(':').map(|(kind, number)| (kind, number.parse::<usize>())) {
+            None if name == "cpu" => Self::Cpu,
+            None if name == "libtorch" => Self::LibTorch,
+            None if name == "cuda" => Self::Cuda,
+            Some(("cuda", Ok(number))) => Self::CudaNumber(number),
+            _ => return Err(DeviceError::Unknown(name.to_owned())),
+        };
+        if found == Self::Cpu || cfg!(feature = "libtorch") {
+            Ok(found)
+        } else {
+            Err(DeviceError::NotInThisBuild(name.to_owned()))
+        }
+    }
+}
+
+impl DeviceName {
+    /// The device.
+    ///
+    /// # Errors
+    /// When this build or this machine does not have it.
+    pub fn open(self) -> Result<Device, DeviceError> {
+        match self {
+            Self::Cpu => Ok(Device::flex()),
+            #[cfg(feature = "libtorch")]
+            Self::LibTorch => Ok(Device::libtorch()),
+            #[cfg(feature = "libtorch")]
+            Self::Cuda => Self::CudaNumber(0).open(),
+            #[cfg(feature = "libtorch")]
+            Self::CudaNumber(number) => {
+                crate::torch::gpu(number)?;
+                if !tch::Cuda::is_available() {
+                    return Err(DeviceError::TorchWithoutCuda);
+                }
+                // Float32 is float32 unless a run says otherwise, whatever the environment has told LibTorch.
+                static TOLD: std::sync::Once = std::sync::Once::new();
+                let mut told = Ok(());
+                TOLD.call_once(|| told = allow_tf32(false));
+                told?;
+                Ok(Device::libtorch_cuda(number))
+            }
+            #[cfg(not(feature = "libtorch"))]
+            name => Err(DeviceError::NotInThisBuild(name.to_string())),
+        }
+    }
+}
+
+/// GPUs that this process sees.
 ///
 /// # Errors
-/// When this build or this machine does not have it.
-pub fn device(name: &str) -> Result<Device, DeviceError> {
-    let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
-    match (kind, index.parse::<usize>()) {
-        ("cpu", Ok(0)) => Ok(Device::flex()),
-        #[cfg(feature = "libtorch")]
-        ("libtorch", Ok(0)) => Ok(Device::libtorch()),
-        #[cfg(feature = "libtorch")]
-        ("cuda", Ok(index)) => {
-            crate::torch::gpu(index)?;
-            if !tch::Cuda::is_available() {
-                return Err(DeviceError::TorchWithoutCuda);
-            }
-            // Float32 is float32 unless a run says otherwise, whatever the environment has told LibTorch.
-            static TOLD: std::sync::Once = std::sync::Once::new();
-            let mut told = Ok(());
-            TOLD.call_once(|| told = allow_tf32(false));
-            told?;
-            Ok(Device::libtorch_cuda(index))
-        }
-        #[cfg(not(feature = "libtorch"))]
-        ("libtorch" | "cuda", Ok(_)) => Err(DeviceError::NotInThisBuild(name.to_owned())),
-        _ => Err(DeviceError::Unknown(name.to_owned())),
+/// When there is no driver for them, or this build has no use for them.
+pub fn gpus() -> Result<usize, DeviceError> {
+    #[cfg(feature = "libtorch")]
+    return Ok(switchyard_cuda::Gpu::count()?);
+    #[cfg(not(feature = "libtorch"))]
+    Err(DeviceError::NotInThisBuild(DeviceName::Cuda.to_string()))
+}
+
+/// Makes a GPU that of the calling thread, as libraries ask for that work on a thread's GPU; other devices need
+/// nothing.
+///
+/// # Errors
+/// When the GPU cannot be used.
+pub fn bind_device(device: &Device) -> Result<(), DeviceError> {
+    #[cfg(feature = "libtorch")]
+    if let Place::Gpu(number) = place_of(device) {
+        crate::torch::gpu(number)?.bind()?;
     }
+    let _ = device;
+    Ok(())
 }
 
 /// Whose memory a device's tensors lie in.
@@ -165,7 +238,8 @@ pub fn allow_tf32(allow: bool) -> Result<(), DeviceError> {
 pub fn test_device() -> Device {
     let default = if cfg!(feature = "libtorch") { "libtorch" } else { "cpu" };
     let name = std::env::var("SWITCHYARD_TEST_DEVICE").unwrap_or_else(|_| default.to_owned());
-    device(&name).unwrap_or_else(|error| panic!("SWITCHYARD_TEST_DEVICE: {error}"))
+    let device = name.parse().and_then(DeviceName::open);
+    device.unwrap_or_else(|error| panic!("SWITCHYARD_TEST_DEVICE: {error}"))
 }
 
 /// How panics begin that come from a GPU: operations inside automatic differentiation cannot return errors.
@@ -192,10 +266,25 @@ mod tests {
 
     #[test]
     fn names_are_those_of_devices_or_errors_that_list_them() {
-        assert!(device("cpu").is_ok());
-        for name in ["gpu", "", "cpu:1", "cuda:x", "cuda:-1"] {
-            let error = device(name).unwrap_err().to_string();
+        assert!(DeviceName::Cpu.open().is_ok());
+        for name in ["gpu", "", "cpu:0", "cpu:1", "libtorch:0", "cuda:", "cuda:x", "cuda:-1"] {
+            let error = name.parse::<DeviceName>().unwrap_err().to_string();
             assert!(error.contains("none of `cpu`"), "{name}: {error}");
+        }
+    }
+
+    #[cfg(feature = "libtorch")]
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for (text, name) in [
+            ("cpu", DeviceName::Cpu),
+            ("libtorch", DeviceName::LibTorch),
+            ("cuda", DeviceName::Cuda),
+            ("cuda:0", DeviceName::CudaNumber(0)),
+            ("cuda:12", DeviceName::CudaNumber(12)),
+        ] {
+            assert_eq!(text.parse::<DeviceName>().unwrap(), name);
+            assert_eq!(name.to_string(), text);
         }
     }
 
@@ -220,7 +309,7 @@ mod tests {
     #[test]
     fn what_another_build_has_is_said() {
         for name in ["libtorch", "cuda", "cuda:3"] {
-            let error = device(name).unwrap_err().to_string();
+            let error = name.parse::<DeviceName>().unwrap_err().to_string();
             assert!(error.contains("--features switchyard-cli/libtorch"), "{name}: {error}");
         }
     }

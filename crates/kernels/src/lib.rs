@@ -17,6 +17,7 @@ mod activation;
 mod attention;
 mod cross_entropy;
 mod device;
+mod device_work;
 mod dispatch;
 mod element;
 mod embedding;
@@ -49,9 +50,10 @@ pub use activation::Activation;
 pub use attention::{Attention, AttentionInputs, Segments, attention};
 pub use cross_entropy::{CrossEntropy, CrossEntropyOutput, HeadLayout, cross_entropy};
 pub use device::{
-    DeviceError, DeviceMemory, Place, allow_tf32, device, device_memory, devices, gpu_failure, place_of,
-    test_device,
+    DeviceError, DeviceMemory, DeviceName, Place, allow_tf32, bind_device, device_memory, devices,
+    gpu_failure, gpus, place_of, test_device,
 };
+pub use device_work::{DeviceMark, device_zeros};
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};
 pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_two};

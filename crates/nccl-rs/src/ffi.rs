@@ -3,6 +3,9 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -164,6 +167,19 @@ impl Api {
 
     pub(crate) fn version(&self) -> Version {
         self.version
+    }
+
+    /// The file that holds the functions.
+    pub(crate) fn file(&self) -> Option<PathBuf> {
+        let mut found = MaybeUninit::<libc::Dl_info>::zeroed();
+        let inside = self.functions.get_unique_id as *const c_void;
+        // SAFETY: the system looks the address up and writes one description.
+        let known = unsafe { libc::dladdr(inside, found.as_mut_ptr()) } != 0;
+        // SAFETY: zeros are valid in it, and the text lives as long as the library, which is never unloaded.
+        let name = unsafe { found.assume_init() }.dli_fname;
+        // SAFETY: as above; it is null or ends with a zero byte.
+        let name = (known && !name.is_null()).then(|| unsafe { CStr::from_ptr(name) })?;
+        Some(PathBuf::from(OsStr::from_bytes(name.to_bytes())))
     }
 
     pub(crate) fn unique_id(&self) -> Result<[u8; UniqueId::BYTES], Failure> {

@@ -86,6 +86,11 @@ impl Library {
         &self.origin
     }
 
+    /// The file that it was loaded from, where the system can tell.
+    pub fn file(&self) -> Option<PathBuf> {
+        self.api.file()
+    }
+
     /// Whether it is new enough for `feature`.
     pub fn supports(&self, feature: Feature) -> bool {
         self.require(feature).is_ok()

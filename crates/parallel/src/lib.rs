@@ -4,6 +4,7 @@
 //! ranks that split a matrix ([`SplitTensors`]), gradients travel to the owner of each matrix and
 //! its new values back ([`OwnerExchange`]). An axis of size 1 costs no communication.
 
+mod bench;
 mod dispatcher;
 mod exchange;
 mod failure;
@@ -12,10 +13,11 @@ mod on_devices;
 mod split_tensors;
 mod sums;
 
+pub use bench::{device_time, measure_collectives};
 pub use dispatcher::AllToAllDispatcher;
 pub use exchange::{Owned, OwnerExchange, Unit};
 pub use failure::Failure;
 pub use mesh::{Agreement, Mesh, agree, gather_text};
-pub use on_devices::world_on;
+pub use on_devices::{WorldError, devices_of, world_on};
 pub use split_tensors::SplitTensors;
 pub use sums::{Gradients, SumFormats};

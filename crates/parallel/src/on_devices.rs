@@ -4,22 +4,53 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use switchyard_comm::{
-    CommError, Communicator, DeviceSlice, DeviceStream, Devices, ElementType, with_devices,
+    CommError, Communicator, DeviceSlice, DeviceStream, Devices, DevicesError, ElementType, with_devices,
 };
-use switchyard_kernels::{DeviceFormat, DeviceValues, Place, place_of};
+use switchyard_kernels::{DeviceFormat, DeviceValues, Place, bind_device, place_of};
 
-/// `world` for ranks that compute on `device`: those with LibTorch's CPU device exchange activations where it
-/// has them, others through slices of main memory.
+/// Ranks that cannot exchange what is on their devices.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorldError {
+    /// Not from this machine, or with this build.
+    #[error("{0}")]
+    Devices(#[from] DevicesError),
+    /// They do not meet.
+    #[error("{0}")]
+    Comm(#[from] CommError),
+}
+
+/// Through what several ranks that compute on `device` exchange what lies there: LibTorch's CPU device has main
+/// memory, GPUs have NCCL. `None` for those that exchange slices of main memory in any case.
+///
+/// # Errors
+/// [`DevicesError`] for GPUs without NCCL.
+pub fn devices_of(device: &Device) -> Result<Option<Devices>, DevicesError> {
+    match place_of(device) {
+        Place::Host => Ok(None),
+        Place::LibTorch => Ok(Some(Devices::MainMemory)),
+        Place::Gpu(_) => {
+            let device = device.clone();
+            let bind = move || bind_device(&device).map_err(|error| error.to_string());
+            Devices::gpus(Arc::new(bind)).map(Some)
+        }
+    }
+}
+
+/// `world` for ranks that compute on `device`, each on its own if it is a GPU. Alone a rank needs nothing.
 ///
 /// # Collective
 /// Over `world`; all ranks compute on devices of one kind.
 ///
 /// # Errors
 /// When the ranks cannot.
-pub fn world_on(world: Arc<dyn Communicator>, device: &Device) -> Result<Arc<dyn Communicator>, CommError> {
-    match place_of(device) {
-        Place::LibTorch => with_devices(world, &Devices::MainMemory),
-        Place::Host | Place::Gpu(_) => Ok(world),
+pub fn world_on(world: Arc<dyn Communicator>, device: &Device) -> Result<Arc<dyn Communicator>, WorldError> {
+    if world.size() == 1 {
+        return Ok(world);
+    }
+    match devices_of(device)? {
+        Some(devices) => Ok(with_devices(world, &devices)?),
+        None => Ok(world),
     }
 }
 

@@ -9,24 +9,24 @@ mod generate;
 mod layer;
 mod step;
 
-use burn::tensor::Device;
 use switchyard_comm::Choice;
+use switchyard_kernels::DeviceName;
 
 use crate::Outcome;
 use crate::args::{BenchCommand, Verbosity};
 
 pub(crate) fn run(
     command: &BenchCommand,
-    device: &Device,
+    device: DeviceName,
     launcher: Choice,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
     match command {
         BenchCommand::Step(arguments) => step::run(arguments, device, launcher),
-        BenchCommand::Layer(arguments) => layer::run(arguments, device),
+        BenchCommand::Layer(arguments) => layer::run(arguments, &device.open()?),
         BenchCommand::Gemm(arguments) => gemm::run(arguments),
         BenchCommand::Collectives { mebibytes, rounds, json } => {
-            collectives::run(mebibytes, *rounds, *json, launcher)
+            collectives::run(mebibytes, *rounds, *json, device, launcher)
         }
         BenchCommand::Dispatch { tokens, d_model, experts, json } => {
             dispatch::run(*tokens, *d_model, experts, *json, device, launcher)
@@ -34,7 +34,7 @@ pub(crate) fn run(
         BenchCommand::Data { config, set, json } => data::run(config, set, *json, verbosity),
         BenchCommand::Checkpoint(arguments) => checkpoint::run(arguments),
         BenchCommand::Generate { preset, batch, inputs_length, new_tokens, json } => {
-            generate::run(preset, *batch, *inputs_length, *new_tokens, *json, device)
+            generate::run(preset, *batch, *inputs_length, *new_tokens, *json, &device.open()?)
         }
     }
 }

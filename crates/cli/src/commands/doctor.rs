@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use switchyard_comm::{Choice, Communicator, ReduceOp};
+use switchyard_comm::{Choice, Communicator, DevicesError, ReduceOp, nccl_version};
 use switchyard_kernels::{CpuPath, devices};
 use switchyard_parallel::gather_text;
 
@@ -52,11 +52,21 @@ fn examine(job: &Job) -> anyhow::Result<Value> {
         "vector_instructions": vector_instructions(),
         "matrix_products": CpuPath::best().name(),
         "mpi": cfg!(feature = "mpi"),
+        "nccl": nccl(),
         "backend": job.world().backend(),
         "library": job.world().library(),
         "transport": if job.ranks() > 1 { transport(world)? } else { Value::Null },
         "ranks": ranks,
     }))
+}
+
+/// The NCCL of this machine, or why it cannot be used; null in builds without.
+fn nccl() -> Value {
+    match nccl_version() {
+        Ok(version) => json!({"what": version}),
+        Err(DevicesError::NotInThisBuild) => Value::Null,
+        Err(error) => json!({"unusable": error.to_string()}),
+    }
 }
 
 /// How fast a short and a long message travel, and what the user has told Open MPI of the way.
@@ -91,12 +101,15 @@ fn show(found: &Value) -> anyhow::Result<()> {
     let row = |name: &str, text: String| output::line(format!("{name:<12} {text}"));
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     row("version", text(&found["version"]))?;
+    let usable = |part: &Value| match part["what"].as_str() {
+        Some(what) => what.to_owned(),
+        None => format!("not usable: {}", text(&part["unusable"])),
+    };
     for device in found["devices"].as_array().map_or(&[][..], Vec::as_slice) {
-        let what = match device["what"].as_str() {
-            Some(what) => what.to_owned(),
-            None => format!("not usable: {}", text(&device["unusable"])),
-        };
-        row("device", format!("{}: {what}", text(&device["name"])))?;
+        row("device", format!("{}: {}", text(&device["name"]), usable(device)))?;
+    }
+    if !found["nccl"].is_null() {
+        row("NCCL", usable(&found["nccl"]))?;
     }
     row("vectors", text(&found["vector_instructions"]))?;
     row("products", text(&found["matrix_products"]))?;

@@ -9,6 +9,7 @@ use switchyard_config::plan::{DataPlan, SourcePlan};
 use switchyard_config::resolve_str;
 use switchyard_data::span_corruption::ChunkLengths;
 use switchyard_data::{DataSet, HostBatch, Tokenizer};
+use switchyard_kernels::DeviceName;
 use switchyard_train::evaluate::{Evaluation, EvaluationRules, evaluate};
 
 use super::model_directory::LoadedModel;
@@ -21,13 +22,15 @@ use crate::report::in_options;
 
 pub(crate) fn run(
     arguments: &EvalArguments,
-    device: &Device,
+    device: DeviceName,
     launcher: Choice,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
     let job = Job::join(launcher, TIMEOUT)?;
     let first = job.is_first();
-    let evaluated = evaluate_together(arguments, device, job.verbosity(verbosity), &job);
+    let verbosity = job.verbosity(verbosity);
+    let evaluated =
+        job.device(device).and_then(|device| evaluate_together(arguments, &device, verbosity, &job));
     let mut result = None;
     let outcome = job.end(evaluated.map(|evaluation| {
         result = Some(evaluation);

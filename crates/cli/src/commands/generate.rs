@@ -4,6 +4,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use switchyard_checkpoint::open_model;
 use switchyard_comm::Choice;
+use switchyard_kernels::DeviceName;
 
 use super::fill::Filler;
 use super::model_directory::LoadedModel;
@@ -17,11 +18,11 @@ const ROWS_AT_ONCE: usize = 32;
 
 pub(crate) fn run(
     arguments: &GenerateArguments,
-    device: &Device,
+    device: DeviceName,
     launcher: Choice,
 ) -> anyhow::Result<Outcome> {
     let job = Job::join(launcher, TIMEOUT)?;
-    let generated = generate_together(arguments, device, &job);
+    let generated = job.device(device).and_then(|device| generate_together(arguments, &device, &job));
     job.end(generated.map(|()| Outcome::Done))
 }
 

@@ -16,8 +16,8 @@ mod tokenizer;
 mod train;
 mod verify;
 
-use burn::tensor::Device;
 use switchyard_comm::Choice;
+use switchyard_kernels::DeviceName;
 
 use crate::Outcome;
 use crate::args::{Command, Verbosity};
@@ -26,7 +26,7 @@ use crate::logging;
 /// Runs one command.
 pub(crate) fn run(
     command: &Command,
-    device: &Device,
+    device: DeviceName,
     launcher: Choice,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
@@ -38,7 +38,7 @@ pub(crate) fn run(
         Command::Eval(arguments) => eval::run(arguments, device, launcher, verbosity),
         Command::Generate(arguments) => generate::run(arguments, device, launcher),
         Command::Export(arguments) => export::run(arguments),
-        Command::Verify(arguments) => verify::run(arguments, device),
+        Command::Verify(arguments) => verify::run(arguments, &device.open()?),
         Command::Data(command) => data::run(command, verbosity),
         Command::Tokenizer(command) => tokenizer::run(command, verbosity),
         Command::Check(arguments) => check::run(arguments, verbosity),

@@ -11,7 +11,7 @@ use switchyard_checkpoint::open_model;
 use switchyard_comm::Choice;
 use switchyard_config::{ConfigError, MemorySummary, MeshShape, Resolved, RunPlan, rank_memory, resolve};
 use switchyard_data::DataSet;
-use switchyard_kernels::{allow_tf32, device_memory};
+use switchyard_kernels::{DeviceName, allow_tf32, device_memory};
 use switchyard_parallel::Mesh;
 use switchyard_train::{
     EvalRecord, Observer, Resume, RunDirectory, StepRecord, TrainOptions, TrainOutcome,
@@ -30,7 +30,7 @@ const PROMPT_TOKENS: usize = 64;
 
 pub(crate) fn run(
     arguments: &TrainArguments,
-    device: &Device,
+    device: DeviceName,
     launcher: Choice,
     verbosity: Verbosity,
 ) -> anyhow::Result<Outcome> {
@@ -53,7 +53,7 @@ pub(crate) fn run(
     }))?;
     // The other ranks are not needed for what comes after training, and must not wait for it.
     if let (true, Some(trained)) = (first, &ended) {
-        finish(trained, device)?;
+        finish(trained)?;
     }
     Ok(outcome)
 }
@@ -61,6 +61,7 @@ pub(crate) fn run(
 /// A run that came to its end, or was interrupted.
 struct Trained {
     plan: RunPlan,
+    device: Device,
     root: PathBuf,
     outcome: TrainOutcome,
 }
@@ -69,7 +70,7 @@ struct Trained {
 fn train_together(
     arguments: &TrainArguments,
     resolved: Result<Resolved, ConfigError>,
-    device: &Device,
+    device: DeviceName,
     verbosity: Verbosity,
     job: &Job,
 ) -> anyhow::Result<Trained> {
@@ -77,7 +78,8 @@ fn train_together(
     let plan = &resolved.plan;
     refuse_different_runs(&**job.communicator(), plan, env!("CARGO_PKG_VERSION")).map_err(of_all_ranks)?;
     let shape = job.agree(MeshShape::of(plan, job.ranks(), &resolved.provenance).map_err(Into::into))?;
-    let mesh = Arc::new(Mesh::new(job.communicator_on(device)?, shape, plan.comm.deterministic)?);
+    let device = job.device(device)?;
+    let mesh = Arc::new(Mesh::new(job.communicator_on(&device)?, shape, plan.comm.deterministic)?);
     job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
     let opened = job.agree(resume(&arguments.resume).and_then(|resume| {
@@ -112,12 +114,12 @@ fn train_together(
     let mut watched = Watched {
         screen: Screen::new(plan, &data, verbosity.quiet, shape),
         job,
-        device,
+        device: &device,
         planned_memory: rank_memory(plan, shape, job.rank()),
         told_peak: 0,
     };
     let outcome = train(plan, &data, &options, &mut watched).map_err(of_all_ranks)?;
-    Ok(Trained { plan: resolved.plan, root, outcome })
+    Ok(Trained { plan: resolved.plan, device, root, outcome })
 }
 
 /// What `--resume` asks for: of a run that is named, its newest checkpoint.
@@ -160,8 +162,8 @@ fn stopped(outcome: &TrainOutcome, again: &str) -> Option<String> {
 }
 
 /// How good the model became, where everything is and what to do next.
-fn finish(trained: &Trained, device: &Device) -> anyhow::Result<()> {
-    let Trained { plan, root, outcome } = trained;
+fn finish(trained: &Trained) -> anyhow::Result<()> {
+    let Trained { plan, device, root, outcome } = trained;
     let Some(checkpoint) = &outcome.checkpoint else { return Ok(()) };
     if let Some(record) = &outcome.evaluation {
         show_evaluation(record)?;

@@ -3,13 +3,14 @@
 mod main_memory;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod siblings;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-#[cfg(feature = "nccl")]
 use std::time::Duration;
 
+use self::siblings::{DeviceGroup, Siblings};
 use crate::buffer::{Buffer, BufferMut, ElementType};
 use crate::communicator::{Communicator, ReduceOp};
 use crate::error::CommError;
@@ -128,6 +129,20 @@ pub trait DeviceCommunicator: fmt::Debug + Send + Sync {
     /// # Panics
     /// When a piece is for a rank that the group does not have.
     fn exchange(&self, sends: &[Piece], receives: &[Piece], stream: DeviceStream) -> Result<(), CommError>;
+
+    /// Asks whether the devices have met a fault in the background, after which operations never end.
+    /// [`Communicator::wait_for`] does so for all groups of a job.
+    fn check(&self) -> Result<(), CommError>;
+}
+
+/// What ranks on GPUs do to have the calling thread's work on theirs; the error is what keeps them from it.
+pub type Bind = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+/// The library beneath, without anything of ours between, to compare speeds with.
+pub(crate) trait Bare {
+    fn all_reduce(&self, values: DeviceSlice, stream: DeviceStream) -> Result<(), CommError>;
+    fn all_to_all(&self, from: DeviceSlice, to: DeviceSlice, stream: DeviceStream) -> Result<(), CommError>;
+    fn all_gather(&self, from: DeviceSlice, to: DeviceSlice, stream: DeviceStream) -> Result<(), CommError>;
 }
 
 /// What the devices of a job are.
@@ -142,10 +157,71 @@ pub enum Devices {
         /// NCCL itself.
         library: nccl_rs::Library,
         /// Makes the rank's GPU the current one of the thread that calls it.
-        bind: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
-        /// How long the ranks may take to meet.
-        timeout: Duration,
+        bind: Bind,
     },
+}
+
+/// Devices that ranks cannot exchange between here.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DevicesError {
+    /// There is no NCCL in this build.
+    #[error(
+        "several ranks on GPUs exchange through NCCL, which this build does without; build with \
+         `--features switchyard-cli/libtorch`, see docs/gpu.md"
+    )]
+    NotInThisBuild,
+    /// There is no NCCL on this machine that would do.
+    #[cfg(feature = "nccl")]
+    #[error("several ranks on GPUs exchange through NCCL: {0}")]
+    Nccl(#[from] nccl_rs::Error),
+}
+
+impl Devices {
+    /// GPUs that exchange through the NCCL that is loaded already, with LibTorch mostly, or that is found.
+    ///
+    /// # Errors
+    /// [`DevicesError`], where there is none.
+    pub fn gpus(bind: Bind) -> Result<Self, DevicesError> {
+        #[cfg(feature = "nccl")]
+        return Ok(Self::Nccl { library: nccl_rs::Library::load()?, bind });
+        #[cfg(not(feature = "nccl"))]
+        {
+            let _ = bind;
+            Err(DevicesError::NotInThisBuild)
+        }
+    }
+
+    /// The library among the ranks of `group`, where there is one.
+    ///
+    /// # Collective
+    /// Over `group`.
+    pub(crate) fn bare(&self, group: &dyn Communicator) -> Result<Option<Box<dyn Bare>>, CommError> {
+        match self {
+            #[cfg(feature = "nccl")]
+            Self::Nccl { library, bind } => Ok(Some(Box::new(nccl::Bare::join(group, library, bind)?))),
+            Self::MainMemory => {
+                let _ = group;
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Version and file of the NCCL that ranks on GPUs would exchange through here.
+///
+/// # Errors
+/// [`DevicesError`], where there is none.
+pub fn nccl_version() -> Result<String, DevicesError> {
+    #[cfg(feature = "nccl")]
+    {
+        let library = nccl_rs::Library::load()?;
+        let file =
+            library.file().map_or_else(|| library.origin().to_string(), |file| file.display().to_string());
+        Ok(format!("{}, {file}", library.version()))
+    }
+    #[cfg(not(feature = "nccl"))]
+    Err(DevicesError::NotInThisBuild)
 }
 
 impl fmt::Debug for Devices {
@@ -160,6 +236,8 @@ impl fmt::Debug for Devices {
 
 /// `group`, and all groups split from it, with collectives on its ranks' devices. A group of one has none.
 ///
+/// Where a device has recorded operations of a group to repeat them, the recording goes before the group.
+///
 /// # Collective
 /// Over `group`.
 ///
@@ -169,17 +247,25 @@ pub fn with_devices(
     group: Arc<dyn Communicator>,
     devices: &Devices,
 ) -> Result<Arc<dyn Communicator>, CommError> {
+    joined(group, devices, &Arc::default())
+}
+
+fn joined(
+    group: Arc<dyn Communicator>,
+    devices: &Devices,
+    siblings: &Arc<Siblings>,
+) -> Result<Arc<dyn Communicator>, CommError> {
     if group.size() == 1 {
         return Ok(group);
     }
-    let on_devices: Box<dyn DeviceCommunicator> = match devices {
-        Devices::MainMemory => Box::new(main_memory::MainMemory::new(Arc::clone(&group))),
+    let on_devices: Arc<dyn DeviceGroup> = match devices {
+        Devices::MainMemory => Arc::new(main_memory::MainMemory::new(Arc::clone(&group))),
         #[cfg(feature = "nccl")]
-        Devices::Nccl { library, bind, timeout } => {
-            Box::new(nccl::Nccl::join(&*group, library, bind, *timeout)?)
-        }
+        Devices::Nccl { library, bind } => Arc::new(nccl::Nccl::join(Arc::clone(&group), library, bind)?),
     };
-    Ok(Arc::new(WithDevices { group, devices: devices.clone(), on_devices }))
+    siblings.add(&on_devices);
+    let (devices, siblings) = (devices.clone(), Arc::clone(siblings));
+    Ok(Arc::new(WithDevices { group, devices, on_devices, siblings }))
 }
 
 /// A group of processes, and the same ranks' group of devices.
@@ -187,7 +273,8 @@ pub fn with_devices(
 struct WithDevices {
     group: Arc<dyn Communicator>,
     devices: Devices,
-    on_devices: Box<dyn DeviceCommunicator>,
+    on_devices: Arc<dyn DeviceGroup>,
+    siblings: Arc<Siblings>,
 }
 
 impl Communicator for WithDevices {
@@ -201,6 +288,10 @@ impl Communicator for WithDevices {
 
     fn label(&self) -> &str {
         self.group.label()
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.group.timeout()
     }
 
     fn barrier(&self) -> Result<(), CommError> {
@@ -252,7 +343,11 @@ impl Communicator for WithDevices {
     }
 
     fn split(&self, color: usize, label: &str) -> Result<Arc<dyn Communicator>, CommError> {
-        with_devices(self.group.split(color, label)?, &self.devices)
+        joined(self.group.split(color, label)?, &self.devices, &self.siblings)
+    }
+
+    fn wait_for(&self, what: &'static str, done: &mut dyn FnMut() -> bool) -> Result<(), CommError> {
+        self.siblings.watch(&*self.group, what, done)
     }
 
     fn on_devices(&self) -> Option<&dyn DeviceCommunicator> {

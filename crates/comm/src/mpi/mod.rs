@@ -10,6 +10,7 @@ use mpi::environment::Universe;
 use crate::cards::{Cards, ENDING};
 use crate::communicator::Communicator;
 use crate::error::CommError;
+use crate::exit::end_process;
 use crate::group::{Group, Shared};
 use crate::mpi::raw::Handle;
 use crate::watchdog::Watchdog;
@@ -51,7 +52,7 @@ impl Job {
             return Err(StartError::NoThreads);
         }
         let handle = Handle::world().map_err(StartError::Library)?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { timeout: options.timeout, ..Shared::default() });
         let world = Arc::new(Group::world(Arc::clone(&shared), handle));
         check_size(world.size())?;
         let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown".to_owned());
@@ -104,9 +105,9 @@ fn end_all(code: i32) -> ! {
         // Should the library hang, this process ends on its own, and the launcher ends the others.
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_secs(5));
-            std::process::exit(code);
+            end_process(code);
         });
         raw::abort(code);
     }
-    std::process::exit(code)
+    end_process(code)
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use crate::cards::{Cards, ENDING};
 use crate::communicator::Communicator;
 use crate::error::CommError;
+use crate::exit::end_process;
 use crate::group::{Group, Shared};
 use crate::launcher::Meeting;
 use crate::tcp::connections::Connections;
@@ -29,7 +30,7 @@ pub(crate) struct Job {
 impl Job {
     /// Meets the other ranks and starts the watchdog.
     pub(crate) fn start(meeting: &Meeting, options: StartOptions) -> Result<Self, StartError> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { timeout: options.timeout, ..Shared::default() });
         let connections = rendezvous::meet(meeting).map_err(StartError::Rendezvous)?;
         let world = Arc::new(Group::world(Arc::clone(&shared), connections));
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -69,5 +70,5 @@ impl Job {
 /// Ends this process; its connections end with it, which ends the others.
 fn end(code: i32) -> ! {
     ENDING.store(true, Ordering::Release);
-    std::process::exit(code)
+    end_process(code)
 }

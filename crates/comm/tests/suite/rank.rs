@@ -70,6 +70,19 @@ fn main() -> ExitCode {
             }
         }),
         "elsewhere" => elsewhere(&world, is_chosen),
+        "device" => steps(&world, || match is_chosen {
+            true => thread::sleep(TIMEOUT * 10),
+            false => world.communicator().wait_for("a step", &mut || false).expect("it ends before"),
+        }),
+        // A rank is lost while the others wait for a device whose driver would also keep a program from ending.
+        "driver" => {
+            // SAFETY: the function can be called at any time.
+            assert_eq!(unsafe { libc::atexit(driver) }, 0);
+            steps(&world, || match is_chosen {
+                true => signal("KILL"),
+                false => world.communicator().wait_for("a step", &mut || false).expect("it ends before"),
+            });
+        }
         "return-early" if is_chosen => std::process::exit(75),
         "return-early" => steps(&world, || {}),
         other => panic!("no scenario {other}"),
@@ -116,6 +129,13 @@ fn elsewhere(world: &World, is_chosen: bool) {
     let pair = comm.split(comm.rank() / 2, "pair").expect("all come");
     let group: &dyn Communicator = if is_chosen { &*pair } else { &**comm };
     group.barrier().expect("it ends before");
+}
+
+/// Waits for a device that does not answer.
+extern "C" fn driver() {
+    loop {
+        thread::park();
+    }
 }
 
 fn signal(name: &str) {

@@ -32,7 +32,12 @@ pub(crate) fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
 /// # Panics
 /// When the GPU cannot run kernels, which [`crate::device`] checks before.
 pub(crate) fn queue(tensor: &Tensor) -> Option<Queue<'static>> {
-    let Device::Cuda(index) = tensor.device() else { return None };
+    queue_of(tensor.device())
+}
+
+/// Where LibTorch puts work for `device` now.
+pub(crate) fn queue_of(device: Device) -> Option<Queue<'static>> {
+    let Device::Cuda(index) = device else { return None };
     let gpu = gpu(index).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
     Some(Queue { gpu, stream: current_stream(index) })
 }

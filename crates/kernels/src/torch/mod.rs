@@ -32,12 +32,12 @@ use burn_tch::TchTensor;
 use tch::Kind;
 
 pub(crate) use feed_forward::places;
-pub(crate) use gpu::gpu;
+pub(crate) use gpu::{gpu, started};
 pub(crate) use recording::exchanged;
 pub(crate) use route::route;
 
 use crate::cross_entropy::HeadLayout;
-use crate::host::ValuesMut;
+use crate::host::{DeviceFormat, ValuesMut};
 use crate::operation::Substrate;
 
 const ONE_DEVICE: &str = "all tensors of an operation lie on one device";
@@ -59,6 +59,22 @@ pub(crate) fn place(device: &Device) -> Option<tch::Device> {
         DispatchDevice::LibTorch(device) => Some((*device).into()),
         _ => None,
     }
+}
+
+/// A mark behind the work of a GPU; `None` for other devices.
+pub(crate) fn mark(device: &Device) -> Option<switchyard_cuda::Mark> {
+    Some(started(switchyard_cuda::Mark::after(gpu::queue_of(place(device)?)?)))
+}
+
+/// [`crate::device_zeros`].
+pub(crate) fn zeros(device: &Device, len: usize, format: DeviceFormat) -> Option<update::DeviceValues> {
+    let kind = match format {
+        DeviceFormat::F32 => Kind::Float,
+        DeviceFormat::Bf16 => Kind::BFloat16,
+        DeviceFormat::I32 => Kind::Int,
+    };
+    let zeros = tch::Tensor::zeros([len as i64], (kind, place(device)?));
+    Some(update::DeviceValues::there(&TchTensor::new(zeros)))
 }
 
 pub(crate) fn integers<const D: usize>(tensor: &Tensor<D, Int>) -> TchTensor {

@@ -11,11 +11,12 @@ use tempfile::TempDir;
 use crate::stub::{LONG, Stub, build, lend};
 
 #[test]
-fn a_library_tells_its_version_and_origin() {
+fn a_library_tells_its_version_origin_and_file() {
     let stub = Stub::of(Version::new(2, 30, 7));
     let library = stub.library();
     assert_eq!(library.version(), Version::new(2, 30, 7));
     assert_eq!(library.origin(), &Origin::Path(stub.file.clone()));
+    assert_eq!(library.file(), Some(stub.file.clone()));
     assert!(
         format!("{library:?}").starts_with("Library { version: Version { major: 2, minor: 30, patch: 7 }")
     );

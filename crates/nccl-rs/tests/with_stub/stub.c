@@ -62,12 +62,13 @@ typedef struct Clique {
 struct Comm {
     Clique *clique;
     int rank, blocking, aborted, working, state, finalized;
+    const char *name;
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static Clique *cliques;
-static char last_error[1024];
+static char last_error[1024], warning[512], async_name[64];
 static Config last_config;
 
 static int version = 22809, endless, async_error, forced_blocking = -1;
@@ -88,7 +89,21 @@ static int slot_of(const char *name) {
 
 void stub_set_version(int code) { version = code; }
 void stub_set_endless(int on) { pthread_mutex_lock(&lock); endless = on; pthread_mutex_unlock(&lock); }
-void stub_set_async_error(int code) { pthread_mutex_lock(&lock); async_error = code; pthread_mutex_unlock(&lock); }
+
+// For communicators of this name, all without one.
+void stub_set_async_error(int code, const char *name) {
+    pthread_mutex_lock(&lock);
+    async_error = code;
+    snprintf(async_name, sizeof async_name, "%s", name ? name : "");
+    pthread_mutex_unlock(&lock);
+}
+
+// What calls that fail say.
+void stub_set_warning(const char *text) {
+    pthread_mutex_lock(&lock);
+    snprintf(warning, sizeof warning, "%s", text);
+    pthread_mutex_unlock(&lock);
+}
 
 // As NCCL_COMM_BLOCKING, which overrules configurations. A variable would be one for all tests of the process.
 void stub_set_blocking(int on) { pthread_mutex_lock(&lock); forced_blocking = on; pthread_mutex_unlock(&lock); }
@@ -133,7 +148,8 @@ static int called(const char *name) {
     int at = slot_of(name);
     functions[at].calls++;
     int answer = functions[at].answer;
-    if (answer && answer != IN_PROGRESS) snprintf(last_error, sizeof last_error, "%s was told to fail", name);
+    if (answer && answer != IN_PROGRESS)
+        snprintf(last_error, sizeof last_error, "%s%s", warning[0] ? warning : name, warning[0] ? "" : " was told to fail");
     pthread_mutex_unlock(&lock);
     return answer;
 }
@@ -491,6 +507,7 @@ int ncclCommInitRankConfig(Comm **made, int size, Id id, int rank, void *config)
     }
     if (clique->size != size) answer = INVALID_ARGUMENT;
     Comm *comm = answer ? NULL : new_comm(clique, rank, last_config.blocking);
+    if (comm) comm->name = last_config.comm_name;
     pthread_mutex_unlock(&lock);
     if (!comm) return answer;
     comm->working = 1;
@@ -553,7 +570,8 @@ int ncclCommAbort(Comm *comm) {
 int ncclCommGetAsyncError(Comm *comm, int *state) {
     CALLED();
     pthread_mutex_lock(&lock);
-    *state = endless ? IN_PROGRESS : async_error ? async_error : comm->state;
+    int meant = !async_name[0] || (comm->name && !strcmp(comm->name, async_name));
+    *state = endless ? IN_PROGRESS : async_error && meant ? async_error : comm->state;
     pthread_mutex_unlock(&lock);
     return SUCCESS;
 }

@@ -106,7 +106,10 @@ impl Stub {
     /// Lets communicators meet this fault in the background.
     pub(crate) fn set_async_error(&self, answer: c_int) {
         // SAFETY: the type is that of `stub.c`.
-        unsafe { self.function::<unsafe extern "C" fn(c_int)>("stub_set_async_error")(answer) }
+        unsafe {
+            let set = self.function::<unsafe extern "C" fn(c_int, *const c_char)>("stub_set_async_error");
+            set(answer, std::ptr::null());
+        }
     }
 
     /// Groups that this thread has open.

@@ -1,51 +1,81 @@
-//! Collectives of the ranks of a job, beside those of the MPI library.
+//! Collectives of the ranks of a job, in main memory beside those of the MPI library, on GPUs beside NCCL's.
 
-use switchyard_comm::Choice;
+use anyhow::Context;
+use burn::tensor::Device;
 use switchyard_comm::bench::Measurement;
 #[cfg(not(feature = "mpi"))]
 use switchyard_comm::bench::collectives;
 #[cfg(feature = "mpi")]
 use switchyard_comm::bench::collectives_beside_bare;
+use switchyard_comm::{Choice, ElementType, nccl_version};
+use switchyard_kernels::{DeviceName, Place, place_of};
+use switchyard_parallel::measure_collectives;
 
 use crate::Outcome;
 use crate::commands::output;
 use crate::job::{Job, TIMEOUT};
 
-pub(crate) fn run(mebibytes: &[f64], rounds: usize, json: bool, launcher: Choice) -> anyhow::Result<Outcome> {
+pub(crate) fn run(
+    mebibytes: &[f64],
+    rounds: usize,
+    json: bool,
+    device: DeviceName,
+    launcher: Choice,
+) -> anyhow::Result<Outcome> {
     let job = Job::join(launcher, TIMEOUT)?;
-    let measured = measure(&job, mebibytes, rounds, json);
+    let bytes: Vec<usize> = mebibytes.iter().map(|size| (size * 1024.0 * 1024.0) as usize).collect();
+    let measured = job.device(device).and_then(|device| {
+        let measured = measure(&job, &device, &bytes, rounds)?;
+        if job.is_first() { show(&job, &device, &measured, json) } else { Ok(()) }
+    });
     job.end(measured.map(|()| Outcome::Done))
 }
 
-fn measure(job: &Job, mebibytes: &[f64], rounds: usize, json: bool) -> anyhow::Result<()> {
-    let bytes: Vec<usize> = mebibytes.iter().map(|size| (size * 1024.0 * 1024.0) as usize).collect();
-    #[cfg(feature = "mpi")]
-    let measured = collectives_beside_bare(job.world(), &bytes, rounds)?;
-    #[cfg(not(feature = "mpi"))]
-    let measured = collectives(&**job.communicator(), &bytes, rounds)?;
-    if !job.is_first() {
-        return Ok(());
+fn measure(job: &Job, device: &Device, bytes: &[usize], rounds: usize) -> anyhow::Result<Vec<Measurement>> {
+    if place_of(device) != Place::Host {
+        let world = job.communicator_on(device)?;
+        let measured = measure_collectives(&*world, device, bytes, rounds)?;
+        return measured.context("one device has no other to exchange with; start several ranks");
     }
+    #[cfg(feature = "mpi")]
+    let measured = collectives_beside_bare(job.world(), bytes, rounds)?;
+    #[cfg(not(feature = "mpi"))]
+    let measured = collectives(&**job.communicator(), bytes, rounds)?;
+    Ok(measured)
+}
+
+fn show(job: &Job, device: &Device, measured: &[Measurement], json: bool) -> anyhow::Result<()> {
+    let format = |element| if element == ElementType::Bf16 { "bf16" } else { "f32" };
     if json {
-        let rows = measured.iter().map(|Measurement { operation, bytes, seconds, bare_seconds }| {
+        let rows = measured.iter().map(|found| {
             serde_json::json!({
-                "operation": operation, "ranks": job.ranks(), "bytes": bytes,
-                "median_ms": seconds * 1e3, "bare_ms": bare_seconds.map(|seconds| seconds * 1e3),
+                "operation": found.operation, "ranks": found.ranks, "format": format(found.element),
+                "bytes": found.bytes, "median_ms": found.seconds * 1e3,
+                "bare_ms": found.bare_seconds.map(|seconds| seconds * 1e3),
+                "algorithm_gb_per_s": found.algorithm_gb_per_s(), "bus_gb_per_s": found.bus_gb_per_s(),
             })
         });
         return output::json(&rows.collect::<Vec<_>>());
     }
-    let (backend, library) = (job.world().backend(), job.world().library());
-    output::line(format!("{} ranks, {backend} ({library})", job.ranks()))?;
-    for Measurement { operation, bytes, seconds, bare_seconds } in measured {
-        let rate = bytes as f64 / seconds / 1e9;
-        let beside = bare_seconds.map_or(String::new(), |bare| {
-            format!("; the library's own {:.3} ms: {:.0} % of its speed", bare * 1e3, bare / seconds * 100.0)
+    let way = match place_of(device) {
+        Place::Gpu(_) => format!("on GPUs, NCCL {}", nccl_version()?),
+        Place::LibTorch => format!("in LibTorch's main memory, {}", job.world().backend()),
+        Place::Host => format!("{} ({})", job.world().backend(), job.world().library()),
+    };
+    output::line(format!("{} ranks, {way}", job.ranks()))?;
+    for found in measured {
+        let beside = found.bare_seconds.map_or(String::new(), |bare| {
+            let share = bare / found.seconds * 100.0;
+            format!("; the library's own {:.3} ms: {share:.0} % of its speed", bare * 1e3)
         });
-        let size = output::bytes(bytes as u64);
         output::line(format!(
-            "{operation:<12} {size:>10}  {:9.3} ms  {rate:6.2} GB/s{beside}",
-            seconds * 1e3
+            "{:<11} {:<4} {:>10}  {:9.3} ms  {:7.2} GB/s, bus {:7.2} GB/s{beside}",
+            found.operation,
+            format(found.element),
+            output::bytes(found.bytes as u64),
+            found.seconds * 1e3,
+            found.algorithm_gb_per_s(),
+            found.bus_gb_per_s(),
         ))?;
     }
     Ok(())

@@ -1,14 +1,11 @@
 //! Plan, dispatch and combine, forward and backward, without router product and experts.
 
-use std::time::Instant;
-
 use burn::tensor::{Device, Tensor};
 use serde_json::Value;
 use switchyard_comm::Choice;
 use switchyard_config::MeshShape;
-use switchyard_kernels::{RouteOptions, route_top1};
-use switchyard_model::TokenDispatcher;
-use switchyard_parallel::Mesh;
+use switchyard_kernels::{DeviceName, RouteOptions, route_top1};
+use switchyard_parallel::{Mesh, device_time};
 
 use super::spread;
 use crate::Outcome;
@@ -23,12 +20,13 @@ pub(crate) fn run(
     d_model: usize,
     experts: &[usize],
     json: bool,
-    device: &Device,
+    device: DeviceName,
     launcher: Choice,
 ) -> anyhow::Result<Outcome> {
     let job = Job::join(launcher, TIMEOUT)?;
     let first = job.is_first();
-    let measured = measure(&job, tokens, d_model, experts, &device.clone().autodiff());
+    let measured =
+        job.device(device).and_then(|device| measure(&job, tokens, d_model, experts, &device.autodiff()));
     let mut rows = Vec::new();
     let outcome = job.end(measured.map(|measured| {
         rows = measured;
@@ -69,8 +67,7 @@ fn measure(
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); experts.len()];
     for run in 0..RUNS + 2 {
         for (times, &experts) in times.iter_mut().zip(experts) {
-            mesh.world().barrier()?;
-            let elapsed_ms = once(tokens, d_model, experts, device, mesh.dispatcher());
+            let elapsed_ms = once(tokens, d_model, experts, device, &mesh)?;
             mesh.check()?;
             if run >= 2 {
                 times.push(elapsed_ms);
@@ -88,13 +85,7 @@ fn measure(
 }
 
 /// One forward and backward at capacity factor 1.25, in milliseconds.
-fn once(
-    tokens: usize,
-    d_model: usize,
-    experts: usize,
-    device: &Device,
-    dispatcher: &dyn TokenDispatcher,
-) -> f64 {
+fn once(tokens: usize, d_model: usize, experts: usize, device: &Device, mesh: &Mesh) -> anyhow::Result<f64> {
     let values = |count: usize, salt: u32| -> Vec<f32> {
         let mut random = switchyard_random::Philox::new(7).stream([salt, 0, 0]);
         (0..count).map(|_| switchyard_random::unit_f32(random.next_u32()) * 2.0 - 1.0).collect()
@@ -105,13 +96,17 @@ fn once(
     let logits = matrix(tokens, experts, 0).require_grad();
     let x = matrix(tokens, d_model, 1).require_grad();
     let expert_capacity = ((tokens as f64 * 1.25 / experts as f64).ceil() as usize).max(4).min(tokens);
-    let started = Instant::now();
     let expert_capacity = Some(expert_capacity);
     let options = RouteOptions { groups: 1, expert_capacity, token_mask: None, force_balanced: false };
-    let routing = route_top1(logits, options);
-    let there = dispatcher.dispatch(x, &routing.plan, None);
-    let (gates, plan) = (routing.gates.clone(), &routing.plan);
-    let out = dispatcher.combine(there.slots_lcd, gates, plan, &there.counts, None);
-    drop(out.sum().backward());
-    started.elapsed().as_secs_f64() * 1e3
+    let world = mesh.world();
+    world.barrier()?;
+    let seconds = device_time(&**world, device, || {
+        let routing = route_top1(logits, options);
+        let there = mesh.dispatcher().dispatch(x, &routing.plan, None);
+        let (gates, plan) = (routing.gates.clone(), &routing.plan);
+        let out = mesh.dispatcher().combine(there.slots_lcd, gates, plan, &there.counts, None);
+        drop(out.sum().backward());
+        Ok(())
+    })?;
+    Ok(seconds * 1e3)
 }

@@ -8,7 +8,7 @@ use switchyard_comm::Choice;
 use switchyard_config::plan::PrecisionMode;
 use switchyard_config::{MemorySummary, MeshShape, Resolved, preset, rank_memory, resolve_str, step_flops};
 use switchyard_data::{HostBatch, Share};
-use switchyard_kernels::{DeviceMemory, allow_tf32, device_memory};
+use switchyard_kernels::{DeviceMemory, DeviceName, allow_tf32, device_memory};
 use switchyard_parallel::Mesh;
 use switchyard_train::Learner;
 
@@ -28,12 +28,12 @@ const PEAK_ROUNDS: usize = 9;
 
 pub(crate) fn run(
     arguments: &BenchStepArguments,
-    device: &Device,
+    device: DeviceName,
     launcher: Choice,
 ) -> anyhow::Result<Outcome> {
     let job = Job::join(launcher, TIMEOUT)?;
     let first = job.is_first();
-    let measured = measure(arguments, device, &job);
+    let measured = job.device(device).and_then(|device| measure(arguments, &device, &job));
     let mut figures = None;
     let outcome = job.end(measured.map(|measured| {
         figures = Some(measured);

@@ -1,0 +1,74 @@
+//! Places in the work of a device, and the time between them.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult};
+use cudarc::driver::{CudaContext, result};
+
+use crate::error::CudaError;
+use crate::gpu::{Queue, failed};
+
+/// The end of what a stream was asked for at some time.
+#[derive(Debug)]
+pub struct Mark {
+    context: Arc<CudaContext>,
+    event: CUevent,
+}
+
+// SAFETY: the event belongs to this value alone, and the driver takes it from any thread.
+unsafe impl Send for Mark {}
+// SAFETY: as above; shared references only ask.
+unsafe impl Sync for Mark {}
+
+impl Mark {
+    /// Behind all that the queue has been asked for until now.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn after(queue: Queue<'_>) -> Result<Self, CudaError> {
+        let doing = "marking work";
+        queue.gpu.bind()?;
+        let event = result::event::create(CUevent_flags::CU_EVENT_DEFAULT).map_err(failed(doing))?;
+        let mark = Self { context: Arc::clone(queue.gpu.context()), event };
+        // SAFETY: the event was just made; streams live as long as the process.
+        unsafe { result::event::record(mark.event, queue.stream.0) }.map_err(failed(doing))?;
+        Ok(mark)
+    }
+
+    /// Whether the device has come past; does not wait.
+    ///
+    /// # Errors
+    /// When something failed on the device.
+    pub fn is_past(&self) -> Result<bool, CudaError> {
+        let doing = "waiting for work";
+        self.context.bind_to_thread().map_err(failed(doing))?;
+        // SAFETY: the event lives as long as this value.
+        match unsafe { result::event::query(self.event) } {
+            Ok(()) => Ok(true),
+            Err(error) if error.0 == CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            Err(error) => Err(failed(doing)(error)),
+        }
+    }
+
+    /// Seconds that the device needed from `earlier` to here; both are past.
+    ///
+    /// # Errors
+    /// When one is not, or something failed on the device.
+    pub fn seconds_since(&self, earlier: &Self) -> Result<f64, CudaError> {
+        let doing = "timing work";
+        self.context.bind_to_thread().map_err(failed(doing))?;
+        // SAFETY: both events live, and take times.
+        let milliseconds =
+            unsafe { result::event::elapsed(earlier.event, self.event) }.map_err(failed(doing))?;
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        // An error leaves nothing to be done, here as below.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: made in `after`, destroyed once; the driver waits by itself for what has not come past.
+        let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
