@@ -199,7 +199,7 @@ impl DeviceValues {
     }
 }
 
-fn kind_of(format: DeviceFormat) -> Kind {
+pub(crate) fn kind_of(format: DeviceFormat) -> Kind {
     match format {
         DeviceFormat::F32 => Kind::Float,
         DeviceFormat::F64 => Kind::Double,
