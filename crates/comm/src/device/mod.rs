@@ -175,6 +175,13 @@ pub enum DevicesError {
     #[cfg(feature = "nccl")]
     #[error("several ranks on GPUs exchange through NCCL: {0}")]
     Nccl(#[from] nccl_rs::Error),
+    /// LibTorch is told to take memory in a way in which recorded steps of several ranks never end.
+    #[cfg(feature = "nccl")]
+    #[error(
+        "PYTORCH_CUDA_ALLOC_CONF asks for expandable segments, which NCCL cannot register for steps that are \
+         recorded: the ranks would wait for ever; set NCCL_GRAPH_REGISTER=0 as well"
+    )]
+    ExpandableSegments,
 }
 
 impl Devices {
@@ -184,7 +191,12 @@ impl Devices {
     /// [`DevicesError`], where there is none.
     pub fn gpus(bind: Bind) -> Result<Self, DevicesError> {
         #[cfg(feature = "nccl")]
-        return Ok(Self::Nccl { library: nccl_rs::Library::load()?, bind });
+        {
+            if nccl::registers_expandable_segments(|name| std::env::var(name).ok()) {
+                return Err(DevicesError::ExpandableSegments);
+            }
+            Ok(Self::Nccl { library: nccl_rs::Library::load()?, bind })
+        }
         #[cfg(not(feature = "nccl"))]
         {
             let _ = bind;

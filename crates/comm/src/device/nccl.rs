@@ -15,6 +15,15 @@ use crate::error::CommError;
 /// What the library says where ranks share a GPU.
 const TWO_ON_ONE: &str = "Duplicate GPU";
 
+/// Whether NCCL would register memory that LibTorch takes in expandable segments, in an environment where `get`
+/// tells the variables. Seen on two H100 with NCCL 2.28 and LibTorch 2.11: the first recorded step does not end.
+pub(super) fn registers_expandable_segments(get: impl Fn(&str) -> Option<String>) -> bool {
+    let expandable = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"]
+        .into_iter()
+        .any(|name| get(name).is_some_and(|value| value.contains("expandable_segments:True")));
+    expandable && get("NCCL_GRAPH_REGISTER").as_deref() != Some("0")
+}
+
 /// One rank's place in a group of GPUs.
 #[derive(Debug)]
 pub(super) struct Nccl {
@@ -268,5 +277,27 @@ impl super::Bare for Bare {
     fn all_gather(&self, from: DeviceSlice, to: DeviceSlice, on: DeviceStream) -> Result<(), CommError> {
         let (from, to) = (self.device.read(from), self.device.write(to));
         self.told("ncclAllGather", self.communicator.all_gather(from, to, stream(on)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expandable_segments_are_not_to_be_registered() {
+        let registers = |variables: &[(&str, &str)]| {
+            registers_expandable_segments(|name| {
+                variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+            })
+        };
+        assert!(!registers(&[]));
+        for name in ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"] {
+            let asked = (name, "max_split_size_mb:64,expandable_segments:True");
+            assert!(registers(&[asked]));
+            assert!(registers(&[asked, ("NCCL_GRAPH_REGISTER", "1")]));
+            assert!(!registers(&[asked, ("NCCL_GRAPH_REGISTER", "0")]));
+            assert!(!registers(&[(name, "expandable_segments:False")]));
+        }
     }
 }

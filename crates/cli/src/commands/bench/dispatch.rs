@@ -64,16 +64,21 @@ fn measure(
     job.agree(fitting)?;
     let shape = MeshShape { data: ranks, expert: ranks, tensor: 1 };
     let mesh = Mesh::new(job.communicator_on(device)?, shape, false)?;
-    let mut times: Vec<Vec<f64>> = vec![Vec::new(); experts.len()];
+    let x = random_matrix([tokens, d_model], 1, device);
+    let mut cases: Vec<_> = experts
+        .iter()
+        .map(|&experts| (random_matrix([tokens, experts], 0, device), Vec::with_capacity(RUNS)))
+        .collect();
     for run in 0..RUNS + 2 {
-        for (times, &experts) in times.iter_mut().zip(experts) {
-            let elapsed_ms = once(tokens, d_model, experts, device, &mesh)?;
+        for (logits, times) in &mut cases {
+            let elapsed_ms = once(logits.clone().require_grad(), x.clone().require_grad(), device, &mesh)?;
             mesh.check()?;
             if run >= 2 {
                 times.push(elapsed_ms);
             }
         }
     }
+    let times = cases.into_iter().map(|(_, times)| times);
     let row = |(times, experts): (Vec<f64>, &usize)| {
         let [median, min, max] = spread(times);
         serde_json::json!({
@@ -81,20 +86,20 @@ fn measure(
             "median_ms": median, "min_ms": min, "max_ms": max,
         })
     };
-    Ok(times.into_iter().zip(experts).map(row).collect())
+    Ok(times.zip(experts).map(row).collect())
 }
 
-/// One forward and backward at capacity factor 1.25, in milliseconds.
-fn once(tokens: usize, d_model: usize, experts: usize, device: &Device, mesh: &Mesh) -> anyhow::Result<f64> {
-    let values = |count: usize, salt: u32| -> Vec<f32> {
-        let mut random = switchyard_random::Philox::new(7).stream([salt, 0, 0]);
-        (0..count).map(|_| switchyard_random::unit_f32(random.next_u32()) * 2.0 - 1.0).collect()
-    };
-    let matrix = |rows: usize, cols: usize, salt: u32| {
-        Tensor::<1>::from_data(values(rows * cols, salt).as_slice(), device).reshape([rows, cols])
-    };
-    let logits = matrix(tokens, experts, 0).require_grad();
-    let x = matrix(tokens, d_model, 1).require_grad();
+/// Numbers from -1 to 1, the same for the same `salt`.
+fn random_matrix([rows, cols]: [usize; 2], salt: u32, device: &Device) -> Tensor<2> {
+    let mut random = switchyard_random::Philox::new(7).stream([salt, 0, 0]);
+    let values: Vec<f32> =
+        (0..rows * cols).map(|_| switchyard_random::unit_f32(random.next_u32()) * 2.0 - 1.0).collect();
+    Tensor::<1>::from_data(values.as_slice(), device).reshape([rows, cols])
+}
+
+/// One forward and backward at capacity factor 1.25, in milliseconds. `[tokens, experts]` and `[tokens, d_model]`
+fn once(logits: Tensor<2>, x: Tensor<2>, device: &Device, mesh: &Mesh) -> anyhow::Result<f64> {
+    let [tokens, experts] = logits.dims();
     let expert_capacity = ((tokens as f64 * 1.25 / experts as f64).ceil() as usize).max(4).min(tokens);
     let expert_capacity = Some(expert_capacity);
     let options = RouteOptions { groups: 1, expert_capacity, token_mask: None, force_balanced: false };
