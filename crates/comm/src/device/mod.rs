@@ -203,6 +203,10 @@ impl Communicator for WithDevices {
         self.group.label()
     }
 
+    fn machines(&self) -> &[usize] {
+        self.group.machines()
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
         self.group.barrier()
     }
