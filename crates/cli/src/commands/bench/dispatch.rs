@@ -5,7 +5,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Tensor};
 use serde_json::Value;
 use switchyard_comm::Choice;
-use switchyard_config::MeshShape;
+use switchyard_config::{HierarchicalAllToAll, MeshShape};
 use switchyard_kernels::{RouteOptions, route_top1};
 use switchyard_model::TokenDispatcher;
 use switchyard_parallel::Mesh;
@@ -65,7 +65,7 @@ fn measure(
     });
     job.agree(fitting)?;
     let shape = MeshShape { data: ranks, expert: ranks, tensor: 1 };
-    let mesh = Mesh::new(job.communicator_on(device)?, shape, false)?;
+    let mesh = Mesh::new(job.communicator_on(device)?, shape, false, HierarchicalAllToAll::Auto)?;
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); experts.len()];
     for run in 0..RUNS + 2 {
         for (times, &experts) in times.iter_mut().zip(experts) {
