@@ -54,10 +54,10 @@ impl OwnerExchange {
     ///
     /// # Panics
     /// When a parameter is in neither, or the ranks have no devices.
-    pub fn spread_on_devices(
+    pub fn spread_on_devices<'a>(
         &self,
         owned: impl Fn(&str) -> DeviceValues,
-        held: &BTreeMap<String, DeviceValues>,
+        held: &'a BTreeMap<String, DeviceValues>,
     ) -> Result<(), CommError> {
         for lane in [&self.dense, &self.expert].into_iter().filter(|lane| lane.group.size() > 1) {
             let devices = lane.group.on_devices().expect(HAVE_DEVICES);
@@ -312,7 +312,7 @@ mod tests {
     use switchyard_comm::threads;
     use switchyard_config::parameters::{ParameterSpec, parameters};
     use switchyard_config::partition::held_part;
-    use switchyard_config::{HierarchicalAllToAll, MeshShape, ModelConfig, preset};
+    use switchyard_config::{MeshShape, ModelConfig, preset};
     use switchyard_kernels::{Place, place_of, test_device};
     use switchyard_random::{Philox, unit_f32};
 
@@ -341,8 +341,7 @@ mod tests {
         let ranks = threads(shape.ranks(), Duration::from_secs(60)).into_iter().map(|world| {
             thread::spawn(move || {
                 let world = world_on(world, &test_device()).expect("nobody is asked");
-                let mesh =
-                    Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk");
+                let mesh = Mesh::new(world, shape, false).expect("ranks that talk");
                 let sums =
                     SumFormats::narrow(parameters(&model()).iter().filter(|spec| narrow && is_narrow(spec)));
                 ask(&mesh, &OwnerExchange::new(&model(), &mesh, sums));
