@@ -54,10 +54,10 @@ impl OwnerExchange {
     ///
     /// # Panics
     /// When a parameter is in neither, or the ranks have no devices.
-    pub fn spread_on_devices<'a>(
+    pub fn spread_on_devices(
         &self,
         owned: impl Fn(&str) -> DeviceValues,
-        held: &'a BTreeMap<String, DeviceValues>,
+        held: &BTreeMap<String, DeviceValues>,
     ) -> Result<(), CommError> {
         for lane in [&self.dense, &self.expert].into_iter().filter(|lane| lane.group.size() > 1) {
             let devices = lane.group.on_devices().expect(HAVE_DEVICES);
