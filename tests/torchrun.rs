@@ -63,7 +63,8 @@ fn collectives_are_measured_between_the_ranks() {
     let rows = rows.as_array().expect("a row for each");
     let names = |row: &serde_json::Value| [row["format"].clone(), row["operation"].clone()];
     let expected = formats.iter().flat_map(|format| {
-        ["all_reduce", "all_to_all", "all_gather"].map(|operation| [*format, operation].map(Into::into))
+        ["all_reduce", "all_to_all", "all_gather"]
+            .map(|operation| [*format, operation].map(serde_json::Value::from))
     });
     assert_eq!(rows.iter().map(names).collect::<Vec<_>>(), expected.collect::<Vec<_>>());
     for row in rows {
