@@ -511,6 +511,9 @@ pub(crate) struct BenchStepArguments {
     /// Rows of a batch, which data-parallel ranks share evenly.
     #[arg(long, default_value_t = 16, value_parser = count())]
     pub rows: usize,
+    /// Parts of a rank's rows that go forward and backward one after the other, before one update.
+    #[arg(long, default_value_t = 1, value_parser = count())]
+    pub micro_batches: usize,
     /// Encoder length.
     #[arg(long, default_value_t = 128, value_parser = count())]
     pub inputs_length: usize,

@@ -1,5 +1,6 @@
 // Cross-entropy of rows of logits, which become their own gradients. A block has a row and, where it can,
-// keeps it in registers between the sum of its exponentials and the gradients.
+// keeps it in registers between the sum of its exponentials and the gradients. Of a vocabulary split into
+// shards a launch sums the exponentials, and another makes the gradients once the sums have been joined.
 
 // Below every logit, and finite with room to spare, so that differences are numbers.
 constexpr float lowest = -1e38f;
@@ -123,6 +124,11 @@ struct Position {
       float *loss, float *correct, float *log_z, u32 vocab
 #define LOSS_ARGUMENTS logits, targets, weights, loss_scale, z, gradients, loss, correct, log_z, vocab
 
+// The id of a shard's first logit, and what rows come to: their largest logit, the sum of
+// e^(logit - largest), and the target's logit.
+#define SHARD_PARAMETERS u32 first_id, float *largest, float *total, float *target_logit
+#define SHARD_ARGUMENTS first_id, largest, total, target_logit
+
 // Writes the results of a row and prepares its gradients, e^(logit - largest) factor. A target outside the
 // vocabulary has a loss that is not a number.
 __device__ __forceinline__ Position finish(Exponentials all, float target_logit,
@@ -178,40 +184,69 @@ __device__ __forceinline__ void losses_kept(LOSS_PARAMETERS) {
   if (known && row.mine(target)) row.values[target] = rounded<T>(position.target_gradient);
 }
 
-// Rows of any length, read twice.
-template <class T, bool aligned> __device__ __forceinline__ void losses_streamed(LOSS_PARAMETERS) {
-  constexpr u32 accesses = 4;
-  Row<T, aligned> row(logits + size_t(blockIdx.x) * vocab, vocab);
-  u32 target = targets[blockIdx.x], pieces = row.pieces();
-  bool known = target < vocab;
-  float target_logit = known ? widen(row.values[target]) : __int_as_float(0x7fc00000);
+// Pieces that a thread reads at once of rows that it does not keep.
+constexpr u32 streamed = 4;
+
+// A row of any length, read once.
+template <class T, bool aligned>
+__device__ __forceinline__ Exponentials exponentials(const Row<T, aligned>& row) {
+  u32 pieces = row.pieces();
   float largest = lowest;
   float totals[4] = {0.f, 0.f, 0.f, 0.f};
-  for (u32 first = threadIdx.x; first < pieces; first += accesses * blockDim.x) {
-    uint4 raw[accesses];
+  for (u32 first = threadIdx.x; first < pieces; first += streamed * blockDim.x) {
+    uint4 raw[streamed];
 #pragma unroll
-    for (u32 i = 0; i < accesses; i++) raw[i] = row.load(first + i * blockDim.x);
+    for (u32 i = 0; i < streamed; i++) raw[i] = row.load(first + i * blockDim.x);
     float before = largest;
 #pragma unroll
-    for (u32 i = 0; i < accesses; i++) largest = fmaxf(largest, Pieces<T>::largest(raw[i]));
+    for (u32 i = 0; i < streamed; i++) largest = fmaxf(largest, Pieces<T>::largest(raw[i]));
     float rescale = exponential(before, largest);
 #pragma unroll
     for (int k = 0; k < 4; k++) totals[k] *= rescale;
 #pragma unroll
-    for (u32 i = 0; i < accesses; i++) add_piece<T>(raw[i], largest, totals);
+    for (u32 i = 0; i < streamed; i++) add_piece<T>(raw[i], largest, totals);
   }
-  Exponentials all = join({largest, (totals[0] + totals[1]) + (totals[2] + totals[3])});
-  Position position =
-      finish(all, target_logit, weights, loss_scale, z, gradients, loss, correct, log_z);
+  return join({largest, (totals[0] + totals[1]) + (totals[2] + totals[3])});
+}
+
+// Rows of any length: read twice, or once where what all shards come to has been `joined`.
+template <class T, bool aligned, bool joined>
+__device__ __forceinline__ void losses_streamed(LOSS_PARAMETERS, SHARD_PARAMETERS) {
+  Row<T, aligned> row(logits + size_t(blockIdx.x) * vocab, vocab);
+  u32 target = targets[blockIdx.x] - first_id, pieces = row.pieces();
+  bool known = target < vocab;
+  float logit;
+  Exponentials all;
+  if constexpr (joined) {
+    logit = target_logit[blockIdx.x];
+    all = {largest[blockIdx.x], total[blockIdx.x]};
+  } else {
+    logit = known ? widen(row.values[target]) : __int_as_float(0x7fc00000);
+    all = exponentials(row);
+  }
+  Position position = finish(all, logit, weights, loss_scale, z, gradients, loss, correct, log_z);
   if (!gradients) return;
-  for (u32 first = threadIdx.x; first < pieces; first += accesses * blockDim.x) {
-    uint4 raw[accesses];
+  for (u32 first = threadIdx.x; first < pieces; first += streamed * blockDim.x) {
+    uint4 raw[streamed];
 #pragma unroll
-    for (u32 i = 0; i < accesses; i++) raw[i] = row.load(first + i * blockDim.x);
+    for (u32 i = 0; i < streamed; i++) raw[i] = row.load(first + i * blockDim.x);
 #pragma unroll
-    for (u32 i = 0; i < accesses; i++) store_gradients(row, first + i * blockDim.x, raw[i], position);
+    for (u32 i = 0; i < streamed; i++) store_gradients(row, first + i * blockDim.x, raw[i], position);
   }
   if (known && row.mine(target)) row.values[target] = rounded<T>(position.target_gradient);
+}
+
+// What the rows of one shard come to.
+template <class T, bool aligned>
+__device__ __forceinline__ void sums_of_shard(T* logits, const int* targets, u32 vocab, SHARD_PARAMETERS) {
+  Row<T, aligned> row(logits + size_t(blockIdx.x) * vocab, vocab);
+  u32 target = targets[blockIdx.x] - first_id;
+  float logit = target < vocab ? widen(row.values[target]) : 0.f;
+  Exponentials all = exponentials(row);
+  if (threadIdx.x) return;
+  largest[blockIdx.x] = all.largest;
+  total[blockIdx.x] = all.total;
+  target_logit[blockIdx.x] = logit;
 }
 
 #define KEPT(T, suffix, aligned, name, threads, accesses)                         \
@@ -219,14 +254,23 @@ template <class T, bool aligned> __device__ __forceinline__ void losses_streamed
       cross_entropy_##name##_##threads##x##accesses##_##suffix(LOSS_PARAMETERS) { \
     losses_kept<T, aligned, threads, accesses>(LOSS_ARGUMENTS);                   \
   }
-#define ROWS(T, suffix, aligned, name)                            \
-  KEPT(T, suffix, aligned, name, 512, 2)                          \
-  KEPT(T, suffix, aligned, name, 512, 4)                          \
-  KEPT(T, suffix, aligned, name, 512, 8)                          \
-  KEPT(T, suffix, aligned, name, 1024, 8)                         \
-  extern "C" __global__ void __launch_bounds__(1024)              \
-      cross_entropy_##name##_streamed_##suffix(LOSS_PARAMETERS) { \
-    losses_streamed<T, aligned>(LOSS_ARGUMENTS);                  \
+#define ROWS(T, suffix, aligned, name)                                                       \
+  KEPT(T, suffix, aligned, name, 512, 2)                                                     \
+  KEPT(T, suffix, aligned, name, 512, 4)                                                     \
+  KEPT(T, suffix, aligned, name, 512, 8)                                                     \
+  KEPT(T, suffix, aligned, name, 1024, 8)                                                    \
+  extern "C" __global__ void __launch_bounds__(1024)                                         \
+      cross_entropy_##name##_streamed_##suffix(LOSS_PARAMETERS) {                            \
+    losses_streamed<T, aligned, false>(LOSS_ARGUMENTS, 0, nullptr, nullptr, nullptr);        \
+  }                                                                                          \
+  extern "C" __global__ void __launch_bounds__(512, 2)                                       \
+      cross_entropy_##name##_shard_##suffix(T* logits, const int* targets, u32 vocab,        \
+                                            SHARD_PARAMETERS) {                              \
+    sums_of_shard<T, aligned>(logits, targets, vocab, SHARD_ARGUMENTS);                      \
+  }                                                                                          \
+  extern "C" __global__ void __launch_bounds__(512, 2)                                       \
+      cross_entropy_##name##_joined_##suffix(LOSS_PARAMETERS, SHARD_PARAMETERS) {            \
+    losses_streamed<T, aligned, true>(LOSS_ARGUMENTS, SHARD_ARGUMENTS);                      \
   }
 #define KERNELS(Format, suffix)       \
   namespace of_##suffix {             \

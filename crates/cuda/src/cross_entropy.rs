@@ -41,7 +41,24 @@ pub struct CrossEntropyAt {
     pub log_z: Address,
 }
 
+/// Where the sums lie that rows come to: over one shard of a vocabulary, or over all.
+///
+/// All have the largest of the largest logits, the sum of `total * e^(largest of the shard - largest of all)`,
+/// and the sum of the target's logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShardSums {
+    /// The largest logit. float32 `[rows]`
+    pub largest: Address,
+    /// The sum of `e^(logit - largest)`. float32 `[rows]`
+    pub total: Address,
+    /// The target's logit; 0 of a shard that does not have it. float32 `[rows]`
+    pub target_logit: Address,
+}
+
 const OPERATION: &str = "cross_entropy";
+
+/// Threads of a block that reads a row of a shard: its loads of one round cover 16,384 values of bfloat16.
+const SHARD_THREADS: u32 = 512;
 
 /// Losses of all rows and, in place of the logits, the gradients of
 /// `loss_scale * sum(weight * (cross_entropy + z_coefficient * logsumexp^2))`.
@@ -61,43 +78,118 @@ pub unsafe fn cross_entropy(
     at: CrossEntropyAt,
     rules: CrossEntropy,
 ) -> Result<(), CudaError> {
-    let CrossEntropy { rows, vocab_size, format, z_coefficient, gradients } = rules;
-    if vocab_size == 0 {
-        let reason = "a row has no logits; it must have one at least".to_owned();
-        return Err(CudaError::Size { operation: OPERATION, reason });
-    }
-    let vocab = count(OPERATION, "vocab_size", vocab_size)?;
-    if rows == 0 {
-        return Ok(());
-    }
-    let lanes = 16 / format.bytes();
-    let aligned = vocab_size.is_multiple_of(lanes);
-    let pieces = (vocab_size + if aligned { 0 } else { lanes - 1 }).div_ceil(lanes);
-    let (share, threads) = match pieces {
+    let lanes = 16 / rules.format.bytes();
+    let shared = if rules.is_aligned() { 0 } else { lanes - 1 };
+    let (share, threads) = match (rules.vocab_size + shared).div_ceil(lanes) {
         ..=1024 => ("512x2", 512),
         1025..=2048 => ("512x4", 512),
         2049..=4096 => ("512x8", 512),
         4097..=8192 => ("1024x8", 1024),
         _ => ("streamed", 1024),
     };
-    let args: [Arg; 10] = [
+    // SAFETY: the arguments are those of these kernels; the addresses are promised by the caller.
+    unsafe { launch(queue, rules, share, threads, &loss_args(at, rules)?) }
+}
+
+/// What every row comes to over a shard of the vocabulary, whose ids begin with `first_id`. Of `at` the logits
+/// and the targets, numbers of the whole vocabulary, are read; nothing there is written.
+///
+/// # Errors
+/// As [`cross_entropy`].
+///
+/// # Safety
+/// As [`cross_entropy`].
+pub unsafe fn cross_entropy_shard(
+    queue: Queue<'_>,
+    at: CrossEntropyAt,
+    sums: ShardSums,
+    first_id: usize,
+    rules: CrossEntropy,
+) -> Result<(), CudaError> {
+    let mut args = vec![at.logits.into(), at.targets.into(), rules.vocab()?.into()];
+    args.extend(shard_args(sums, first_id)?);
+    // SAFETY: as in `cross_entropy`.
+    unsafe { launch(queue, rules, "shard", SHARD_THREADS, &args) }
+}
+
+/// [`cross_entropy`] with the logits of a shard, whose ids begin with `first_id`, and the `sums` over all of them:
+/// the losses are those of the whole vocabulary, the gradients those of the logits that are here.
+///
+/// # Errors
+/// As [`cross_entropy`].
+///
+/// # Safety
+/// As [`cross_entropy`].
+pub unsafe fn cross_entropy_joined(
+    queue: Queue<'_>,
+    at: CrossEntropyAt,
+    sums: ShardSums,
+    first_id: usize,
+    rules: CrossEntropy,
+) -> Result<(), CudaError> {
+    let mut args = loss_args(at, rules)?.to_vec();
+    args.extend(shard_args(sums, first_id)?);
+    // SAFETY: as in `cross_entropy`.
+    unsafe { launch(queue, rules, "joined", SHARD_THREADS, &args) }
+}
+
+impl CrossEntropy {
+    fn vocab(&self) -> Result<u32, CudaError> {
+        if self.vocab_size == 0 {
+            let reason = "a row has no logits; it must have one at least".to_owned();
+            return Err(CudaError::Size { operation: OPERATION, reason });
+        }
+        count(OPERATION, "vocab_size", self.vocab_size)
+    }
+
+    /// Whether every row begins with a whole piece of 16 bytes.
+    fn is_aligned(&self) -> bool {
+        self.vocab_size.is_multiple_of(16 / self.format.bytes())
+    }
+}
+
+/// `LOSS_PARAMETERS` of `cross_entropy.cu`.
+fn loss_args(at: CrossEntropyAt, rules: CrossEntropy) -> Result<[Arg; 10], CudaError> {
+    Ok([
         at.logits.into(),
         at.targets.into(),
         at.weights.into(),
         at.loss_scale.into(),
-        (z_coefficient as f32).into(),
-        u32::from(gradients).into(),
+        (rules.z_coefficient as f32).into(),
+        u32::from(rules.gradients).into(),
         at.loss.into(),
         at.correct.into(),
         at.log_z.into(),
-        vocab.into(),
-    ];
-    let alignment = if aligned { "aligned" } else { "unaligned" };
-    let name = format!("{OPERATION}_{alignment}_{share}_{}", format.suffix());
-    let grid = Grid::new(count(OPERATION, "rows", rows)?, threads);
-    // SAFETY: the arguments are those of the kernels in `cross_entropy.cu`; the addresses are promised by the
-    // caller.
-    unsafe { queue.gpu.launch(&CROSS_ENTROPY, &name, grid, queue.stream, &args) }
+        rules.vocab()?.into(),
+    ])
+}
+
+/// `SHARD_PARAMETERS` of `cross_entropy.cu`.
+fn shard_args(sums: ShardSums, first_id: usize) -> Result<[Arg; 4], CudaError> {
+    let ShardSums { largest, total, target_logit } = sums;
+    let first_id = count(OPERATION, "first_id", first_id)?;
+    Ok([first_id.into(), largest.into(), total.into(), target_logit.into()])
+}
+
+/// Launches a kernel for all rows, a block each.
+///
+/// # Safety
+/// `args` are those of the kernel, whose addresses have the values of `rules`.
+unsafe fn launch(
+    queue: Queue<'_>,
+    rules: CrossEntropy,
+    kernel: &str,
+    threads: u32,
+    args: &[Arg],
+) -> Result<(), CudaError> {
+    if rules.rows == 0 {
+        return Ok(());
+    }
+    let alignment = if rules.is_aligned() { "aligned" } else { "unaligned" };
+    let name = format!("{OPERATION}_{alignment}_{kernel}_{}", rules.format.suffix());
+    let grid = Grid::new(count(OPERATION, "rows", rules.rows)?, threads);
+    // SAFETY: promised by the caller.
+    unsafe { queue.gpu.launch(&CROSS_ENTROPY, &name, grid, queue.stream, args) }
 }
 
 /// Sums over `rows` rows of what [`cross_entropy`] left, in float64 inside: writes four float32 to `sums`.

@@ -48,7 +48,10 @@ pub use attention::{
 };
 pub use blas_lt::Algorithm;
 pub use compile::{Compiler, cache_directory};
-pub use cross_entropy::{CrossEntropy, CrossEntropyAt, cross_entropy, cross_entropy_sums};
+pub use cross_entropy::{
+    CrossEntropy, CrossEntropyAt, ShardSums, cross_entropy, cross_entropy_joined, cross_entropy_shard,
+    cross_entropy_sums,
+};
 pub use dispatch::{CombineGradients, Slots, combine, combine_backward, dispatch, dispatch_backward};
 pub use embedding::{LookedUp, Table, embedding, embedding_backward, embedding_workspace};
 pub use error::CudaError;

@@ -79,4 +79,4 @@ pub use seed::with_gradient;
 pub use torch::recording::{DeviceIntegers, Readback, Recording, WorkStream};
 #[cfg(feature = "libtorch")]
 pub use torch::update::{DeviceOptimizer, DeviceValues};
-pub use vocabulary::{VocabularyGroup, VocabularyShard};
+pub use vocabulary::{DeviceVocabularyGroup, VocabularyGroup, VocabularyShard};

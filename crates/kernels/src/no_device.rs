@@ -52,6 +52,14 @@ impl DeviceValues {
         match self.0 {}
     }
 
+    /// Values one behind the other.
+    ///
+    /// # Panics
+    /// When there are none: no others exist.
+    pub fn joined(parts: impl IntoIterator<Item = Self>) -> Self {
+        parts.into_iter().next().expect("there are values to join")
+    }
+
     /// Some of the values.
     #[must_use]
     pub fn part(&self, _: Range<usize>) -> Self {

@@ -3,6 +3,8 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use crate::DeviceValues;
+
 /// Ranks that hold equal parts of one vocabulary.
 ///
 /// # Collective
@@ -13,6 +15,23 @@ pub trait VocabularyGroup: Debug + Send + Sync {
 
     /// Replaces every value by the sum over the ranks.
     fn sum(&self, values: &mut [f32]);
+
+    /// The same ranks where LibTorch has the values, if they agree there.
+    fn on_devices(&self) -> Option<&dyn DeviceVocabularyGroup> {
+        None
+    }
+}
+
+/// A [`VocabularyGroup`] of values that stay where LibTorch has them, float32.
+///
+/// # Collective
+/// As a [`VocabularyGroup`].
+pub trait DeviceVocabularyGroup {
+    /// Every value as the largest over the ranks.
+    fn max(&self, values: &DeviceValues) -> DeviceValues;
+
+    /// Every value as the sum over the ranks.
+    fn sum(&self, values: &DeviceValues) -> DeviceValues;
 }
 
 /// The part of a vocabulary that a head holds.

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 use switchyard_comm::{Communicator, DeviceCommunicator, ReduceOp};
 use switchyard_kernels::{
-    Columns, DeviceMap, DeviceValues, LinearMap, VocabularyGroup, VocabularyShard, linear_map,
+    Columns, DeviceMap, DeviceValues, DeviceVocabularyGroup, LinearMap, VocabularyGroup, VocabularyShard,
+    linear_map,
 };
 use switchyard_model::TensorParallel;
 
@@ -59,11 +60,11 @@ impl Group {
         self.communicator.on_devices().expect("asked of groups with devices alone")
     }
 
-    fn summed_on_devices(&self, values: &DeviceValues) -> DeviceValues {
-        let sum = values.copied();
-        let outcome = self.devices().all_reduce(slice(&sum), ReduceOp::Sum, stream(&sum));
+    fn reduced_on_devices(&self, values: &DeviceValues, op: ReduceOp) -> DeviceValues {
+        let reduced = values.copied();
+        let outcome = self.devices().all_reduce(slice(&reduced), op, stream(&reduced));
         self.failure.keep(outcome, || ());
-        sum
+        reduced
     }
 
     /// `map`, if the ranks have devices.
@@ -96,7 +97,7 @@ impl DeviceMap for CopyIn {
     }
 
     fn backward(&self, gradient: &DeviceValues) -> Option<DeviceValues> {
-        Some(self.0.summed_on_devices(gradient))
+        Some(self.0.reduced_on_devices(gradient, ReduceOp::Sum))
     }
 }
 
@@ -120,7 +121,7 @@ impl LinearMap for ReduceOut {
 
 impl DeviceMap for ReduceOut {
     fn forward(&self, x: &DeviceValues) -> Option<DeviceValues> {
-        Some(self.0.summed_on_devices(x))
+        Some(self.0.reduced_on_devices(x, ReduceOp::Sum))
     }
 
     fn backward(&self, _: &DeviceValues) -> Option<DeviceValues> {
@@ -135,6 +136,20 @@ impl VocabularyGroup for Group {
 
     fn sum(&self, values: &mut [f32]) {
         self.reduce(values, ReduceOp::Sum);
+    }
+
+    fn on_devices(&self) -> Option<&dyn DeviceVocabularyGroup> {
+        self.communicator.on_devices().map(|_| -> &dyn DeviceVocabularyGroup { self })
+    }
+}
+
+impl DeviceVocabularyGroup for Group {
+    fn max(&self, values: &DeviceValues) -> DeviceValues {
+        self.reduced_on_devices(values, ReduceOp::Max)
+    }
+
+    fn sum(&self, values: &DeviceValues) -> DeviceValues {
+        self.reduced_on_devices(values, ReduceOp::Sum)
     }
 }
 
@@ -237,7 +252,7 @@ mod tests {
     use std::time::Duration;
 
     use switchyard_comm::threads;
-    use switchyard_kernels::{test_device, with_values};
+    use switchyard_kernels::{CrossEntropy, HeadLayout, cross_entropy, int_tensor, test_device, with_values};
 
     use super::*;
     use crate::world_on;
@@ -265,5 +280,54 @@ mod tests {
         }
         assert_eq!(ranks[0].1, [0.0, 1.0, 4.0, 5.0, 8.0, 9.0]);
         assert_eq!(ranks[1].1, [2.0, 3.0, 6.0, 7.0, 10.0, 11.0]);
+    }
+
+    /// Numbers without a pattern, between -2 and 2.
+    fn numbers(shape: [usize; 2], salt: usize) -> Tensor<2> {
+        let count = shape[0] * shape[1];
+        let number = |i: usize| ((i * 7919 + salt) % 401) as f32 / 100.0 - 2.0;
+        let values: Vec<f32> = (0..count).map(number).collect();
+        Tensor::<1>::from_data(values.as_slice(), &test_device()).reshape(shape)
+    }
+
+    /// The loss of some tokens and its gradients of the hidden states and of the head, `[vocabulary, d_model]`.
+    fn loss(hidden: Tensor<2>, head: Tensor<2>, shard: Option<VocabularyShard>) -> [Vec<f32>; 3] {
+        let [hidden, head] = [hidden, head].map(|leaf| leaf.autodiff().require_grad());
+        let (device, [tokens, _]) = (test_device(), hidden.dims());
+        let rules = CrossEntropy { layout: HeadLayout::VocabularyByModel, scale: 0.5, z_coefficient: 1e-2 };
+        let targets = int_tensor((0..tokens as i32).map(|i| i * 5 % 12).collect(), [tokens], &device);
+        let (weights, scale) = (Tensor::ones([tokens], &device), Tensor::ones([1], &device));
+        let out = cross_entropy(hidden.clone(), head.clone(), targets, weights, scale, rules, shard);
+        let gradients = out.loss_sum.clone().backward();
+        let [hidden, head] = [hidden, head].map(|leaf| leaf.grad(&gradients).expect("a leaf"));
+        let values = |tensor: Tensor<2>| with_values(tensor, <[f32]>::to_vec);
+        [with_values(out.loss_sum, <[f32]>::to_vec), values(hidden), values(head)]
+    }
+
+    #[test]
+    fn ranks_share_a_loss_alike_on_their_devices_and_off_them() {
+        let (hidden, head) = (numbers([7, 4], 3), numbers([12, 4], 5));
+        let of_ranks = |on_devices: bool| {
+            let ranks = threads(3, Duration::from_secs(60)).into_iter().map(|world| {
+                let (hidden, head) = (hidden.clone(), head.clone());
+                thread::spawn(move || {
+                    let world = if on_devices { world_on(world, &test_device()).unwrap() } else { world };
+                    let split = SplitTensors::new(world, Failure::default());
+                    let head = head.slice([split.vocabulary(12), 0..4]);
+                    loss(hidden, head, split.vocabulary_shard(12))
+                })
+            });
+            ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
+        };
+        let ranks = of_ranks(false);
+        assert_eq!(of_ranks(true), ranks);
+
+        let [whole, of_hidden, of_head] = loss(hidden.clone(), head.clone(), None);
+        let near =
+            |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+        assert!(ranks.iter().all(|[loss, ..]| *loss == ranks[0][0] && near(loss, &whole)));
+        let sum = |i: usize| ranks.iter().map(|[_, hidden, _]| hidden[i]).sum();
+        assert!(near(&(0..7 * 4).map(sum).collect::<Vec<f32>>(), &of_hidden));
+        assert!(near(&ranks.iter().flat_map(|[_, _, head]| head.clone()).collect::<Vec<_>>(), &of_head));
     }
 }

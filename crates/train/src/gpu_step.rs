@@ -203,12 +203,15 @@ impl GpuStep {
         Ok(AskedStep { readback, micro_batches: self.shapes.len(), layers })
     }
 
-    /// What a step did, once it has.
-    pub(crate) fn report(&mut self, asked: AskedStep) -> StepReport {
+    /// What a step did, once it has on all ranks.
+    pub(crate) fn report(&mut self, asked: AskedStep, mesh: &Mesh) -> Result<StepReport, CommError> {
+        if mesh.world().size() > 1 {
+            mesh.world().wait_for("a step on GPUs", &mut || asked.readback.is_here())?;
+        }
         let (report, UpdateOutcome { grad_norm, applied }) = asked.readback.wait();
         let (losses, moe) = asked.sums(&report);
         self.idle.push(asked.readback);
-        StepReport { losses, grad_norm, updated: applied, moe }
+        Ok(StepReport { losses, grad_norm, updated: applied, moe })
     }
 
     /// The gradients of a step once more, without its update. Lets go of a recording and the memory of a whole

@@ -354,7 +354,7 @@ impl Learner {
                 self.ask_gpu(stream, plan, &micro_batches, now)?
             }
         };
-        let report = self.gpu_step.as_mut().expect(UNDER_WAY).report(asked);
+        let report = self.gpu_step.as_mut().expect(UNDER_WAY).report(asked, &self.mesh)?;
         self.asked -= 1;
         let StepReport { losses: MicroLoss { loss, total_loss }, grad_norm, updated, moe } = report;
         let mut skipped = None;

@@ -1,6 +1,9 @@
 //! Cross-entropy of all decoder tokens of T5-Base.
 
-use switchyard_cuda::{CrossEntropy, CrossEntropyAt, Format, cross_entropy, cross_entropy_sums};
+use switchyard_cuda::{
+    CrossEntropy, CrossEntropyAt, Format, ShardSums, cross_entropy, cross_entropy_joined,
+    cross_entropy_shard, cross_entropy_sums,
+};
 
 use crate::clock::Clock;
 
@@ -33,6 +36,19 @@ pub(crate) fn run(clock: &Clock) {
             cross_entropy(queue, at, rules)
         });
     }
+    let [largest, total, target_logit] = [(); 3].map(|()| clock.zeros(rows * 4));
+    let shard = ShardSums { largest: largest.at(), total: total.at(), target_logit: target_logit.at() };
+    let rules =
+        CrossEntropy { rows, vocab_size: 16_064, format: Format::Bf16, z_coefficient: 1e-4, gradients: true };
+    let bytes = (rows * rules.vocab_size * 2) as f64;
+    // SAFETY: as above.
+    clock.time("cross_entropy of a shard [7296, 16064] bf16", 0.0, bytes, |queue| unsafe {
+        cross_entropy_shard(queue, at, shard, 0, rules)
+    });
+    // SAFETY: as above.
+    clock.time("cross_entropy of joined shards", 0.0, 2.0 * bytes, |queue| unsafe {
+        cross_entropy_joined(queue, at, shard, 0, rules)
+    });
     // SAFETY: as above.
     clock.time("cross_entropy sums", 0.0, 0.0, |queue| unsafe {
         cross_entropy_sums(queue, at, rows, 1e-4, sums.at())

@@ -7,8 +7,8 @@ use burn::tensor::{Distribution, TensorData, activation};
 use switchyard_random::{Philox, normal_pair};
 
 use super::*;
-use crate::test_device;
-use crate::vocabulary::VocabularyGroup;
+use crate::vocabulary::{DeviceVocabularyGroup, VocabularyGroup};
+use crate::{DeviceValues, Place, Values, place_of, test_device};
 
 struct Sizes {
     tokens: usize,
@@ -106,6 +106,8 @@ struct Ranks {
 struct Rank {
     number: usize,
     ranks: Arc<Ranks>,
+    /// Whether they agree where LibTorch has the values.
+    on_devices: bool,
 }
 
 impl Rank {
@@ -128,9 +130,49 @@ impl VocabularyGroup for Rank {
     fn sum(&self, values: &mut [f32]) {
         self.reduce(values, |a, b| a + b);
     }
+
+    fn on_devices(&self) -> Option<&dyn DeviceVocabularyGroup> {
+        self.on_devices.then_some(self)
+    }
+}
+
+impl DeviceVocabularyGroup for Rank {
+    fn max(&self, values: &DeviceValues) -> DeviceValues {
+        reduced(values, |values| VocabularyGroup::max(self, values))
+    }
+
+    fn sum(&self, values: &DeviceValues) -> DeviceValues {
+        reduced(values, |values| VocabularyGroup::sum(self, values))
+    }
+}
+
+/// What `reduce` makes of the values, in their place.
+#[cfg(feature = "libtorch")]
+fn reduced(values: &DeviceValues, reduce: impl FnOnce(&mut [f32])) -> DeviceValues {
+    let mut reduced = values.to_host().into_f32();
+    reduce(&mut reduced);
+    let place = values.clone().into_tensor().tensor;
+    let reduced = tch::Tensor::from_slice(&reduced).to(place.device()).view_as(&place);
+    DeviceValues::there(&burn_tch::TchTensor::new(reduced))
+}
+
+/// Nothing: this build has no such values.
+#[cfg(not(feature = "libtorch"))]
+fn reduced(values: &DeviceValues, _: impl FnOnce(&mut [f32])) -> DeviceValues {
+    values.copied()
+}
+
+#[cfg(feature = "libtorch")]
+use crate::torch::recording::watched;
+
+/// Does `work`, with no device to wait for.
+#[cfg(not(feature = "libtorch"))]
+fn watched<R>(work: impl FnOnce() -> R) -> (R, Option<&'static str>) {
+    (work(), None)
 }
 
 /// What one call gives, and the gradients of half its loss.
+#[derive(Debug, PartialEq)]
 struct Results {
     loss: f32,
     token_loss: Vec<f32>,
@@ -139,16 +181,18 @@ struct Results {
     head: Vec<f32>,
 }
 
-/// The operation on the part `[first, first + rows)` of a head `[vocabulary, d_model]`.
+/// The operation on some rows of a head `[vocabulary, d_model]`, in the format of both, and where in it the host
+/// waited for a device.
 fn run(
     [hidden, head]: [&Tensor<2>; 2],
     rows: Range<usize>,
     rules: CrossEntropy,
     shard: Option<VocabularyShard>,
-) -> Results {
+) -> (Results, Option<&'static str>) {
     let device = test_device().autodiff();
     let ([tokens, d], [vocabulary, _]) = (hidden.dims(), head.dims());
-    let leaf = |tensor: Tensor<2>| Tensor::from_data(tensor.into_data(), &device).require_grad();
+    let format = head.dtype();
+    let leaf = |tensor: Tensor<2>| Tensor::from_data(tensor.into_data(), (&device, format)).require_grad();
     let part = head.clone().slice([rows, 0..d]);
     let by_model = rules.layout == HeadLayout::ModelByVocabulary;
     let (hidden, head) = (leaf(hidden.clone()), leaf(if by_model { part.transpose() } else { part }));
@@ -156,26 +200,28 @@ fn run(
     let weights: Vec<f32> = (0..tokens).map(|i| [1.0, 0.5, 2.0, 0.0][i % 4]).collect();
     let weights = Tensor::<1>::from_data(weights.as_slice(), &device.clone().inner());
     let targets = host::int_tensor(targets, [tokens], &device.clone().inner());
-    let out = cross_entropy(hidden.clone(), head.clone(), targets, weights, loss_scale(), rules, shard);
+    let loss_scale = loss_scale();
+    let (out, waited) =
+        watched(|| cross_entropy(hidden.clone(), head.clone(), targets, weights, loss_scale, rules, shard));
     let values = |tensor: Tensor<1>| host::with_values(tensor, <[f32]>::to_vec);
     let gradients = (out.loss_sum.clone() * 0.5).backward();
     let gradient = |leaf: &Tensor<2>| leaf.grad(&gradients).expect("leaf");
     let head = gradient(&head);
-    Results {
+    let results = Results {
         loss: values(out.loss_sum)[0],
         token_loss: values(out.token_loss),
         correct: values(out.token_correct),
-        hidden: host::with_values(gradient(&hidden), <[f32]>::to_vec),
-        head: host::with_values(if by_model { head.transpose() } else { head }, <[f32]>::to_vec),
-    }
+        hidden: Values::of(gradient(&hidden)).into_f32(),
+        head: Values::of(if by_model { head.transpose() } else { head }).into_f32(),
+    };
+    (results, waited)
 }
 
-/// Compares sums over a vocabulary, whose rounding errors grow with its root.
-fn assert_close(a: &[f32], b: &[f32], vocabulary: usize, what: &str) {
+/// Compares values relative to their largest.
+fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
     assert_eq!(a.len(), b.len(), "{what}");
     let largest = b.iter().fold(0.0_f32, |largest, b| largest.max(b.abs()));
     let difference = a.iter().zip(b).fold(0.0_f32, |largest, (a, b)| largest.max((a - b).abs()));
-    let tolerance = 2e-7 * (vocabulary as f32).sqrt();
     assert!(difference <= tolerance * largest, "{what}: {difference} of {largest}");
 }
 
@@ -187,37 +233,54 @@ fn normal([rows, columns]: [usize; 2], seed: u64) -> Tensor<2> {
     Tensor::from_data(TensorData::new(values, [rows, columns]), &test_device())
 }
 
-/// A vocabulary split over `count` ranks beside the whole one.
-fn check_split(sizes: Sizes, rules: CrossEntropy, count: usize) {
-    let Sizes { tokens, d_model, vocabulary } = sizes;
-    let (hidden, head) = (normal([tokens, d_model], 1), normal([vocabulary, d_model], 2));
-    let whole = run([&hidden, &head], 0..vocabulary, rules, None);
+/// Every rank's part of a vocabulary that is split over `count` ranks, and where its host waited for a device.
+fn split(
+    [hidden, head]: [&Tensor<2>; 2],
+    rules: CrossEntropy,
+    count: usize,
+    on_devices: bool,
+) -> Vec<(Results, Option<&'static str>)> {
+    let [vocabulary, _] = head.dims();
     let ranks = Arc::new(Ranks { barrier: Barrier::new(count), values: Mutex::new(vec![vec![]; count]) });
     let local = vocabulary / count;
-    let split: Vec<Results> = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let start = |number: usize| {
-            let shard = VocabularyShard {
-                first: number * local,
-                group: Arc::new(Rank { number, ranks: ranks.clone() }),
-            };
-            let (hidden, head) = (&hidden, &head);
+            let group = Arc::new(Rank { number, ranks: ranks.clone(), on_devices });
+            let shard = VocabularyShard { first: number * local, group };
             let rows = shard.first..shard.first + local;
             scope.spawn(move || run([hidden, head], rows, rules, Some(shard)))
         };
         let threads: Vec<_> = (0..count).map(start).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-    for rank in &split {
-        assert_close(&[rank.loss], &[whole.loss], vocabulary, "loss");
-        assert_close(&rank.token_loss, &whole.token_loss, vocabulary, "loss of a position");
+    })
+}
+
+/// A vocabulary split over `count` ranks beside the whole one, however the ranks agree.
+fn check_split(sizes: Sizes, rules: CrossEntropy, format: DType, count: usize) {
+    let Sizes { tokens, d_model, vocabulary } = sizes;
+    let (hidden, head) =
+        (normal([tokens, d_model], 1).cast(format), normal([vocabulary, d_model], 2).cast(format));
+    let (whole, _) = run([&hidden, &head], 0..vocabulary, rules, None);
+    let (parts, waited): (Vec<_>, Vec<_>) = split([&hidden, &head], rules, count, false).into_iter().unzip();
+    let in_main_memory = place_of(&test_device()) == Place::Host;
+    assert!(waited.iter().all(|waited| waited.is_none() == in_main_memory), "{waited:?}");
+    let (there, waited): (Vec<_>, Vec<_>) = split([&hidden, &head], rules, count, true).into_iter().unzip();
+    assert_eq!(waited, vec![None; count]);
+    assert!(there == parts, "the same bits wherever ranks agree");
+
+    // Rounding errors of a sum grow with the root of its length.
+    let tolerance = if format == DType::F32 { 2e-7 * (vocabulary as f32).sqrt() } else { 1.0 / 64.0 };
+    for rank in &parts {
+        assert_close(&[rank.loss], &[whole.loss], tolerance, "loss");
+        assert_close(&rank.token_loss, &whole.token_loss, tolerance, "loss of a position");
         assert_eq!(rank.correct, whole.correct);
-        assert_eq!(rank.loss.to_bits(), split[0].loss.to_bits(), "one loss on all ranks");
+        assert_eq!(rank.loss.to_bits(), parts[0].loss.to_bits(), "one loss on all ranks");
     }
     let hidden: Vec<f32> =
-        (0..tokens * d_model).map(|i| split.iter().map(|rank| rank.hidden[i]).sum()).collect();
-    assert_close(&hidden, &whole.hidden, vocabulary, "gradient of the hidden states");
-    let head: Vec<f32> = split.iter().flat_map(|rank| rank.head.iter().copied()).collect();
-    assert_close(&head, &whole.head, vocabulary, "gradient of the head");
+        (0..tokens * d_model).map(|i| parts.iter().map(|rank| rank.hidden[i]).sum()).collect();
+    assert_close(&hidden, &whole.hidden, tolerance, "gradient of the hidden states");
+    let head: Vec<f32> = parts.iter().flat_map(|rank| rank.head.iter().copied()).collect();
+    assert_close(&head, &whole.head, tolerance, "gradient of the head");
 }
 
 #[test]
@@ -226,12 +289,20 @@ fn a_split_vocabulary_gives_the_loss_and_the_gradients_of_the_whole() {
         for count in [2, 3] {
             for (scale, z_coefficient) in [(1.0, 0.0), (0.5, 1e-2)] {
                 let rules = CrossEntropy { layout, scale, z_coefficient };
-                check_split(Sizes { tokens: 65, d_model: 6, vocabulary: 30 }, rules, count);
+                for format in [DType::F32, DType::BF16] {
+                    check_split(Sizes { tokens: 65, d_model: 6, vocabulary: 30 }, rules, format, count);
+                }
             }
         }
+    }
+}
+
+#[test]
+fn a_split_vocabulary_in_several_chunks() {
+    // More bytes of a shard's logits than any form holds at once.
+    let sizes = || Sizes { tokens: 2051, d_model: 3, vocabulary: 1 << 15 };
+    for layout in LAYOUTS {
         let rules = CrossEntropy { layout, scale: 0.5, z_coefficient: 1e-4 };
-        let tokens_of_chunk = 64;
-        let vocabulary = 2 * CHUNK_LOGITS / tokens_of_chunk;
-        check_split(Sizes { tokens: 2 * tokens_of_chunk + 3, d_model: 3, vocabulary }, rules, 2);
+        check_split(sizes(), rules, DType::F32, 2);
     }
 }

@@ -4,15 +4,19 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::backend::LibTorch;
 use burn_tch::TchTensor;
-use switchyard_cuda::{CrossEntropy, CrossEntropyAt, Queue, cross_entropy_sums};
+use switchyard_cuda::{
+    Address, CrossEntropy, CrossEntropyAt, Queue, ShardSums, cross_entropy_joined, cross_entropy_shard,
+    cross_entropy_sums,
+};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::cross_entropy::{Fused, HeadLayout};
 use crate::operation::Operation;
 use crate::torch::gpu::{at, format, narrow, queue, room, started};
 use crate::torch::products::{add_product, product, product_into};
+use crate::torch::update::DeviceValues;
 use crate::torch::{exchanged, uploaded, wide};
-use crate::vocabulary::VocabularyShard;
+use crate::vocabulary::{DeviceVocabularyGroup, VocabularyGroup, VocabularyShard};
 
 /// Gradients of the scaled loss sum, if a backward pass may follow, which takes them out.
 #[derive(Debug)]
@@ -31,88 +35,16 @@ struct Gradients {
 /// the head's gradient are rounded.
 const CHUNK_BYTES: usize = 1 << 27;
 
-/// Values of a row that depend on the whole vocabulary, `[tokens, 1]` each.
-struct Rows {
-    largest: Tensor,
-    total: Tensor,
-    target_logit: Tensor,
-}
-
 impl Fused {
-    fn rows(&self, logits: &Tensor, target: &Tensor, here: &Tensor) -> Rows {
-        let last = [-1_i64].as_slice();
-        let largest = logits.amax(last, true);
-        let target_logit = logits.gather(1, target, false) * here;
-        let Some(VocabularyShard { group, .. }) = &self.shard else {
-            let total = (logits - &largest).exp().sum_dim_intlist(last, true, Kind::Float);
-            return Rows { largest, total, target_logit };
-        };
-        let mut values = on_host(&largest);
-        group.max(&mut values);
-        let largest = uploaded(&values, &[-1, 1], logits);
-        let total = (logits - &largest).exp().sum_dim_intlist(last, true, Kind::Float);
-        let mut sums = on_host(&Tensor::cat(&[&total, &target_logit], 0));
-        group.sum(&mut sums);
-        let (total, target_logit) = sums.split_at(sums.len() / 2);
-        Rows {
-            largest,
-            total: uploaded(total, &[-1, 1], logits),
-            target_logit: uploaded(target_logit, &[-1, 1], logits),
-        }
-    }
-
-    fn composed(&self, hidden: &Tensor, head: &Tensor, tracked: bool) -> ([Tensor; 3], Option<Gradients>) {
+    /// Products, and between them what makes gradients of logits where they lie: kernels where they run, else
+    /// LibTorch's own operations on float32 logits.
+    fn in_chunks(&self, hidden: &Tensor, head: &Tensor, tracked: bool) -> ([Tensor; 3], Option<Gradients>) {
         let rules = &self.rules;
+        let queue = queue(hidden).filter(|_| hidden.kind() == head.kind());
+        let factor = |tensor: &Tensor| if queue.is_some() { tensor.shallow_clone() } else { wide(tensor) };
         let by_vocabulary = rules.layout == HeadLayout::VocabularyByModel;
-        let x = wide(&(hidden * rules.scale));
-        let by_model = wide(&if by_vocabulary { head.tr() } else { head.shallow_clone() });
-        let logits = x.matmul(&by_model);
-        let first = self.shard.as_ref().map_or(0, |shard| shard.first as i64);
-        let target = (self.targets.in_torch() - first).to_kind(Kind::Int64).unsqueeze(1);
-        let here = target.ge(0).logical_and(&target.lt(logits.size()[1]));
-        let (target, here) = (target.clamp(0, logits.size()[1] - 1), here.to_kind(Kind::Float));
-        let Rows { largest, total, target_logit } = self.rows(&logits, &target, &here);
-        let log_z = &largest + total.log();
-        let loss = &log_z - &target_logit;
-        let correct = target_logit.ge_tensor(&largest).to_kind(Kind::Float);
-        let weights = self.weights.in_torch().view([-1, 1]);
-        // What does not count stays out, also where it is not a number.
-        let terms = &weights * (&loss + log_z.square() * rules.z_coefficient);
-        let sum = terms.masked_fill(&weights.eq(0.0), 0.0).sum(Kind::Double);
-        let gradients = tracked.then(|| {
-            let loss_scale = self.loss_scale.in_torch();
-            let through = (log_z.shallow_clone() * (2.0 * rules.z_coefficient) + 1.0) * &weights * loss_scale;
-            let g = (logits - &log_z).exp() * through;
-            let g = g.scatter_add(1, &target, &(weights * here * loss_scale.neg()));
-            let g = wide(&g.to_kind(hidden.kind()));
-            let of_hidden = g.matmul(&by_model.tr());
-            let of_head = if by_vocabulary { g.tr().matmul(&x) } else { x.tr().matmul(&g) };
-            Gradients {
-                hidden: TchTensor::new(of_hidden.to_kind(hidden.kind())),
-                head: TchTensor::new(of_head.to_kind(head.kind())),
-            }
-        });
-        let flat = |x: Tensor| x.view([-1]);
-        ([sum.to_kind(Kind::Float).view([1]), flat(loss), flat(correct)], gradients)
-    }
-
-    /// Where kernels run on these tensors; `None` where the form is composed.
-    fn kernels(&self, hidden: &Tensor, head: &Tensor) -> Option<Queue<'static>> {
-        queue(hidden).filter(|_| self.shard.is_none() && hidden.kind() == head.kind())
-    }
-
-    /// Products, and between them the kernel that makes gradients of logits where they lie.
-    fn launch(
-        &self,
-        queue: Queue<'_>,
-        hidden: &Tensor,
-        head: &Tensor,
-        tracked: bool,
-    ) -> ([Tensor; 3], Option<Gradients>) {
-        let rules = &self.rules;
-        let by_vocabulary = rules.layout == HeadLayout::VocabularyByModel;
-        let x = if rules.scale == 1.0 { hidden.shallow_clone() } else { hidden * rules.scale };
-        let by_model = if by_vocabulary { head.tr() } else { head.shallow_clone() };
+        let x = if rules.scale == 1.0 { factor(hidden) } else { factor(&(hidden * rules.scale)) };
+        let by_model = factor(&if by_vocabulary { head.tr() } else { head.shallow_clone() });
         let (tokens, vocab_size) = (x.size()[0] as usize, by_model.size()[1] as usize);
         let rows = rows_at_once(tokens, vocab_size * format(&x).bytes());
         let positions = Positions::new(self, tokens, hidden);
@@ -121,20 +53,16 @@ impl Fused {
         let mut of_head: Option<Tensor> = None;
         for start in (0..tokens).step_by(rows.max(1)) {
             let rows = rows.min(tokens - start);
-            let chunk = |tensor: &Tensor| tensor.narrow(0, start as i64, rows as i64);
-            let (x, logits) = (chunk(&x), logits.narrow(0, 0, rows as i64));
+            let of_chunk = |tensor: &Tensor| tensor.narrow(0, start as i64, rows as i64);
+            let (x, logits) = (of_chunk(&x), logits.narrow(0, 0, rows as i64));
             product_into(&logits, &x, &by_model);
-            let sizes = CrossEntropy {
-                rows,
-                vocab_size,
-                format: format(&logits),
-                z_coefficient: rules.z_coefficient,
-                gradients: tracked,
-            };
-            // SAFETY: the tensors have room for these rows from there on.
-            started(unsafe { switchyard_cuda::cross_entropy(queue, positions.at(&logits, start), sizes) });
+            let chunk = Chunk { positions: &positions, start, logits: &logits, tracked };
+            match queue {
+                Some(queue) => self.launch(queue, &chunk),
+                None => self.compose(&chunk, hidden.kind()),
+            }
             let Some(of_hidden) = &of_hidden else { continue };
-            product_into(&chunk(of_hidden), &logits, &by_model.tr());
+            product_into(&of_chunk(of_hidden), &logits, &by_model.tr());
             let (left, right) = if by_vocabulary { (logits.tr(), &x) } else { (x.tr(), &logits) };
             match &mut of_head {
                 Some(sum) => add_product(sum, &left, right),
@@ -142,10 +70,108 @@ impl Fused {
             }
         }
         let gradients = of_hidden.map(|of_hidden| Gradients {
-            hidden: TchTensor::new(of_hidden),
-            head: TchTensor::new(of_head.unwrap_or_else(|| head.zeros_like())),
+            hidden: TchTensor::new(of_hidden.to_kind(hidden.kind())),
+            head: TchTensor::new(of_head.unwrap_or_else(|| head.zeros_like()).to_kind(head.kind())),
         });
-        (positions.outputs(queue, &logits, rules.z_coefficient), gradients)
+        (positions.outputs(queue, rules.z_coefficient), gradients)
+    }
+
+    /// Losses of a chunk by kernels, and gradients of its logits where they lie.
+    fn launch(&self, queue: Queue<'_>, chunk: &Chunk<'_>) {
+        let logits = chunk.logits;
+        let [rows, vocab_size] = [0, 1].map(|dim| logits.size()[dim] as usize);
+        let rules = CrossEntropy {
+            rows,
+            vocab_size,
+            format: format(logits),
+            z_coefficient: self.rules.z_coefficient,
+            gradients: chunk.tracked,
+        };
+        let addresses = chunk.positions.at(at(logits), chunk.start);
+        let Some(shard) = &self.shard else {
+            // SAFETY: the tensors have room for these rows from there on.
+            started(unsafe { switchyard_cuda::cross_entropy(queue, addresses, rules) });
+            return;
+        };
+        let largest = room(&[rows], Kind::Float, logits);
+        // Of every row its sum of exponentials, then of every row its target's logit.
+        let sums = room(&[2, rows], Kind::Float, logits);
+        let lying = |largest: &Tensor, sums: &Tensor| ShardSums {
+            largest: at(largest),
+            total: at(sums),
+            target_logit: at(sums).plus(4 * rows),
+        };
+        // SAFETY: as above.
+        started(unsafe { cross_entropy_shard(queue, addresses, lying(&largest, &sums), shard.first, rules) });
+        let of_all = shard.max(&largest);
+        let _ = sums.select(0, 0).g_mul_(&(largest - &of_all).exp());
+        let sums = shard.sum(&sums);
+        // SAFETY: as above.
+        started(unsafe { cross_entropy_joined(queue, addresses, lying(&of_all, &sums), shard.first, rules) });
+    }
+
+    /// Losses of a chunk by LibTorch's own operations, and gradients of its logits where they lie, rounded to
+    /// `kind` as what they meet in products is.
+    fn compose(&self, chunk: &Chunk<'_>, kind: Kind) {
+        let (positions, logits) = (chunk.positions, chunk.logits);
+        let (vocab_size, last) = (logits.size()[1], [-1_i64].as_slice());
+        let joined = |values: Tensor, join: fn(&VocabularyShard, &Tensor) -> Tensor| match &self.shard {
+            Some(shard) => join(shard, &values),
+            None => values,
+        };
+        let first = self.shard.as_ref().map_or(0, |shard| shard.first as i64);
+        let target = chunk.column(&positions.targets).to_kind(Kind::Int64) - first;
+        let here = target.ge(0).logical_and(&target.lt(vocab_size)).to_kind(Kind::Float);
+        let target = target.clamp(0, vocab_size - 1);
+        let largest = joined(logits.amax(last, true), VocabularyShard::max);
+        let total = (logits - &largest).exp_().sum_dim_intlist(last, true, Kind::Float);
+        let target_logit = logits.gather(1, &target, false) * &here;
+        let sums = joined(Tensor::stack(&[total, target_logit], 0), VocabularyShard::sum);
+        let (total, target_logit) = (sums.get(0), sums.get(1));
+        let log_z = &largest + total.log();
+        let correct = target_logit.ge_tensor(&largest).to_kind(Kind::Float);
+        chunk.column(&positions.loss).copy_(&(&log_z - target_logit));
+        chunk.column(&positions.correct).copy_(&correct);
+        chunk.column(&positions.log_z).copy_(&log_z);
+        if !chunk.tracked {
+            return;
+        }
+        let (weights, loss_scale) = (chunk.column(&positions.weights), &positions.loss_scale);
+        let through = (&log_z * (2.0 * self.rules.z_coefficient) + 1.0) * &weights * loss_scale;
+        let mut gradients = logits.shallow_clone();
+        let _ = gradients.g_sub_(&log_z).exp_().g_mul_(&through);
+        let _ = gradients.scatter_add_(1, &target, &(weights * here * loss_scale.neg()));
+        gradients.copy_(&logits.to_kind(kind));
+    }
+}
+
+impl VocabularyShard {
+    /// The values as the largest over the ranks.
+    fn max(&self, values: &Tensor) -> Tensor {
+        self.over_ranks(values, |group, values| group.max(values), |group, values| group.max(values))
+    }
+
+    /// The values as the sum over the ranks.
+    fn sum(&self, values: &Tensor) -> Tensor {
+        self.over_ranks(values, |group, values| group.sum(values), |group, values| group.sum(values))
+    }
+
+    /// What the ranks make of float32 values: `there` where these are, if the ranks can, else on the host.
+    fn over_ranks(
+        &self,
+        values: &Tensor,
+        there: fn(&dyn DeviceVocabularyGroup, &DeviceValues) -> DeviceValues,
+        on_host: fn(&dyn VocabularyGroup, &mut [f32]),
+    ) -> Tensor {
+        if let Some(devices) = self.group.on_devices() {
+            let reduced = there(devices, &DeviceValues::there(&TchTensor::new(values.shallow_clone())));
+            return reduced.into_tensor().tensor.view_as(values);
+        }
+        exchanged("the parts of a vocabulary that ranks share");
+        let flat = values.contiguous().view([-1]).to(tch::Device::Cpu);
+        let mut shared = Vec::try_from(&flat).expect("a flat float32 tensor");
+        on_host(&*self.group, &mut shared);
+        uploaded(&shared, &values.size(), values)
     }
 }
 
@@ -155,7 +181,7 @@ fn rows_at_once(rows: usize, row_bytes: usize) -> usize {
     rows.div_ceil(rows.div_ceil(most).max(1))
 }
 
-/// What kernels read of every position, and write.
+/// What is read of every position, and what is written.
 struct Positions {
     targets: Tensor,
     weights: Tensor,
@@ -163,6 +189,22 @@ struct Positions {
     loss: Tensor,
     correct: Tensor,
     log_z: Tensor,
+}
+
+/// Positions from `start` on with their logits, `[rows, vocab_size]`.
+struct Chunk<'a> {
+    positions: &'a Positions,
+    start: usize,
+    logits: &'a Tensor,
+    /// Whether gradients take the place of the logits.
+    tracked: bool,
+}
+
+impl Chunk<'_> {
+    /// The part that belongs to the chunk of a tensor of the positions. `[tokens] -> [rows, 1]`
+    fn column(&self, of_all: &Tensor) -> Tensor {
+        of_all.narrow(0, self.start as i64, self.logits.size()[0]).unsqueeze(1)
+    }
 }
 
 impl Positions {
@@ -177,11 +219,11 @@ impl Positions {
         Self { targets, weights, loss_scale, loss, correct, log_z }
     }
 
-    /// Addresses from position `start` on, whose logits are these.
-    fn at(&self, logits: &Tensor, start: usize) -> CrossEntropyAt {
+    /// Addresses from position `start` on.
+    fn at(&self, logits: Address, start: usize) -> CrossEntropyAt {
         let from_start = |tensor: &Tensor| at(tensor).plus(4 * start);
         CrossEntropyAt {
-            logits: at(logits),
+            logits,
             targets: from_start(&self.targets),
             weights: from_start(&self.weights),
             loss_scale: at(&self.loss_scale),
@@ -192,19 +234,24 @@ impl Positions {
     }
 
     /// The weighted sum, losses, and which are correct.
-    fn outputs(self, queue: Queue<'_>, logits: &Tensor, z_coefficient: f64) -> [Tensor; 3] {
-        let sums = room(&[4], Kind::Float, logits);
-        let (from, positions) = (self.at(logits, 0), self.loss.numel());
-        // SAFETY: the tensors have a value for every position.
-        started(unsafe { cross_entropy_sums(queue, from, positions, z_coefficient, at(&sums)) });
-        [sums.narrow(0, 0, 1), self.loss, self.correct]
+    fn outputs(self, queue: Option<Queue<'_>>, z_coefficient: f64) -> [Tensor; 3] {
+        let Self { weights, loss, log_z, .. } = &self;
+        let sum = match queue {
+            Some(queue) => {
+                let sums = room(&[4], Kind::Float, loss);
+                let from = self.at(Address::NONE, 0);
+                // SAFETY: the tensors have a value for every position.
+                started(unsafe { cross_entropy_sums(queue, from, loss.numel(), z_coefficient, at(&sums)) });
+                sums.narrow(0, 0, 1)
+            }
+            None => {
+                let terms = weights * (loss + log_z.square() * z_coefficient);
+                // What does not count stays out, also where it is not a number.
+                terms.masked_fill(&weights.eq(0.0), 0.0).sum(Kind::Double).to_kind(Kind::Float).view([1])
+            }
+        };
+        [sum, self.loss, self.correct]
     }
-}
-
-fn on_host(values: &Tensor) -> Vec<f32> {
-    exchanged("the parts of a vocabulary that ranks share");
-    let values = values.view([-1]).to(tch::Device::Cpu);
-    Vec::try_from(values).expect("a flat float32 tensor")
 }
 
 impl Operation<LibTorch, 2, 3> for Fused {
@@ -212,10 +259,7 @@ impl Operation<LibTorch, 2, 3> for Fused {
 
     fn forward(&self, [hidden, head]: &[TchTensor; 2], tracked: bool) -> ([TchTensor; 3], Saved) {
         let (hidden, head) = (&hidden.tensor, &head.tensor);
-        let (outputs, gradients) = no_grad(|| match self.kernels(hidden, head) {
-            Some(queue) => self.launch(queue, hidden, head, tracked),
-            None => self.composed(hidden, head, tracked),
-        });
+        let (outputs, gradients) = no_grad(|| self.in_chunks(hidden, head, tracked));
         (outputs.map(TchTensor::new), Saved { gradients: Mutex::new(gradients) })
     }
 

@@ -68,12 +68,7 @@ pub(crate) fn mark(device: &Device) -> Option<switchyard_cuda::Mark> {
 
 /// [`crate::device_zeros`].
 pub(crate) fn zeros(device: &Device, len: usize, format: DeviceFormat) -> Option<update::DeviceValues> {
-    let kind = match format {
-        DeviceFormat::F32 => Kind::Float,
-        DeviceFormat::Bf16 => Kind::BFloat16,
-        DeviceFormat::I32 => Kind::Int,
-    };
-    let zeros = tch::Tensor::zeros([len as i64], (kind, place(device)?));
+    let zeros = tch::Tensor::zeros([len as i64], (update::kind_of(format), place(device)?));
     Some(update::DeviceValues::there(&TchTensor::new(zeros)))
 }
 

@@ -61,6 +61,13 @@ pub(crate) fn exchanged(what: &'static str) {
     EXCHANGED.with(|first| first.set(first.get().or(Some(what))));
 }
 
+/// Does `work` and tells where in it the host waited for a device or sent it values, if it did.
+pub(crate) fn watched<R>(work: impl FnOnce() -> R) -> (R, Option<&'static str>) {
+    EXCHANGED.set(None);
+    let result = work();
+    (result, EXCHANGED.take())
+}
+
 /// While it lives, this thread's work for a GPU goes to a stream that can be recorded.
 ///
 /// What went to the GPU's default stream before is done first, and what goes there later waits.
@@ -114,9 +121,7 @@ impl WorkStream {
 
     /// Does `work` and tells where in it the host waited for the GPU or sent it values, if it did.
     pub fn watched<R>(&self, work: impl FnOnce() -> R) -> (R, Option<&'static str>) {
-        EXCHANGED.set(None);
-        let result = work();
-        (result, EXCHANGED.take())
+        watched(work)
     }
 
     /// Records what `work` asks of the GPU, which does nothing of it yet. Tensors that `work` returns keep their

@@ -76,6 +76,23 @@ impl DeviceValues {
         Self(TchTensor::new(room(&[len], kind_of(format), &self.0.tensor)))
     }
 
+    /// Values one behind the other: them themselves if they are one, else a copy.
+    ///
+    /// # Panics
+    /// When there are none, or their formats differ.
+    pub fn joined(parts: impl IntoIterator<Item = Self>) -> Self {
+        let parts: Vec<Self> = parts.into_iter().collect();
+        let format = parts.first().expect("there are values to join").format();
+        assert!(parts.iter().all(|part| part.format() == format), "values of one format are joined");
+        match <[Self; 1]>::try_from(parts) {
+            Ok([one]) => one,
+            Err(parts) => {
+                let flat: Vec<tch::Tensor> = parts.iter().map(|part| part.0.tensor.view([-1])).collect();
+                Self(TchTensor::new(no_grad(|| tch::Tensor::cat(&flat, 0))))
+            }
+        }
+    }
+
     /// Some of the values, where they lie.
     ///
     /// # Panics
@@ -199,7 +216,7 @@ impl DeviceValues {
     }
 }
 
-fn kind_of(format: DeviceFormat) -> Kind {
+pub(crate) fn kind_of(format: DeviceFormat) -> Kind {
     match format {
         DeviceFormat::F32 => Kind::Float,
         DeviceFormat::F64 => Kind::Double,

@@ -78,54 +78,72 @@ impl Lane {
         owned: &mut Gradients,
     ) -> Result<(), CommError> {
         let devices = self.group.on_devices().expect(HAVE_DEVICES);
+        let room = SumRoom::new(&self.buckets, local, sums, exchange);
         for bucket in &self.buckets {
-            for (leg, piece) in bucket.gradients_on_devices(devices, self.group.rank(), local)? {
-                let sum = owned.entry(leg.name.clone()).or_insert_with(|| {
-                    let format =
-                        if sums.is_narrow(&leg.name) { DeviceFormat::Bf16 } else { DeviceFormat::F32 };
-                    let len = exchange.units[&leg.name].part.num_elements();
-                    Values::Device(piece.room_as(format, len))
-                });
-                let Part { start, shape } = &leg.landing;
-                on_device(sum).write_part(&leg.unit_shape, [start, shape], &piece, !leg.first);
+            for message in bucket.gradients_on_devices(devices, self.group.rank(), local)? {
+                room.add(&message);
             }
         }
+        owned.extend(room.into_gradients());
         Ok(())
     }
 }
 
+/// Values that go from one rank to another as one.
+struct Message<'a> {
+    peer: usize,
+    /// What they belong to, one behind the other.
+    legs: Vec<&'a Leg>,
+    values: DeviceValues,
+}
+
+impl Message<'_> {
+    fn piece(&self) -> Piece {
+        Piece { peer: self.peer, values: slice(&self.values) }
+    }
+}
+
+/// Legs that travel together since their values have one format.
+fn by_format<'a>(
+    legs: impl Iterator<Item = &'a Leg>,
+    format: impl Fn(&Leg) -> DeviceFormat,
+) -> impl Iterator<Item = Vec<&'a Leg>> {
+    let (narrow, wide): (Vec<&Leg>, Vec<&Leg>) = legs.partition(|leg| format(leg) == DeviceFormat::Bf16);
+    [narrow, wide].into_iter().filter(|legs| !legs.is_empty())
+}
+
 impl Bucket {
-    /// The pieces of all holders of what this rank owns, in the order of their ranks.
+    /// What all holders have of the gradients that this rank owns, in the order of their ranks.
     fn gradients_on_devices<'a>(
         &'a self,
         devices: &dyn DeviceCommunicator,
         own_rank: usize,
         local: &Gradients,
-    ) -> Result<Vec<(&'a Leg, DeviceValues)>, CommError> {
+    ) -> Result<Vec<Message<'a>>, CommError> {
         let there = |leg: &&Leg| leg.adds && local.contains_key(&leg.name);
         let here = |leg: &Leg| on_device(&local[&leg.name]);
-        let mut sends = Vec::new();
+        let messages_with = |peer: usize, legs: &'a [Leg], values: &dyn Fn(&[&Leg]) -> DeviceValues| {
+            let groups = by_format(legs.iter().filter(there), |leg| here(leg).format());
+            groups.map(|legs| Message { peer, values: values(&legs), legs }).collect::<Vec<_>>()
+        };
+        let packed =
+            |legs: &[&Leg]| DeviceValues::joined(legs.iter().map(|leg| here(leg).part(leg.held.clone())));
+        let room = |legs: &[&Leg]| here(legs[0]).room(legs.iter().map(|leg| leg.held.len()).sum());
+        let (mut sent, mut arrived) = (Vec::new(), Vec::new());
         for (owner, legs) in self.held.iter().enumerate().filter(|(owner, _)| *owner != own_rank) {
-            let piece = |leg: &Leg| Piece { peer: owner, values: slice(here(leg)).part(leg.held.clone()) };
-            sends.extend(legs.iter().filter(there).map(piece));
+            sent.extend(messages_with(owner, legs, &packed));
         }
-        let mut pieces = Vec::new();
         for (holder, legs) in self.owned.iter().enumerate() {
-            let piece = |leg: &'a Leg| match holder == own_rank {
-                true => (leg, here(leg).part(leg.held.clone())),
-                false => (leg, here(leg).room(leg.held.len())),
-            };
-            pieces.push(legs.iter().filter(there).map(piece).collect::<Vec<_>>());
+            let values: &dyn Fn(&[&Leg]) -> DeviceValues = if holder == own_rank { &packed } else { &room };
+            arrived.extend(messages_with(holder, legs, values));
         }
-        let others = pieces.iter().enumerate().filter(|(holder, _)| *holder != own_rank);
-        let receives = others.flat_map(|(peer, pieces)| {
-            pieces.iter().map(move |(_, values)| Piece { peer, values: slice(values) })
-        });
-        let receives: Vec<Piece> = receives.collect();
+        let sends: Vec<Piece> = sent.iter().map(Message::piece).collect();
+        let others = arrived.iter().filter(|message| message.peer != own_rank);
+        let receives: Vec<Piece> = others.map(Message::piece).collect();
         if let Some(any) = local.values().next() {
             devices.exchange(&sends, &receives, stream(on_device(any)))?;
         }
-        Ok(pieces.into_iter().flatten().collect())
+        Ok(arrived)
     }
 
     fn spread_on_devices(
@@ -135,22 +153,146 @@ impl Bucket {
         held: &BTreeMap<String, DeviceValues>,
     ) -> Result<(), CommError> {
         let travels = |leg: &&Leg| !leg.stays;
-        let mut sent: Vec<(usize, DeviceValues)> = Vec::new();
-        for (holder, legs) in self.owned.iter().enumerate() {
-            let values = |leg: &Leg| {
-                let Part { start, shape } = &leg.landing;
-                (holder, owned(&leg.name).part_of(&leg.unit_shape, [start, shape]))
-            };
-            sent.extend(legs.iter().filter(travels).map(values));
+        let format = |leg: &Leg| held[&leg.name].format();
+        let mut sent: Vec<Message<'_>> = Vec::new();
+        for (peer, legs) in self.owned.iter().enumerate() {
+            for legs in by_format(legs.iter().filter(travels), format) {
+                // Holders of the same parts get the same values.
+                let packed = sent.iter().find(|earlier| same_parts(&earlier.legs, &legs));
+                let packed = packed.map(|earlier| earlier.values.clone());
+                let values = packed.unwrap_or_else(|| {
+                    DeviceValues::joined(legs.iter().map(|leg| {
+                        let Part { start, shape } = &leg.landing;
+                        owned(&leg.name).part_of(&leg.unit_shape, [start, shape])
+                    }))
+                });
+                sent.push(Message { peer, legs, values });
+            }
         }
-        let sends = sent.iter().map(|(peer, values)| Piece { peer: *peer, values: slice(values) });
-        let mut receives = Vec::new();
-        for (owner, legs) in self.held.iter().enumerate() {
-            let place = |leg: &Leg| slice(&held[&leg.name]).part(leg.held.clone());
-            receives.extend(legs.iter().filter(travels).map(|leg| Piece { peer: owner, values: place(leg) }));
+        let mut arrived: Vec<Message<'_>> = Vec::new();
+        for (peer, legs) in self.held.iter().enumerate() {
+            for legs in by_format(legs.iter().filter(travels), format) {
+                let len = legs.iter().map(|leg| leg.held.len()).sum();
+                let values = held[&legs[0].name].room(len);
+                arrived.push(Message { peer, legs, values });
+            }
         }
         let Some(any) = held.values().next() else { return Ok(()) };
-        devices.exchange(&sends.collect::<Vec<_>>(), &receives, stream(any))
+        let pieces = |messages: &[Message<'_>]| messages.iter().map(Message::piece).collect::<Vec<_>>();
+        devices.exchange(&pieces(&sent), &pieces(&arrived), stream(any))?;
+        for Message { legs, values, .. } in &arrived {
+            let mut from = 0;
+            for leg in legs {
+                let (there, len) = (&held[&leg.name], leg.held.len());
+                let new = values.part(from..from + len);
+                there.write_part(&[there.len()], [&[leg.held.start], &[len]], &new, false);
+                from += len;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn same_parts(some: &[&Leg], others: &[&Leg]) -> bool {
+    some.len() == others.len()
+        && some.iter().zip(others).all(|(a, b)| (&a.name, &a.landing) == (&b.name, &b.landing))
+}
+
+/// Memory for the sums of what this rank owns: all of one pair of formats, of sums and gradients, in one piece, so
+/// that what arrives as one message is added as one.
+struct SumRoom<'a> {
+    sums: Vec<DeviceValues>,
+    places: BTreeMap<&'a str, Place>,
+}
+
+/// Where the sum of a parameter lies.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// Number of its pair of formats.
+    room: usize,
+    start: usize,
+    len: usize,
+}
+
+/// Kernels read pieces of 16 bytes, so sums begin at multiples of so many values.
+const ALIGNMENT: usize = 8;
+
+impl<'a> SumRoom<'a> {
+    fn new(buckets: &'a [Bucket], local: &Gradients, sums: &SumFormats, exchange: &OwnerExchange) -> Self {
+        let (mut places, mut rooms) = (BTreeMap::new(), Vec::<([DeviceFormat; 2], usize)>::new());
+        for leg in buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten()) {
+            let Some(gradient) = local.get(&leg.name) else { continue };
+            if places.contains_key(leg.name.as_str()) {
+                continue;
+            }
+            let sum = if sums.is_narrow(&leg.name) { DeviceFormat::Bf16 } else { DeviceFormat::F32 };
+            let formats = [sum, on_device(gradient).format()];
+            let room = rooms.iter().position(|(known, _)| *known == formats).unwrap_or_else(|| {
+                rooms.push((formats, 0));
+                rooms.len() - 1
+            });
+            let (start, len) = (rooms[room].1, exchange.units[&leg.name].part.num_elements());
+            rooms[room].1 = (start + len).next_multiple_of(ALIGNMENT);
+            places.insert(leg.name.as_str(), Place { room, start, len });
+        }
+        let any = local.values().next().map(on_device);
+        let sums =
+            any.into_iter().flat_map(|any| rooms.iter().map(|([sum, _], len)| any.room_as(*sum, *len)));
+        Self { sums: sums.collect(), places }
+    }
+
+    /// Adds what a holder has sent, or begins sums with it.
+    fn add(&self, message: &Message<'_>) {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut from = 0;
+        for leg in &message.legs {
+            let (place, len) = (self.places[leg.name.as_str()], leg.held.len());
+            let Part { start, shape } = &leg.landing;
+            if shape[1..] == leg.unit_shape[1..] {
+                let row: usize = shape[1..].iter().product();
+                let to = place.start + start[0] * row;
+                let run = Run { room: place.room, from, to, len, begins: leg.first };
+                match runs.last_mut().filter(|last| last.goes_on_with(&run)) {
+                    Some(last) => last.len += len,
+                    None => runs.push(run),
+                }
+            } else {
+                let sum = self.sums[place.room].part(place.start..place.start + place.len);
+                let values = message.values.part(from..from + len);
+                sum.write_part(&leg.unit_shape, [start, shape], &values, !leg.first);
+            }
+            from += len;
+        }
+        for Run { room, from, to, len, begins } in runs {
+            let sums = &self.sums[room];
+            let values = message.values.part(from..from + len);
+            sums.write_part(&[sums.len()], [&[to], &[len]], &values, !begins);
+        }
+    }
+
+    fn into_gradients(self) -> impl Iterator<Item = (String, Values)> {
+        let Self { sums, places } = self;
+        places.into_iter().map(move |(name, Place { room, start, len })| {
+            (name.to_owned(), Values::Device(sums[room].part(start..start + len)))
+        })
+    }
+}
+
+/// Values of a message that are added in one go.
+#[derive(Debug)]
+struct Run {
+    room: usize,
+    from: usize,
+    to: usize,
+    len: usize,
+    /// Whether sums begin with them.
+    begins: bool,
+}
+
+impl Run {
+    fn goes_on_with(&self, next: &Self) -> bool {
+        (self.room, self.from + self.len, self.to + self.len, self.begins)
+            == (next.room, next.from, next.to, next.begins)
     }
 }
 

@@ -72,10 +72,15 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         format!("num_experts = {}", arguments.experts)
     };
     let data_ranks = (job.ranks() / arguments.mesh.tensor_parallel_size).max(1);
-    job.agree(if arguments.rows.is_multiple_of(data_ranks) {
+    let parts = data_ranks * arguments.micro_batches;
+    job.agree(if arguments.rows.is_multiple_of(parts) {
         Ok(())
     } else {
-        Err(anyhow::anyhow!("--rows {} cannot be shared by {data_ranks} data-parallel ranks", arguments.rows))
+        Err(anyhow::anyhow!(
+            "--rows {} cannot be shared by {data_ranks} data-parallel ranks with {} micro-batches each",
+            arguments.rows,
+            arguments.micro_batches
+        ))
     })?;
     let text = format!(
         "name = \"bench\"\n[model]\npreset = \"{}\"\n{sparse}\n[precision]\nmode = \"{}\"\nallow_tf32 = {}\n\
@@ -96,7 +101,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         arguments.mesh.expert_parallel_size,
         arguments.mesh.tensor_parallel_size,
         rows = arguments.rows,
-        micro_rows = arguments.rows / data_ranks,
+        micro_rows = arguments.rows / parts,
     );
     let Resolved { plan, provenance } = job.agree(resolve_str(&text, &[]).map_err(in_options))?;
     let shape = job.agree(MeshShape::of(&plan, job.ranks(), &provenance).map_err(in_options))?;
@@ -181,7 +186,7 @@ fn show(arguments: &BenchStepArguments, figures: &Figures) -> anyhow::Result<Out
     if arguments.json {
         output::json(&serde_json::json!({
             "preset": arguments.preset, "experts": arguments.experts, "optimizer": arguments.optimizer,
-            "precision": arguments.precision, "allow_tf32": arguments.allow_tf32, "recompute": arguments.recompute, "parameters": parameters,
+            "precision": arguments.precision, "allow_tf32": arguments.allow_tf32, "recompute": arguments.recompute, "parameters": parameters, "micro_batches": arguments.micro_batches,
             "data_parallel_size": mesh.data, "expert_parallel_size": mesh.expert,
             "tensor_parallel_size": mesh.tensor,
             "step_ms": step_ms, "min_ms": min_ms, "max_ms": max_ms,
