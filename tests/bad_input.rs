@@ -199,6 +199,7 @@ fn options_are_called_by_their_names() {
     place
         .refused_with("tokenizer train --data corpus.json.gz --text-column body --out t", &["--text-column"]);
     place.refused_with("bench step --preset nope", &["nope", "switch-"]);
+    place.refused_with("bench step --rows 6 --micro-batches 4", &["--rows 6", "4 micro-batches"]);
     place.refused_with("bench dispatch --tokens 100000000000", &["--tokens"]);
     place.refused_with("train run.toml --device cuda", &["cuda", "cpu"]);
 }

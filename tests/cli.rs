@@ -213,7 +213,7 @@ fn without_package_sources_the_sample_corpus_says_what_to_do() {
 fn benchmarks_print_their_numbers() {
     let place = Place::with_experiment();
     let step = place.json(
-        "bench step --preset t5-efficient-tiny-nl1-dm32-ff64-kv8 --experts 0 --rows 2 --inputs-length 16 --targets-length 8 --steps 2 --json",
+        "bench step --preset t5-efficient-tiny-nl1-dm32-ff64-kv8 --experts 0 --rows 4 --micro-batches 2 --inputs-length 16 --targets-length 8 --steps 2 --json",
     );
     for key in ["step_ms", "tokens_per_second", "peak_memory_bytes", "loss"] {
         assert!(step[key].as_f64().is_some_and(|n| n > 0.0), "{key}: {step}");
@@ -221,6 +221,7 @@ fn benchmarks_print_their_numbers() {
     for key in ["parameter_bytes", "gradient_bytes", "optimizer_bytes"] {
         assert!(step["planned_memory"][key].as_u64().is_some_and(|n| n > 0), "{key}: {step}");
     }
+    assert_eq!(step["micro_batches"], 2);
     assert!(step["device_memory"].is_null(), "tensors in main memory are not counted: {step}");
     place.refused_with(
         "bench step --precision selective --allow-tf32",

@@ -40,14 +40,8 @@ impl Mark {
     /// # Errors
     /// When something failed on the device.
     pub fn is_past(&self) -> Result<bool, CudaError> {
-        let doing = "waiting for work";
-        self.context.bind_to_thread().map_err(failed(doing))?;
         // SAFETY: the event lives as long as this value.
-        match unsafe { result::event::query(self.event) } {
-            Ok(()) => Ok(true),
-            Err(error) if error.0 == CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            Err(error) => Err(failed(doing)(error)),
-        }
+        unsafe { has_happened(&self.context, self.event, "waiting for work") }
     }
 
     /// Seconds that the device needed from `earlier` to here; both are past.
@@ -61,6 +55,24 @@ impl Mark {
         let milliseconds =
             unsafe { result::event::elapsed(earlier.event, self.event) }.map_err(failed(doing))?;
         Ok(f64::from(milliseconds) / 1e3)
+    }
+}
+
+/// Whether the device has come past an event; does not wait.
+///
+/// # Safety
+/// The event is one of the context and lives.
+pub(crate) unsafe fn has_happened(
+    context: &CudaContext,
+    event: CUevent,
+    doing: &str,
+) -> Result<bool, CudaError> {
+    context.bind_to_thread().map_err(failed(doing))?;
+    // SAFETY: promised by the caller.
+    match unsafe { result::event::query(event) } {
+        Ok(()) => Ok(true),
+        Err(error) if error.0 == CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+        Err(error) => Err(failed(doing)(error)),
     }
 }
 

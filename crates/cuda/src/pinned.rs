@@ -5,12 +5,13 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult};
-use cudarc::driver::{CudaContext, DriverError, result};
+use cudarc::driver::sys::{CUevent, CUevent_flags};
+use cudarc::driver::{CudaContext, result};
 
 use crate::address::Address;
 use crate::error::CudaError;
 use crate::gpu::{Gpu, Queue, Stream, failed};
+use crate::mark::has_happened;
 
 /// Values in pages that stay where they are, and an event behind the last copy of them.
 #[derive(Debug)]
@@ -49,17 +50,6 @@ impl<T: Copy + Default> Pinned<T> {
         self.context.bind_to_thread().map_err(failed(doing))?;
         // SAFETY: the event lives as long as this value.
         unsafe { result::event::synchronize(self.copied) }.map_err(failed(doing))
-    }
-
-    /// Whether the last copy is done.
-    fn is_done(&self, doing: &str) -> Result<bool, CudaError> {
-        self.context.bind_to_thread().map_err(failed(doing))?;
-        // SAFETY: as above.
-        match unsafe { result::event::query(self.copied) } {
-            Ok(()) => Ok(true),
-            Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
-            Err(error) => Err(failed(doing)(error)),
-        }
     }
 
     /// What `stream` has been asked for until now was the last copy.
@@ -174,7 +164,8 @@ impl PinnedWords {
     /// # Errors
     /// When something failed on the device.
     pub fn are_here(&self) -> Result<bool, CudaError> {
-        self.0.is_done(WAITING)
+        // SAFETY: the event lives as long as this value.
+        unsafe { has_happened(&self.0.context, self.0.copied, WAITING) }
     }
 
     /// All words, once the last copy is done.

@@ -80,14 +80,15 @@ impl Denominators {
 /// Model and optimizer of a run: this rank's part of them.
 #[derive(Debug)]
 pub struct Learner {
+    /// Of the last step, if whole steps are done on a GPU. It goes before the mesh: a group of GPUs that ends waits
+    /// for recordings of its work.
+    gpu_step: Option<GpuStep>,
     /// `None` only while an update moves it.
     model: Option<SwitchTransformer>,
     optimizer: Optimizer,
     exchange: OwnerExchange,
     mesh: Arc<Mesh>,
     device: Device,
-    /// Of the last step, if whole steps are done on a GPU.
-    gpu_step: Option<GpuStep>,
     /// Steps under way that a GPU does or has done.
     asked: u64,
     /// Steps under way that a GPU is asked for when they are finished: it refused them, since one before them
@@ -190,7 +191,7 @@ impl Learner {
         self.gpu_step.as_ref().is_some_and(GpuStep::is_recorded)
     }
 
-    /// How long the host took to ask a GPU for the last step, if this rank works on one alone.
+    /// How long the host took to ask a GPU for the last step, if whole steps are done there.
     pub fn host_time(&self) -> Option<Duration> {
         self.gpu_step.as_ref().map(GpuStep::host_time)
     }

@@ -8,7 +8,7 @@ use switchyard_kernels::{DeviceFormat, DeviceValues, Values};
 
 use super::{Bucket, Lane, Leg, OwnerExchange};
 use crate::on_devices::{slice, stream};
-use crate::sums::{Gradients, SumFormats};
+use crate::sums::Gradients;
 
 /// Groups of several ranks have devices, or the gradients would be elsewhere.
 const HAVE_DEVICES: &str = "the ranks exchange from device to device";
@@ -28,7 +28,7 @@ impl OwnerExchange {
         let mut owned = Gradients::new();
         for lane in [&self.dense, &self.expert] {
             if lane.group.size() > 1 {
-                lane.reduce_on_devices(&local, &self.sums, self, &mut owned)?;
+                lane.reduce_on_devices(&local, self, &mut owned)?;
             } else {
                 lane.keep(&mut local, &self.sums, &mut owned);
             }
@@ -73,12 +73,11 @@ impl Lane {
     fn reduce_on_devices(
         &self,
         local: &Gradients,
-        sums: &SumFormats,
         exchange: &OwnerExchange,
         owned: &mut Gradients,
     ) -> Result<(), CommError> {
         let devices = self.group.on_devices().expect(HAVE_DEVICES);
-        let room = SumRoom::new(&self.buckets, local, sums, exchange);
+        let room = SumRoom::new(&self.buckets, local, exchange);
         for bucket in &self.buckets {
             for message in bucket.gradients_on_devices(devices, self.group.rank(), local)? {
                 room.add(&message);
@@ -202,12 +201,12 @@ fn same_parts(some: &[&Leg], others: &[&Leg]) -> bool {
 /// that what arrives as one message is added as one.
 struct SumRoom<'a> {
     sums: Vec<DeviceValues>,
-    places: BTreeMap<&'a str, Place>,
+    places: BTreeMap<&'a str, SumPlace>,
 }
 
 /// Where the sum of a parameter lies.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct SumPlace {
     /// Number of its pair of formats.
     room: usize,
     start: usize,
@@ -218,14 +217,14 @@ struct Place {
 const ALIGNMENT: usize = 8;
 
 impl<'a> SumRoom<'a> {
-    fn new(buckets: &'a [Bucket], local: &Gradients, sums: &SumFormats, exchange: &OwnerExchange) -> Self {
+    fn new(buckets: &'a [Bucket], local: &Gradients, exchange: &OwnerExchange) -> Self {
         let (mut places, mut rooms) = (BTreeMap::new(), Vec::<([DeviceFormat; 2], usize)>::new());
         for leg in buckets.iter().flat_map(|bucket| bucket.owned.iter().flatten()) {
             let Some(gradient) = local.get(&leg.name) else { continue };
             if places.contains_key(leg.name.as_str()) {
                 continue;
             }
-            let sum = if sums.is_narrow(&leg.name) { DeviceFormat::Bf16 } else { DeviceFormat::F32 };
+            let sum = if exchange.sums.is_narrow(&leg.name) { DeviceFormat::Bf16 } else { DeviceFormat::F32 };
             let formats = [sum, on_device(gradient).format()];
             let room = rooms.iter().position(|(known, _)| *known == formats).unwrap_or_else(|| {
                 rooms.push((formats, 0));
@@ -233,7 +232,7 @@ impl<'a> SumRoom<'a> {
             });
             let (start, len) = (rooms[room].1, exchange.units[&leg.name].part.num_elements());
             rooms[room].1 = (start + len).next_multiple_of(ALIGNMENT);
-            places.insert(leg.name.as_str(), Place { room, start, len });
+            places.insert(leg.name.as_str(), SumPlace { room, start, len });
         }
         let any = local.values().next().map(on_device);
         let sums =
@@ -272,7 +271,7 @@ impl<'a> SumRoom<'a> {
 
     fn into_gradients(self) -> impl Iterator<Item = (String, Values)> {
         let Self { sums, places } = self;
-        places.into_iter().map(move |(name, Place { room, start, len })| {
+        places.into_iter().map(move |(name, SumPlace { room, start, len })| {
             (name.to_owned(), Values::Device(sums[room].part(start..start + len)))
         })
     }
@@ -317,6 +316,7 @@ mod tests {
     use switchyard_random::{Philox, unit_f32};
 
     use super::*;
+    use crate::sums::SumFormats;
     use crate::{Mesh, world_on};
 
     const MESHES: [MeshShape; 4] = [
@@ -326,15 +326,20 @@ mod tests {
         MeshShape { data: 2, expert: 2, tensor: 2 },
     ];
 
-    fn model() -> ModelConfig {
+    fn model(vocab_size: usize) -> ModelConfig {
         let mut model = preset("tiny").expect("a preset");
-        (model.vocab_size, model.d_model, model.d_ff, model.d_kv) = (64, 16, 24, 4);
+        (model.vocab_size, model.d_model, model.d_ff, model.d_kv) = (vocab_size, 16, 24, 4);
         (model.num_layers, model.num_decoder_layers, model.num_experts) = (2, 2, 4);
         model
     }
 
-    /// Asks every rank of `shape` something; nothing where LibTorch has no device.
-    fn on_ranks(shape: MeshShape, narrow: bool, ask: fn(&Mesh, &OwnerExchange)) {
+    /// Asks every rank of `shape` something of a model; nothing where LibTorch has no device.
+    fn on_ranks(
+        shape: MeshShape,
+        vocab_size: usize,
+        narrow: bool,
+        ask: fn(&ModelConfig, &Mesh, &OwnerExchange),
+    ) {
         if place_of(&test_device()) == Place::Host {
             return;
         }
@@ -342,9 +347,10 @@ mod tests {
             thread::spawn(move || {
                 let world = world_on(world, &test_device()).expect("nobody is asked");
                 let mesh = Mesh::new(world, shape, false).expect("ranks that talk");
-                let sums =
-                    SumFormats::narrow(parameters(&model()).iter().filter(|spec| narrow && is_narrow(spec)));
-                ask(&mesh, &OwnerExchange::new(&model(), &mesh, sums));
+                let model = model(vocab_size);
+                let specs = parameters(&model);
+                let sums = SumFormats::narrow(specs.iter().filter(|spec| narrow && is_narrow(spec)));
+                ask(&model, &mesh, &OwnerExchange::new(&model, &mesh, sums));
             })
         });
         ranks.collect::<Vec<_>>().into_iter().for_each(|rank| rank.join().expect("no panic"));
@@ -363,9 +369,9 @@ mod tests {
         DeviceValues::in_torch(&tensor).expect("LibTorch has them")
     }
 
-    fn reduces_as_the_host_does(mesh: &Mesh, exchange: &OwnerExchange) {
+    fn reduces_as_the_host_does(model: &ModelConfig, mesh: &Mesh, exchange: &OwnerExchange) {
         let mut local = Gradients::new();
-        for (number, spec) in (0..).zip(parameters(&model())) {
+        for (number, spec) in (0..).zip(parameters(model)) {
             let len = held_part(&spec, mesh.shape(), mesh.at()).num_elements();
             let words = [number, mesh.world().rank() as u32, 0];
             local.insert(spec.name.clone(), Values::Device(values(len, words, is_narrow(&spec))));
@@ -379,10 +385,10 @@ mod tests {
         }
     }
 
-    fn brings_new_values_to_all(mesh: &Mesh, exchange: &OwnerExchange) {
+    fn brings_new_values_to_all(model: &ModelConfig, mesh: &Mesh, exchange: &OwnerExchange) {
         let mut held = BTreeMap::new();
         let mut wholes = BTreeMap::new();
-        for (number, spec) in (0..).zip(parameters(&model())) {
+        for (number, spec) in (0..).zip(parameters(model)) {
             let part = held_part(&spec, mesh.shape(), mesh.at());
             let whole = values(spec.num_elements() as usize, [number, 0, 1], is_narrow(&spec));
             let own_rank = mesh.world().rank() as u32;
@@ -415,18 +421,27 @@ mod tests {
     #[test]
     fn devices_reduce_to_the_bits_of_the_host() {
         for (shape, narrow) in MESHES.into_iter().flat_map(|shape| [(shape, false), (shape, true)]) {
-            on_ranks(shape, narrow, reduces_as_the_host_does);
+            on_ranks(shape, 64, narrow, reduces_as_the_host_does);
         }
     }
 
     #[test]
     fn every_holder_gets_what_the_owners_have() {
-        MESHES.into_iter().for_each(|shape| on_ranks(shape, false, brings_new_values_to_all));
+        MESHES.into_iter().for_each(|shape| on_ranks(shape, 64, false, brings_new_values_to_all));
+    }
+
+    #[test]
+    fn a_matrix_may_travel_in_several_buckets() {
+        on_ranks(MESHES[0], 300_000, false, |model, mesh, exchange| {
+            assert!(exchange.dense.buckets.len() > 1);
+            reduces_as_the_host_does(model, mesh, exchange);
+            brings_new_values_to_all(model, mesh, exchange);
+        });
     }
 
     #[test]
     fn sums_are_those_of_all_ranks() {
-        on_ranks(MESHES[0], false, |mesh, exchange| {
+        on_ranks(MESHES[0], 64, false, |_, mesh, exchange| {
             let values = values(1, [0; 3], false);
             let sum = values.room_as(DeviceFormat::F64, 2);
             sum.write_part(&[2], [&[0], &[1]], &values, false);
