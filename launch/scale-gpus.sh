@@ -9,11 +9,11 @@ usage: launch/scale-gpus.sh [--gpus "1 2 4 8"] [--rows ROWS] [--steps STEPS] [--
 For each MODEL and each number of GPUs runs `mpirun … switchyard bench step --device cuda` with ROWS rows of 512 + 114
 tokens a GPU [default: 64], and `switchyard bench collectives` with a message as large as the tokens of one sparse
 layer. Prints a Markdown table: milliseconds a step, tokens a second, the efficiency (the step of the first number of
-GPUs over this one), and which share of the step its all-to-alls take if nothing hides them.
+GPUs over this one), and, for Switch-Base with its experts spread, which share of the step its all-to-alls take if
+nothing hides them.
 
 A MODEL is PRESET:EXPERTS:OPTIMIZER:EXPERT_PARALLEL_SIZE; `n` is the number of GPUs, and `Nn` as many for each.
-Without any: t5-base:0:adamw:1, switch-base-8:8n:adafactor:n and switch-base-128:128:adafactor:n; the last needs more
-than one GPU's memory for what it is compared with, so it begins at 2.
+Without any: t5-base:0:adamw:1, switch-base-8:8n:adafactor:n and switch-base-128:128:adafactor:n.
 
 environment:
   SWITCHYARD    the program, built with libtorch and mpi [default: switchyard on PATH, else target/release/switchyard]
@@ -74,12 +74,11 @@ for model in "${models[@]}"; do
   [ -n "$expert_parallel" ] || { echo "error: $model is not PRESET:EXPERTS:OPTIMIZER:EXPERT_PARALLEL_SIZE" >&2; exit 1; }
   first=
   for ranks in $gpus; do
-    [ "$model" = switch-base-128:128:adafactor:n ] && [ "$ranks" = 1 ] && continue
     step="$(on "$ranks" bench step --json --precision selective --preset "$preset" --optimizer "$optimizer" \
       --experts "$(times "$experts" "$ranks")" --expert-parallel-size "$(times "$expert_parallel" "$ranks")" \
       --rows $((rows * ranks)) --inputs-length 512 --targets-length 114 --steps "$steps")"
-    all_to_all=0
-    if [ "$(times "$expert_parallel" "$ranks")" -gt 1 ]; then
+    all_to_all=
+    if [[ "$preset" = switch-base-* ]] && [ "$(times "$expert_parallel" "$ranks")" -gt 1 ]; then
       # Slots of one GPU's encoder tokens at capacity factor 1.25, of 768 values in bfloat16.
       mebibytes="$(python3 -c "print($rows * 512 * 1.25 * 768 * 2 / 2**20)")"
       all_to_all="$(on "$ranks" bench collectives --mebibytes "$mebibytes" --json | python3 -c '
@@ -88,13 +87,14 @@ rows = json.load(sys.stdin)
 print(next(row["median_ms"] for row in rows if row["operation"] == "all_to_all"))')"
     fi
     python3 - "$preset, $(times "$experts" "$ranks") experts" "$ranks" "$(value "$step" step_ms)" \
-      "$(value "$step" tokens_per_second)" "${first:-0}" "$all_to_all" <<'PY'
+      "$(value "$step" tokens_per_second)" "${first:-0}" "${all_to_all:-nan}" <<'PY'
 import sys
 
 model, ranks, step_ms, tokens, first, all_to_all = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
 # There and back, forward and backward, in six encoder layers and, with 114 of 512 tokens, six of the decoder.
 share = 4 * 6 * (1 + 114 / 512) * all_to_all / step_ms
-print(f"| {model} | {ranks} | {step_ms:.1f} | {tokens:,.0f} | {(first or step_ms) / step_ms:.2f} | {share:.0%} |")
+share = f"{share:.0%}" if share == share else "–"
+print(f"| {model} | {ranks} | {step_ms:.1f} | {tokens:,.0f} | {(first or step_ms) / step_ms:.2f} | {share} |")
 PY
     first="${first:-$(value "$step" step_ms)}"
   done
