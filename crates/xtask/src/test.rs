@@ -23,56 +23,58 @@ pub(crate) struct Options {
     without_mpi: bool,
     /// Test the operations, the model and training on LibTorch's CPU device instead, and that all CUDA sources
     /// compile; LibTorch is installed into target/libtorch unless LIBTORCH names one.
-    #[arg(long, conflicts_with = "without_mpi")]
+    #[arg(long)]
     libtorch: bool,
     /// Arguments for `cargo test`, such as the name of a test.
     #[arg(last = true)]
     arguments: Vec<String>,
 }
 
+/// What is built for tests on LibTorch besides.
+const WITH_LIBTORCH: &str = "switchyard-kernels/libtorch";
+
 /// Runs the tests; installs what MPI needs where that is allowed.
 pub(crate) fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
-    if options.libtorch {
-        return with_libtorch(root, &options.arguments);
-    }
-    let mut command = Command::new("cargo");
-    command.args(["test", "--release"]).current_dir(root);
+    let mut features = Vec::new();
     if !options.without_mpi {
         prepare()?;
-        command.args(["--features", FEATURES]);
+        features.push(FEATURES);
     }
-    let status = command.args(&options.arguments).status().context("cannot start cargo")?;
+    if options.libtorch {
+        features.push(WITH_LIBTORCH);
+        return on_libtorch(root, &features.join(","), &options.arguments);
+    }
+    let mut command = tests(root, &features.join(","));
+    pass(command.args(&options.arguments))
+}
+
+/// Tests of the whole workspace: builds that select less would not share what they compile.
+fn tests(root: &Path, features: &str) -> Command {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--release", "--features", features]).current_dir(root);
+    command
+}
+
+fn pass(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.status().context("cannot start cargo")?;
     ensure!(status.success(), "some tests failed");
     Ok(())
 }
 
 /// The tests that have a device to choose, on LibTorch's CPU device, and those of the CUDA sources.
-fn with_libtorch(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
+fn on_libtorch(root: &Path, features: &str, arguments: &[String]) -> anyhow::Result<()> {
     let home = libtorch(root)?;
     let others = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     let of_torch = [home.join("lib"), home.join("../nvidia/cu13/lib")];
     let libraries = env::join_paths(of_torch.into_iter().chain(env::split_paths(&others)))?;
-    let test = |packages: &[&str], arguments: &[&str], more: &[String]| {
-        let mut command = Command::new("cargo");
-        command.args(["test", "--release"]).args(packages).args(arguments).args(more).current_dir(root);
+    let tests = || {
+        let mut command = tests(root, features);
         command.env("LIBTORCH", &home).env("LD_LIBRARY_PATH", &libraries);
-        let status =
-            command.env("SWITCHYARD_TEST_DEVICE", "libtorch").status().context("cannot start cargo")?;
-        ensure!(status.success(), "some tests failed");
-        Ok(())
+        command.env("SWITCHYARD_TEST_DEVICE", "libtorch");
+        command
     };
-    test(&["-p", "switchyard-cuda"], &["--test", "compile", "--", "--ignored"], &[])?;
-    let packages = [
-        "-p",
-        "switchyard-kernels",
-        "-p",
-        "switchyard-model",
-        "-p",
-        "switchyard-parallel",
-        "-p",
-        "switchyard-train",
-    ];
-    test(&packages, &["--features", "switchyard-kernels/libtorch"], arguments)
+    pass(tests().args(["--test", "compile", "--", "--ignored"]))?;
+    pass(tests().args(["--lib", "--test", "model", "--test", "train"]).args(arguments))
 }
 
 /// The LibTorch that LIBTORCH names, else one that launch/install-libtorch.sh installs.

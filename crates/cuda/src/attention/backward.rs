@@ -50,7 +50,7 @@ pub fn attention_workspace(rules: &Attention) -> usize {
 /// As the crate's documentation demands.
 ///
 /// # Source
-/// As [`attention`]; sums over keys and over queries are two passes, or those of a head one block's, so that their
+/// As [`attention`](super::attention); sums over keys and over queries are two passes, or those of a head one block's, so that their
 /// order is fixed.
 pub unsafe fn attention_backward(
     queue: Queue<'_>,
