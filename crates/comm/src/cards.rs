@@ -44,10 +44,9 @@ impl Cards {
         Ok(Self { post, all })
     }
 
-    /// Rank and number of ranks among those of the same machine.
-    pub(crate) fn local(&self, rank: usize) -> (usize, usize) {
-        let here = |card: &&Card| card.host == self.all[rank].host;
-        (self.all[..rank].iter().filter(here).count(), self.all.iter().filter(here).count())
+    /// The machine of every rank, numbered in the order in which the ranks name them.
+    pub(crate) fn machines(&self) -> Vec<usize> {
+        numbered(self.all.iter().map(|card| card.host.as_str()))
     }
 
     /// Starts the watchdog, if there is a deadline. `end_all` ends the job with a code.
@@ -72,5 +71,27 @@ impl Cards {
         // Nobody computes before all have connected: a connection is refused once the hub has ended.
         world.barrier()?;
         Ok(Some(watchdog))
+    }
+}
+
+/// The names as numbers from 0, in the order in which they first occur.
+fn numbered<'a>(names: impl Iterator<Item = &'a str>) -> Vec<usize> {
+    let mut known = Vec::new();
+    let number = |name| {
+        known.iter().position(|&other| other == name).unwrap_or_else(|| {
+            known.push(name);
+            known.len() - 1
+        })
+    };
+    names.map(number).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_of_one_host_are_on_one_machine() {
+        assert_eq!(numbered(["b", "a", "a", "c", "b"].into_iter()), [0, 1, 1, 2, 0]);
     }
 }

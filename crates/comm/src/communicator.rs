@@ -39,6 +39,9 @@ pub trait Communicator: Debug + Send + Sync {
     /// What the group is for, such as `expert`; for messages.
     fn label(&self) -> &str;
 
+    /// Number of every rank's machine, in rank order: the same numbers on all ranks and in all groups of the job.
+    fn machines(&self) -> &[usize];
+
     /// How long an operation may take; `None` for as long as it takes.
     fn timeout(&self) -> Option<Duration> {
         None

@@ -41,6 +41,7 @@ pub(crate) struct Group<T> {
     shared: Arc<Shared>,
     transport: T,
     name: GroupName,
+    machines: Arc<[usize]>,
     /// Calls made so far; held during a call, since a transport wants them one by one.
     calls: Mutex<u64>,
     /// Waits for devices so far.
@@ -74,7 +75,7 @@ impl From<Fault> for Failure {
 }
 
 impl<T: Transport + 'static> Group<T> {
-    /// The group of all ranks.
+    /// The group of all ranks, which do not know yet on which machines the others are.
     pub(crate) fn world(shared: Arc<Shared>, transport: T) -> Self {
         let members = (0..transport.size()).collect();
         let name = GroupName { label: "world".into(), id: 1, members };
@@ -82,10 +83,16 @@ impl<T: Transport + 'static> Group<T> {
             shared,
             transport,
             name,
+            machines: Arc::default(),
             calls: Mutex::default(),
             waits: AtomicU64::default(),
             broken: Arc::default(),
         }
+    }
+
+    /// The same group, with the machine of every rank.
+    pub(crate) fn on_machines(self, machines: Vec<usize>) -> Self {
+        Self { machines: machines.into(), ..self }
     }
 
     #[cfg(feature = "mpi")]
@@ -249,12 +256,14 @@ impl<T: Transport + 'static> Group<T> {
             colors.iter().map(|&color| distinct.partition_point(|&other| other < color)).collect();
         let own = colors[self.rank()];
         let id = [call, own as u64].iter().fold(self.name.id, |id, &value| mix(id ^ value));
-        let members = self.name.members.iter().zip(&colors).filter(|&(_, &color)| color == own);
-        let members = members.map(|(&member, _)| member).collect();
+        let of = |all: &[usize]| {
+            all.iter().zip(&colors).filter(|&(_, &color)| color == own).map(|(&of_rank, _)| of_rank).collect()
+        };
         Ok(Self {
             shared: Arc::clone(&self.shared),
             transport: self.transport.split(&colors, id)?,
-            name: GroupName { label: label.into(), id, members },
+            name: GroupName { label: label.into(), id, members: of(&self.name.members) },
+            machines: of(&self.machines),
             calls: Mutex::default(),
             waits: AtomicU64::default(),
             broken: Arc::new(Broken { error: OnceLock::new(), parent: Some(Arc::clone(&self.broken)) }),
@@ -296,6 +305,10 @@ impl<T: Transport + 'static> Communicator for Group<T> {
 
     fn label(&self) -> &str {
         &self.name.label
+    }
+
+    fn machines(&self) -> &[usize] {
+        &self.machines
     }
 
     fn timeout(&self) -> Option<Duration> {

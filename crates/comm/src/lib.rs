@@ -67,5 +67,5 @@ pub use device::{
 pub use error::CommError;
 pub use launcher::{Choice, Launch, LaunchError, Launcher, Meeting};
 pub use solo::Solo;
-pub use threads::threads;
+pub use threads::{threads, threads_on};
 pub use world::{RESTARTABLE, StartError, StartOptions, World, abort, start};

@@ -47,6 +47,10 @@ impl Communicator for Solo {
         &self.label
     }
 
+    fn machines(&self) -> &[usize] {
+        &[0]
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
         Ok(())
     }

@@ -19,8 +19,13 @@ use crate::reduce::Reduce;
 /// A rank whose communicator is dropped counts as lost. A call ends at the latest `timeout` after
 /// it began.
 pub fn threads(size: usize, timeout: Duration) -> Vec<Arc<dyn Communicator>> {
-    let group = Arc::new(Group::new((0..size).collect(), timeout));
-    (0..size).map(|rank| Rank::member(&group, rank, "world")).collect()
+    threads_on(&vec![0; size], timeout)
+}
+
+/// As [`threads`], with a rank for each of `machines` that takes itself to be on that machine.
+pub fn threads_on(machines: &[usize], timeout: Duration) -> Vec<Arc<dyn Communicator>> {
+    let group = Arc::new(Group::new((0..machines.len()).collect(), machines.to_vec(), timeout));
+    (0..machines.len()).map(|rank| Rank::member(&group, rank, "world")).collect()
 }
 
 /// One rank's place in a group.
@@ -38,6 +43,8 @@ struct Rank {
 struct Group {
     /// The ranks' numbers in the whole job, for messages.
     members: Vec<usize>,
+    /// The ranks' machines.
+    machines: Vec<usize>,
     timeout: Duration,
     state: Mutex<State>,
     changed: Condvar,
@@ -99,7 +106,7 @@ fn values<T: Element>(deposit: &Deposit) -> &[T] {
 }
 
 impl Group {
-    fn new(members: Vec<usize>, timeout: Duration) -> Self {
+    fn new(members: Vec<usize>, machines: Vec<usize>, timeout: Duration) -> Self {
         let size = members.len();
         let state = State {
             came: (0..size).map(|_| None).collect(),
@@ -108,7 +115,7 @@ impl Group {
             broken: None,
             children: Vec::new(),
         };
-        Self { members, timeout, state: Mutex::new(state), changed: Condvar::new() }
+        Self { members, machines, timeout, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// The state; if a rank panicked while it held it, the group is broken.
@@ -191,14 +198,15 @@ impl Group {
         }
         let mut groups = BTreeMap::new();
         if calls[0].operation == Operation::Split {
-            let mut members: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-            for (deposit, &member) in deposits.iter().zip(&self.members) {
-                members.entry(deposit.color).or_default().push(member);
+            let mut ranks: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+            for (rank, deposit) in deposits.iter().enumerate() {
+                ranks.entry(deposit.color).or_default().push(rank);
             }
-            groups = members
-                .into_iter()
-                .map(|(color, members)| (color, Arc::new(Self::new(members, self.timeout))))
-                .collect();
+            let part = |(color, ranks): (usize, Vec<usize>)| {
+                let of = |all: &[usize]| ranks.iter().map(|&rank| all[rank]).collect();
+                (color, Arc::new(Self::new(of(&self.members), of(&self.machines), self.timeout)))
+            };
+            groups = ranks.into_iter().map(part).collect();
             state.children.extend(groups.values().map(Arc::downgrade));
         }
         Ok(Meeting { deposits, groups })
@@ -248,6 +256,10 @@ impl Communicator for Rank {
 
     fn label(&self) -> &str {
         &self.label
+    }
+
+    fn machines(&self) -> &[usize] {
+        &self.group.machines
     }
 
     fn timeout(&self) -> Option<Duration> {

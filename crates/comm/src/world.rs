@@ -129,22 +129,19 @@ impl World {
 
     /// This rank among those of its machine, from 0.
     pub fn local_rank(&self) -> usize {
-        match &self.part {
-            Part::Solo(_) => 0,
-            Part::Tcp(job) => job.local_rank,
-            #[cfg(feature = "mpi")]
-            Part::Mpi(job) => job.local_rank,
-        }
+        self.ranks_here(self.communicator.rank())
     }
 
     /// Ranks of this machine.
     pub fn local_size(&self) -> usize {
-        match &self.part {
-            Part::Solo(_) => 1,
-            Part::Tcp(job) => job.local_size,
-            #[cfg(feature = "mpi")]
-            Part::Mpi(job) => job.local_size,
-        }
+        self.ranks_here(self.communicator.size())
+    }
+
+    /// How many of the first `ranks` are on this machine.
+    fn ranks_here(&self, ranks: usize) -> usize {
+        let machines = self.communicator.machines();
+        let here = machines[self.communicator.rank()];
+        machines[..ranks].iter().filter(|&&machine| machine == here).count()
     }
 
     /// Name of the backend: `solo`, `tcp` or `mpi`.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, ReduceOp, Solo, threads};
+use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, ReduceOp, Solo, threads, threads_on};
 
 mod suite;
 
@@ -29,6 +29,19 @@ fn threads_do_all_operations() {
     for size in [2, 3, 4] {
         on_threads(size, PATIENCE, |comm| suite::all_operations(&*comm));
     }
+}
+
+#[test]
+fn threads_are_on_the_machines_that_they_are_told() {
+    const MACHINES: [usize; 5] = [3, 3, 0, 7, 0];
+    thread::scope(|scope| {
+        for comm in threads_on(&MACHINES, PATIENCE) {
+            scope.spawn(move || {
+                assert_eq!(comm.machines(), MACHINES);
+                suite::all_operations(&*comm);
+            });
+        }
+    });
 }
 
 #[test]

@@ -227,7 +227,7 @@ same_keys! {
 }
 
 same_keys! {
-    CommTable in "comm" <=> CommPlan { timeout_s, deterministic }
+    CommTable in "comm" <=> CommPlan { timeout_s, deterministic, hierarchical_all_to_all }
 }
 
 same_keys! {

@@ -2,9 +2,10 @@
 //!
 //! Pure arithmetic on sizes: nothing here communicates.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::plan::{CommPlan, ParallelPlan, RunPlan};
+use crate::plan::{CommPlan, HierarchicalAllToAll, ParallelPlan, RunPlan};
 use crate::provenance::Provenance;
 use crate::validate::{Conflict, located};
 use crate::{ConfigError, ErrorKind, ModelConfig};
@@ -133,6 +134,43 @@ impl MeshShape {
         })
     }
 
+    /// Refuses ranks whose tokens cannot travel machine by machine where `plan` says that they always do;
+    /// `machines` are those of all ranks.
+    ///
+    /// # Errors
+    /// When an expert group has no [`ranks_of_each_machine`]; names the key.
+    pub fn check_machines(
+        self,
+        plan: &RunPlan,
+        machines: &[usize],
+        provenance: &Provenance,
+    ) -> Result<(), ConfigError> {
+        if self.expert == 1 || plan.comm.hierarchical_all_to_all != HierarchicalAllToAll::Always {
+            return Ok(());
+        }
+        let first_of_groups = (0..self.ranks()).filter(|&rank| self.coordinates(rank).expert == 0);
+        for first in first_of_groups {
+            let ranks = (0..self.expert).map(|expert| first + expert * self.tensor);
+            let machines: Vec<usize> = ranks.map(|rank| machines[rank]).collect();
+            if ranks_of_each_machine(&machines).is_none() {
+                let runs = machines.chunk_by(|a, b| a == b).map(|run| run.len().to_string());
+                let conflict = Conflict {
+                    message: format!(
+                        "comm.hierarchical_all_to_all = \"always\" needs several machines with as many ranks of \
+                         an expert group each, more than one; on one machine after the other, that of rank {first} \
+                         has {}",
+                        runs.collect::<Vec<_>>().join(", ")
+                    ),
+                    keys: vec!["comm.hierarchical_all_to_all", "parallel.expert_parallel_size"],
+                    help: "number the ranks machine after machine, or leave comm.hierarchical_all_to_all = \"auto\""
+                        .to_owned(),
+                };
+                return Err(located(conflict, plan, provenance));
+            }
+        }
+        Ok(())
+    }
+
     /// Ranks of the job.
     pub fn ranks(self) -> usize {
         self.data * self.tensor
@@ -175,6 +213,16 @@ impl fmt::Display for MeshShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "(dp {}, ep {}, tp {})", self.data, self.expert, self.tensor)
     }
+}
+
+/// How many ranks of a group each of its machines has: where it has several, with as many ranks each, more than
+/// one, that follow each other. `machines` are those of its ranks.
+pub fn ranks_of_each_machine(machines: &[usize]) -> Option<usize> {
+    let runs: Vec<&[usize]> = machines.chunk_by(|a, b| a == b).collect();
+    let each = runs.first()?.len();
+    let distinct: BTreeSet<usize> = machines.iter().copied().collect();
+    let even = runs.len() == distinct.len() && runs.iter().all(|run| run.len() == each);
+    (even && runs.len() > 1 && each > 1).then_some(each)
 }
 
 /// Refuses axes that do not divide the model, whatever the number of ranks.
@@ -255,5 +303,16 @@ mod tests {
         assert_eq!(mesh.ranks(), 8);
         assert_eq!(mesh.coordinates(5), Coordinates { data: 2, expert: 0, tensor: 1 });
         assert_eq!(mesh.expert_holders(1), [2, 3, 6, 7]);
+    }
+
+    #[test]
+    fn machines_are_even_when_each_has_as_many_ranks_in_a_row() {
+        assert_eq!(ranks_of_each_machine(&[4, 4, 4, 1, 1, 1]), Some(3));
+        assert_eq!(ranks_of_each_machine(&[2, 2, 0, 0, 1, 1]), Some(2));
+        for uneven in
+            [&[][..], &[0, 0, 0, 0], &[0, 1, 2, 3], &[0, 0, 0, 1], &[0, 1, 0, 1], &[0, 0, 1, 1, 0, 0]]
+        {
+            assert_eq!(ranks_of_each_machine(uneven), None, "{uneven:?}");
+        }
     }
 }

@@ -265,6 +265,22 @@ pub struct CommPlan {
     pub timeout_s: u64,
     /// Sum gradients micro-batch by micro-batch, in the order of the global batch.
     pub deterministic: bool,
+    /// How tokens travel between machines; plans of earlier versions do not say.
+    #[serde(default)]
+    pub hierarchical_all_to_all: HierarchicalAllToAll,
+}
+
+/// Whether tokens travel between machines in one message a machine, by way of the ranks inside it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HierarchicalAllToAll {
+    /// Where every expert group stands on its machines so that they can.
+    #[default]
+    Auto,
+    /// They must: ranks that stand otherwise are refused.
+    Always,
+    /// Every rank sends to every other.
+    Never,
 }
 
 /// Checkpoints of a run.

@@ -126,6 +126,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "parallel.tensor_parallel_size",
     "comm.timeout_s",
     "comm.deterministic",
+    "comm.hierarchical_all_to_all",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_every",

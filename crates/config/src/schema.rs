@@ -10,14 +10,15 @@ use crate::keys::DefaultValue::{Derived, Required, Value};
 use crate::keys::{KeyType, Table, choice_keys, list, table};
 use crate::model::{Activation, Initialization};
 use crate::plan::{
-    AccumulationDtype, CapacityRounding, Objective, OnCheckpointError, OnCorrupt, OptimizerKind,
-    PrecisionMode, RouterKind, RoutingSemantics, ScheduleKind, TextDocument,
+    AccumulationDtype, CapacityRounding, HierarchicalAllToAll, Objective, OnCheckpointError, OnCorrupt,
+    OptimizerKind, PrecisionMode, RouterKind, RoutingSemantics, ScheduleKind, TextDocument,
 };
 
 choice_keys!(
     AccumulationDtype,
     Activation,
     CapacityRounding,
+    HierarchicalAllToAll,
     Initialization,
     Objective,
     OnCheckpointError,
@@ -307,6 +308,11 @@ table! {
         /// data-parallel and expert-parallel ranks gives the same bits. Costs an exchange a micro-batch and,
         /// with expert parallelism, gradients of all experts on every rank.
         deterministic: bool = Value("false"),
+        /// Let tokens travel between machines in one message from a rank to each other machine, which is handed
+        /// on inside, instead of one to each of its ranks: `auto` where the ranks of an expert group stand machine
+        /// after machine, as many on each, and more than one; `always` refuses ranks that stand otherwise; `never`.
+        /// Nothing is computed otherwise.
+        hierarchical_all_to_all: HierarchicalAllToAll = Value("\"auto\""),
     }
 }
 

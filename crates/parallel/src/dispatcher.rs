@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
-use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, Element, Piece, ReduceOp};
+use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, Element, ReduceOp};
+use switchyard_config::HierarchicalAllToAll;
 use switchyard_kernels::{
     DeviceMap, DeviceValues, DispatchPlan, ExpertRows, LinearMap, TokenNoise, TokenPlace, WeightGradients,
     bf16, combine, dispatch, integers, linear_map,
 };
 use switchyard_model::{Dispatched, SenderCounts, TokenDispatcher};
 
+use crate::all_to_all::{AllToAll, Direction};
 use crate::failure::Failure;
 use crate::on_devices::{slice, stream};
 
@@ -24,22 +26,42 @@ use crate::on_devices::{slice, stream};
 /// Lepikhin et al. 2020, "GShard" (arXiv:2006.16668), section 3; Switch Transformer, section 2.2.
 #[derive(Debug)]
 pub struct AllToAllDispatcher {
-    group: Arc<dyn Communicator>,
+    all_to_all: Arc<AllToAll>,
     failure: Failure,
     deterministic: bool,
 }
 
 impl AllToAllDispatcher {
-    /// Over `group`; errors go to `failure`. `deterministic` keeps the tokens of each sender apart, and
-    /// their gradients of the weights.
-    pub fn new(group: Arc<dyn Communicator>, failure: Failure, deterministic: bool) -> Self {
-        Self { group, failure, deterministic }
+    /// Over `group`; errors of what is dispatched go to `failure`. `deterministic` keeps the tokens of each
+    /// sender apart, and their gradients of the weights. `hierarchical` says whether tokens travel machine by
+    /// machine where the ranks stand so.
+    ///
+    /// # Collective
+    /// Over `group`.
+    /// # Errors
+    /// When the ranks cannot agree.
+    pub fn new(
+        group: Arc<dyn Communicator>,
+        failure: Failure,
+        deterministic: bool,
+        hierarchical: HierarchicalAllToAll,
+    ) -> Result<Self, CommError> {
+        Ok(Self { all_to_all: Arc::new(AllToAll::new(group, hierarchical)?), failure, deterministic })
+    }
+
+    /// Whether tokens travel machine by machine.
+    pub fn is_hierarchical(&self) -> bool {
+        self.all_to_all.is_hierarchical()
+    }
+
+    fn group(&self) -> &dyn Communicator {
+        self.all_to_all.group()
     }
 
     /// The largest value of any rank of the group.
     fn largest(&self, here: usize) -> usize {
         let mut values = [here as u64];
-        let outcome = self.group.all_reduce(values.as_mut_slice().into(), ReduceOp::Max);
+        let outcome = self.group().all_reduce(values.as_mut_slice().into(), ReduceOp::Max);
         self.failure.keep(outcome, || ());
         values[0] as usize
     }
@@ -51,15 +73,14 @@ impl AllToAllDispatcher {
         for<'a> &'a [T]: Into<Buffer<'a>>,
         for<'a> &'a mut [T]: Into<BufferMut<'a>>,
     {
-        let mut received = vec![T::default(); sent.len()];
-        let outcome = self.group.all_to_all(sent.into(), received.as_mut_slice().into());
-        self.failure.keep(outcome.map(|()| received), || vec![T::default(); sent.len()])
+        self.failure.keep(self.all_to_all.exchange(sent), || vec![T::default(); sent.len()])
     }
 
     /// Tokens of every sender at every expert of this rank, by expert.
     fn counts(&self, plan: &DispatchPlan) -> SenderCounts {
         let received = self.exchange(&integers(&plan.rows_used));
-        let (senders, local) = (self.group.size(), plan.num_experts / self.group.size());
+        let senders = self.group().size();
+        let local = plan.num_experts / senders;
         let of_expert = |expert| (0..senders).map(move |sender| sender * local + expert);
         // No peer sends more than its slots, but what arrives becomes an index.
         let count = |at: usize| usize::try_from(received[at]).unwrap_or(0).min(plan.slots_per_expert);
@@ -69,21 +90,21 @@ impl AllToAllDispatcher {
     /// Where tokens stand at the experts, `width` values each.
     fn layout(&self, counts: &SenderCounts, slots: usize, width: usize) -> Layout {
         let packed = !self.deterministic;
-        Layout { counts: Arc::clone(counts), senders: self.group.size(), slots, width, packed }
+        Layout { counts: Arc::clone(counts), senders: self.group().size(), slots, width, packed }
     }
 
     fn travel(&self, direction: Direction, layout: Layout) -> Arc<Travel> {
-        let (group, failure) = (Arc::clone(&self.group), self.failure.clone());
-        Arc::new(Travel { group, failure, direction, layout })
+        let (all_to_all, failure) = (Arc::clone(&self.all_to_all), self.failure.clone());
+        Arc::new(Travel { all_to_all, failure, direction, layout })
     }
 
     /// One way of the slots of `plan` from device to device, if the ranks have some and LibTorch the plan.
     fn on_devices(&self, plan: &DispatchPlan, direction: Direction) -> Option<Arc<DeviceTravel>> {
-        self.group.on_devices()?;
+        self.group().on_devices()?;
         plan.is_on_devices().then(|| {
-            let (group, failure) = (Arc::clone(&self.group), self.failure.clone());
-            let local = plan.num_experts / group.size();
-            Arc::new(DeviceTravel { group, failure, direction, local })
+            let (all_to_all, failure) = (Arc::clone(&self.all_to_all), self.failure.clone());
+            let local = plan.num_experts / all_to_all.group().size();
+            Arc::new(DeviceTravel { all_to_all, failure, direction, local })
         })
     }
 
@@ -93,8 +114,8 @@ impl AllToAllDispatcher {
         let weight_gradients =
             if self.deterministic { WeightGradients::PerSegment } else { WeightGradients::Summed };
         ExpertRows {
-            first_expert: self.group.rank() * there.local,
-            segments: self.group.size(),
+            first_expert: self.group().rank() * there.local,
+            segments: self.group().size(),
             // No peer sends more than its slots, but what arrives becomes an index.
             used: there.go(there.direction, &used).clamped(0, slots).into(),
             places: places.map(|places| there.go(there.direction, &places).into()),
@@ -125,7 +146,7 @@ impl TokenDispatcher for AllToAllDispatcher {
 
     fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan, noise: Option<TokenNoise>) -> Dispatched {
         let [_, d] = tokens_nd.dims();
-        let (senders, slots) = (self.group.size(), plan.slots_per_expert);
+        let (senders, slots) = (self.group().size(), plan.slots_per_expert);
         let local = plan.num_experts / senders;
         if let Some(there) = self.on_devices(plan, Direction::ToExperts) {
             let rows = self.rows_on_devices(&there, &ExpertRows::local(plan, noise), slots);
@@ -141,7 +162,7 @@ impl TokenDispatcher for AllToAllDispatcher {
             (1, counts.chunks(senders).map(|counts| counts.iter().sum()).collect(), WeightGradients::Summed)
         };
         let rows = ExpertRows {
-            first_expert: self.group.rank() * local,
+            first_expert: self.group().rank() * local,
             segments,
             used: used.into(),
             places: noise.map(|noise| self.places(plan, noise, &counts).into()),
@@ -222,49 +243,26 @@ impl Layout {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    ToExperts,
-    ToTokens,
-}
-
-impl Direction {
-    fn reverse(self) -> Self {
-        match self {
-            Self::ToExperts => Self::ToTokens,
-            Self::ToTokens => Self::ToExperts,
-        }
-    }
-}
-
 /// One way of the slots; the gradient takes the other.
 #[derive(Debug)]
 struct Travel {
-    group: Arc<dyn Communicator>,
+    all_to_all: Arc<AllToAll>,
     failure: Failure,
     direction: Direction,
     layout: Layout,
 }
 
 impl Travel {
-    fn exchange<T: Element>(&self, sent: &[T]) -> Result<Vec<T>, CommError>
-    where
-        for<'a> &'a [T]: Into<Buffer<'a>>,
-        for<'a> &'a mut [T]: Into<BufferMut<'a>>,
-    {
-        let mut received = vec![T::default(); sent.len()];
-        self.group.all_to_all(sent.into(), received.as_mut_slice().into())?;
-        Ok(received)
-    }
-
     fn go<T: Element>(&self, direction: Direction, values: &[T]) -> Option<Vec<T>>
     where
         for<'a> &'a [T]: Into<Buffer<'a>>,
         for<'a> &'a mut [T]: Into<BufferMut<'a>>,
     {
         let outcome = match direction {
-            Direction::ToExperts => self.exchange(values).map(|message| self.layout.gather(&message)),
-            Direction::ToTokens => self.exchange(&self.layout.scatter(values)),
+            Direction::ToExperts => {
+                self.all_to_all.exchange(values).map(|message| self.layout.gather(&message))
+            }
+            Direction::ToTokens => self.all_to_all.exchange(&self.layout.scatter(values)),
         };
         Some(self.failure.keep(outcome, || vec![T::default(); values.len()]))
     }
@@ -294,7 +292,7 @@ impl LinearMap for Travel {
 /// expert, then sender, `[l, senders]`.
 #[derive(Debug)]
 struct DeviceTravel {
-    group: Arc<dyn Communicator>,
+    all_to_all: Arc<AllToAll>,
     failure: Failure,
     direction: Direction,
     /// Experts of a rank.
@@ -304,22 +302,10 @@ struct DeviceTravel {
 impl DeviceTravel {
     /// As many values for every expert and sender, brought to the others' places.
     fn go(&self, direction: Direction, values: &DeviceValues) -> DeviceValues {
-        let (ranks, local) = (self.group.size(), self.local);
         let moved = values.room(values.len());
-        let length = values.len() / (ranks * local);
-        let pieces = |values: &DeviceValues, by_expert: bool| -> Vec<Piece> {
-            let whole = slice(values);
-            let piece = |(peer, expert)| {
-                let place = if by_expert { expert * ranks + peer } else { peer * local + expert };
-                Piece { peer, values: whole.part(place * length..(place + 1) * length) }
-            };
-            let ways = (0..ranks).flat_map(|peer| (0..local).map(move |expert| (peer, expert)));
-            ways.map(piece).collect()
-        };
-        let to_experts = direction == Direction::ToExperts;
-        let device = self.group.on_devices().expect("looked for before");
-        let exchanged =
-            device.exchange(&pieces(values, !to_experts), &pieces(&moved, to_experts), stream(values));
+        let staging = values.room(self.all_to_all.staged(values.len()));
+        let places = [values, &staging, &moved].map(slice);
+        let exchanged = self.all_to_all.exchange_on_devices((direction, self.local), places, stream(values));
         self.failure.keep(exchanged.map(|()| moved), || values.zeros(values.len()))
     }
 }

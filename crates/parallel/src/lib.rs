@@ -4,6 +4,7 @@
 //! ranks that split a matrix ([`SplitTensors`]), gradients travel to the owner of each matrix and
 //! its new values back ([`OwnerExchange`]). An axis of size 1 costs no communication.
 
+mod all_to_all;
 mod bench;
 mod dispatcher;
 mod exchange;

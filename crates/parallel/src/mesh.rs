@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use switchyard_comm::{CommError, Communicator, ReduceOp, Solo};
-use switchyard_config::{Coordinates, MeshShape};
+use switchyard_config::{Coordinates, HierarchicalAllToAll, MeshShape};
 use switchyard_kernels::DeviceValues;
 use switchyard_model::{LocalDispatcher, TensorParallel, TokenDispatcher, WholeTensors};
 
@@ -21,6 +21,7 @@ pub struct Mesh {
     data: Arc<dyn Communicator>,
     expert_holders: Arc<dyn Communicator>,
     dispatcher: Box<dyn TokenDispatcher>,
+    is_hierarchical: bool,
     tensor_parallel: Box<dyn TensorParallel>,
     failure: Failure,
 }
@@ -36,6 +37,7 @@ impl Mesh {
             data: solo("data"),
             expert_holders: solo("expert-data"),
             dispatcher: Box::new(LocalDispatcher),
+            is_hierarchical: false,
             tensor_parallel: Box::new(WholeTensors),
             failure: Failure::default(),
         }
@@ -44,7 +46,8 @@ impl Mesh {
     /// Cuts `world` into the groups of `shape`, which has as many ranks.
     ///
     /// `deterministic` keeps the gradients of experts apart by the rank that sent the tokens, for
-    /// sums in the order of the global batch.
+    /// sums in the order of the global batch. `hierarchical` says whether tokens travel machine by machine
+    /// where the ranks stand so; who insists on it asks [`MeshShape::check_machines`] first.
     ///
     /// # Errors
     /// When the ranks cannot agree.
@@ -52,6 +55,7 @@ impl Mesh {
         world: Arc<dyn Communicator>,
         shape: MeshShape,
         deterministic: bool,
+        hierarchical: HierarchicalAllToAll,
     ) -> Result<Self, CommError> {
         if world.size() == 1 {
             return Ok(Self::solo());
@@ -62,15 +66,30 @@ impl Mesh {
         let expert = world.split(at.data / shape.expert * shape.tensor + at.tensor, "expert")?;
         let tensor = world.split(at.data, "tensor")?;
         let expert_holders = world.split(at.expert, "expert-data")?;
-        let dispatcher: Box<dyn TokenDispatcher> = match shape.expert {
-            1 => Box::new(LocalDispatcher),
-            _ => Box::new(AllToAllDispatcher::new(expert, failure.clone(), deterministic)),
+        let (dispatcher, is_hierarchical): (Box<dyn TokenDispatcher>, bool) = match shape.expert {
+            1 => (Box::new(LocalDispatcher), false),
+            _ => {
+                let dispatcher =
+                    AllToAllDispatcher::new(expert, failure.clone(), deterministic, hierarchical)?;
+                let is_hierarchical = dispatcher.is_hierarchical();
+                (Box::new(dispatcher), is_hierarchical)
+            }
         };
         let tensor_parallel: Box<dyn TensorParallel> = match shape.tensor {
             1 => Box::new(WholeTensors),
             _ => Box::new(SplitTensors::new(tensor, failure.clone())),
         };
-        Ok(Self { shape, at, world, data, expert_holders, dispatcher, tensor_parallel, failure })
+        Ok(Self {
+            shape,
+            at,
+            world,
+            data,
+            expert_holders,
+            dispatcher,
+            is_hierarchical,
+            tensor_parallel,
+            failure,
+        })
     }
 
     /// Sizes of the axes.
@@ -101,6 +120,11 @@ impl Mesh {
     /// Brings tokens to their experts.
     pub fn dispatcher(&self) -> &dyn TokenDispatcher {
         &*self.dispatcher
+    }
+
+    /// Whether tokens travel to their experts machine by machine.
+    pub fn is_hierarchical(&self) -> bool {
+        self.is_hierarchical
     }
 
     /// Joins split matrices.
@@ -250,7 +274,9 @@ mod tests {
     fn on_ranks<T: Send + 'static>(shape: MeshShape, ask: fn(&Mesh) -> T) -> Vec<T> {
         let ranks = switchyard_comm::threads(shape.ranks(), Duration::from_secs(10)).into_iter();
         let ranks = ranks.map(|world| {
-            std::thread::spawn(move || ask(&Mesh::new(world, shape, false).expect("ranks that talk")))
+            std::thread::spawn(move || {
+                ask(&Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk"))
+            })
         });
         ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect()
     }

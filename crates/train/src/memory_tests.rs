@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use burn::tensor::Device;
-use switchyard_config::{MemorySummary, MeshShape, RunPlan, rank_memory, resolve_str};
+use switchyard_config::{HierarchicalAllToAll, MemorySummary, MeshShape, RunPlan, rank_memory, resolve_str};
 use switchyard_data::HostBatch;
 use switchyard_kernels::{Values, ValuesMut};
 use switchyard_parallel::{Gradients, Mesh, SumFormats};
@@ -126,7 +126,9 @@ fn every_rank_of_a_mesh_has_what_is_foreseen() {
             .map(|world| {
                 let plan = plan.clone();
                 thread::spawn(move || {
-                    let mesh = Arc::new(Mesh::new(world, shape, false).expect("ranks that talk"));
+                    let mesh = Arc::new(
+                        Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk"),
+                    );
                     held(&mut Learner::new(&plan, &Device::flex().autodiff(), mesh))
                 })
             })

@@ -9,6 +9,7 @@ use burn::tensor::Device;
 use switchyard_checkpoint::hf::{self, StoredDtype};
 use switchyard_checkpoint::open_model;
 use switchyard_comm::Choice;
+use switchyard_config::plan::CommPlan;
 use switchyard_config::{ConfigError, MemorySummary, MeshShape, Resolved, RunPlan, rank_memory, resolve};
 use switchyard_data::DataSet;
 use switchyard_kernels::{DeviceName, allow_tf32, device_memory};
@@ -78,8 +79,12 @@ fn train_together(
     let plan = &resolved.plan;
     refuse_different_runs(&**job.communicator(), plan, env!("CARGO_PKG_VERSION")).map_err(of_all_ranks)?;
     let shape = job.agree(MeshShape::of(plan, job.ranks(), &resolved.provenance).map_err(Into::into))?;
+    let machines = job.communicator().machines();
+    job.agree(shape.check_machines(plan, machines, &resolved.provenance).map_err(Into::into))?;
     let device = job.device(device)?;
-    let mesh = Arc::new(Mesh::new(job.communicator_on(&device)?, shape, plan.comm.deterministic)?);
+    let CommPlan { deterministic, hierarchical_all_to_all, .. } = plan.comm;
+    let mesh =
+        Arc::new(Mesh::new(job.communicator_on(&device)?, shape, deterministic, hierarchical_all_to_all)?);
     job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
     let opened = job.agree(resume(&arguments.resume).and_then(|resume| {
@@ -97,6 +102,9 @@ fn train_together(
     job.agree(logging::start(verbosity, Some(&log)))?;
     for line in shape.describe(&plan.model) {
         tracing::info!(rank = job.rank(), "{line}");
+    }
+    if mesh.is_hierarchical() {
+        tracing::info!(rank = job.rank(), "tokens travel machine by machine");
     }
     let data = job.agree(data::open(plan, verbosity.quiet))?;
     // Until here Ctrl-C ends the program at once: what was prepared is kept and nothing was learned.

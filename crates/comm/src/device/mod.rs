@@ -302,6 +302,10 @@ impl Communicator for WithDevices {
         self.group.label()
     }
 
+    fn machines(&self) -> &[usize] {
+        self.group.machines()
+    }
+
     fn timeout(&self) -> Option<Duration> {
         self.group.timeout()
     }

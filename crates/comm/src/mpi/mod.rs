@@ -22,8 +22,6 @@ pub(crate) mod raw;
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) world: Arc<Group<Handle>>,
-    pub(crate) local_rank: usize,
-    pub(crate) local_size: usize,
     shared: Arc<Shared>,
     watchdog: Option<Watchdog>,
     universe: Option<Mutex<OnceUniverse>>,
@@ -53,14 +51,14 @@ impl Job {
         }
         let handle = Handle::world().map_err(StartError::Library)?;
         let shared = Arc::new(Shared { timeout: options.timeout, ..Shared::default() });
-        let world = Arc::new(Group::world(Arc::clone(&shared), handle));
+        let world = Group::world(Arc::clone(&shared), handle);
         check_size(world.size())?;
         let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown".to_owned());
-        let cards = Cards::exchange(&*world, &host, options.address.as_deref())?;
-        let (local_rank, local_size) = cards.local(world.rank());
+        let cards = Cards::exchange(&world, &host, options.address.as_deref())?;
+        let world = Arc::new(world.on_machines(cards.machines()));
         let watchdog = cards.watch(&*world, &shared.activity, options, end_all)?;
         let universe = Some(Mutex::new(OnceUniverse(universe)));
-        Ok(Self { world, local_rank, local_size, shared, watchdog, universe })
+        Ok(Self { world, shared, watchdog, universe })
     }
 
     pub(crate) fn activity(&self) -> &crate::Activity {

@@ -21,8 +21,6 @@ mod rendezvous;
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) world: Arc<Group<Connections>>,
-    pub(crate) local_rank: usize,
-    pub(crate) local_size: usize,
     shared: Arc<Shared>,
     watchdog: Option<Watchdog>,
 }
@@ -32,12 +30,12 @@ impl Job {
     pub(crate) fn start(meeting: &Meeting, options: StartOptions) -> Result<Self, StartError> {
         let shared = Arc::new(Shared { timeout: options.timeout, ..Shared::default() });
         let connections = rendezvous::meet(meeting).map_err(StartError::Rendezvous)?;
-        let world = Arc::new(Group::world(Arc::clone(&shared), connections));
+        let world = Group::world(Arc::clone(&shared), connections);
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let cards = Cards::exchange(&*world, &host, options.address.as_deref())?;
-        let (local_rank, local_size) = cards.local(world.rank());
+        let cards = Cards::exchange(&world, &host, options.address.as_deref())?;
+        let world = Arc::new(world.on_machines(cards.machines()));
         let watchdog = cards.watch(&*world, &shared.activity, options, end)?;
-        Ok(Self { world, local_rank, local_size, shared, watchdog })
+        Ok(Self { world, shared, watchdog })
     }
 
     pub(crate) fn activity(&self) -> &crate::Activity {

@@ -187,6 +187,8 @@ fn splits(comm: &dyn Communicator) {
     let (rank, size) = (comm.rank(), comm.size());
     let half = comm.split(rank % 2 + 40, "half").expect("all come");
     assert_eq!((half.label(), half.rank(), half.size()), ("half", rank / 2, (size + 1 - rank % 2) / 2));
+    let machines = comm.machines().iter().skip(rank % 2).step_by(2).copied().collect::<Vec<_>>();
+    assert_eq!(half.machines(), machines);
     let mut sum = [rank as u64];
     half.all_reduce(BufferMut::U64(&mut sum), ReduceOp::Sum).expect("all come");
     assert_eq!(sum[0] as usize, (0..size).filter(|other| other % 2 == rank % 2).sum::<usize>());

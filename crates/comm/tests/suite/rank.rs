@@ -103,6 +103,7 @@ fn whole_suite(world: &World) {
         broken(&*comm.split(0, "part").expect("all come"));
     }
     assert_eq!((world.local_rank(), world.local_size()), (comm.rank(), comm.size()));
+    assert_eq!(comm.machines(), vec![0; comm.size()]);
     match world.backend() {
         "tcp" => assert_eq!(world.library(), "none"),
         backend => {

@@ -41,6 +41,37 @@ fn sizes_that_do_not_fit_are_refused_with_the_keys() {
 }
 
 #[test]
+fn who_insists_on_machines_gets_them_or_is_refused() {
+    let check = |choice: &str, expert: usize, tensor: usize, machines: &[usize]| {
+        let sets = [
+            format!("comm.hierarchical_all_to_all={choice}"),
+            format!("parallel.expert_parallel_size={expert}"),
+            format!("parallel.tensor_parallel_size={tensor}"),
+        ];
+        let resolved = resolve_str(RUN, &sets).unwrap();
+        let mesh = MeshShape::of(&resolved.plan, machines.len(), &resolved.provenance).unwrap();
+        let checked = mesh.check_machines(&resolved.plan, machines, &resolved.provenance);
+        checked.map_err(|error| error.to_string())
+    };
+    assert_eq!(check("always", 4, 1, &[0, 0, 1, 1]), Ok(()));
+    assert_eq!(check("always", 4, 2, &[0, 0, 0, 0, 1, 1, 1, 1]), Ok(()));
+    assert_eq!(check("always", 1, 1, &[0, 0]), Ok(()), "nothing travels");
+    for choice in ["auto", "never"] {
+        assert_eq!(check(choice, 2, 1, &[0, 1]), Ok(()));
+    }
+    let refused = |expert, tensor, machines: &[usize], words: &str| {
+        let message = check("always", expert, tensor, machines).unwrap_err();
+        assert!(message.contains(words), "{message}");
+    };
+    refused(4, 1, &[0, 0, 0, 1], "that of rank 0 has 3, 1");
+    refused(2, 1, &[0, 0], "that of rank 0 has 2");
+    // The first group stands evenly, the second does not.
+    refused(4, 1, &[0, 0, 1, 1, 1, 2, 2, 2], "that of rank 4 has 1, 3");
+    // A machine a tensor rank: each expert group has one.
+    refused(4, 2, &[0, 1, 0, 1, 0, 1, 0, 1], "that of rank 0 has 4");
+}
+
+#[test]
 fn every_expert_group_has_a_line() {
     let mesh = MeshShape { data: 4, expert: 2, tensor: 1 };
     let plan = resolve_str(RUN, &[]).unwrap().plan;

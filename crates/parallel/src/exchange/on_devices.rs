@@ -311,7 +311,7 @@ mod tests {
     use switchyard_comm::threads;
     use switchyard_config::parameters::{ParameterSpec, parameters};
     use switchyard_config::partition::held_part;
-    use switchyard_config::{MeshShape, ModelConfig, preset};
+    use switchyard_config::{HierarchicalAllToAll, MeshShape, ModelConfig, preset};
     use switchyard_kernels::{Place, place_of, test_device};
     use switchyard_random::{Philox, unit_f32};
 
@@ -346,7 +346,8 @@ mod tests {
         let ranks = threads(shape.ranks(), Duration::from_secs(60)).into_iter().map(|world| {
             thread::spawn(move || {
                 let world = world_on(world, &test_device()).expect("nobody is asked");
-                let mesh = Mesh::new(world, shape, false).expect("ranks that talk");
+                let mesh =
+                    Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk");
                 let model = model(vocab_size);
                 let specs = parameters(&model);
                 let sums = SumFormats::narrow(specs.iter().filter(|spec| narrow && is_narrow(spec)));

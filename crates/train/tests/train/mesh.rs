@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use switchyard_comm::threads;
+use switchyard_comm::{threads, threads_on};
 use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::{Part, held_part, owners};
-use switchyard_config::{MeshShape, RunPlan};
+use switchyard_config::{HierarchicalAllToAll, MeshShape, RunPlan};
 use switchyard_data::Share;
 use switchyard_kernels::{ValuesMut, test_device};
 use switchyard_parallel::{Mesh, world_on};
@@ -53,13 +53,20 @@ fn plan(mesh: MeshShape, sets: &[&str]) -> RunPlan {
 ///
 /// Fails when two ranks hold different bits of the same values.
 fn train(mesh: MeshShape, sets: &[&str], steps: u64) -> Trained {
+    train_on(&vec![0; mesh.ranks()], mesh, sets, steps)
+}
+
+/// As [`train`], with the machine of every rank.
+fn train_on(machines: &[usize], mesh: MeshShape, sets: &[&str], steps: u64) -> Trained {
     let plan = plan(mesh, sets);
     let specs = parameters(&plan.model);
-    let ranks = threads(mesh.ranks(), Duration::from_secs(60)).into_iter().map(|world| {
+    let ranks = threads_on(machines, Duration::from_secs(60)).into_iter().map(|world| {
         let plan = plan.clone();
         thread::spawn(move || {
             let world = world_on(world, &test_device()).unwrap();
-            let mesh = Mesh::new(world, mesh, plan.comm.deterministic).unwrap();
+            let hierarchical = plan.comm.hierarchical_all_to_all;
+            let mesh = Mesh::new(world, mesh, plan.comm.deterministic, hierarchical).unwrap();
+            assert!(mesh.is_hierarchical() || hierarchical != HierarchicalAllToAll::Always);
             train_rank(&plan, Arc::new(mesh), steps)
         })
     });
@@ -185,7 +192,7 @@ fn the_last_bit_of_weights_moves_gradients_as_far_as_split_tensors_do() {
     let plan = plan(MeshShape::SOLO, &ADAMW);
     let specs = parameters(&plan.model);
     let world = threads(1, Duration::from_secs(60)).remove(0);
-    let mesh = Arc::new(Mesh::new(world, MeshShape::SOLO, false).unwrap());
+    let mesh = Arc::new(Mesh::new(world, MeshShape::SOLO, false, HierarchicalAllToAll::Auto).unwrap());
     let mut learner = Learner::new(&plan, &test_device().autodiff(), Arc::clone(&mesh));
     let every_other = |values: ValuesMut<'_>| {
         let ValuesMut::F32(values) = values else { panic!("float32 weights") };
@@ -247,6 +254,21 @@ fn deterministic_sums_are_bitwise_equal_on_any_data_and_expert_axes() {
             assert_eq!(found.parameters, expected.parameters, "{shape} {optimizer}");
             assert_eq!(found.evaluation.loss.to_bits(), expected.evaluation.loss.to_bits(), "{shape}");
             tell(&format!("{shape}: 10 steps the same bit for bit, {optimizer}, {precision}, {sums}"));
+        }
+    }
+}
+
+#[test]
+fn tokens_that_travel_machine_by_machine_change_no_bit() {
+    const STRAIGHT: &str = "comm.hierarchical_all_to_all=\"never\"";
+    const BY_MACHINE: &str = "comm.hierarchical_all_to_all=\"always\"";
+    for (shape, machines) in [(mesh(4, 4, 1), &[0, 0, 1, 1][..]), (mesh(4, 4, 2), &[1, 1, 1, 1, 0, 0, 0, 0])]
+    {
+        for precision in ["precision.mode=\"fp32\"", "precision.mode=\"selective\""] {
+            for sums in ["comm.deterministic=false", "comm.deterministic=true"] {
+                let found = |way| train_on(machines, shape, &[ADAMW[0], precision, sums, way], 2);
+                assert_eq!(found(BY_MACHINE), found(STRAIGHT), "{shape} {precision} {sums}");
+            }
         }
     }
 }
@@ -326,7 +348,7 @@ fn a_step_that_is_not_finite_is_skipped_on_all_ranks_alike() {
     let ranks = threads(shape.ranks(), Duration::from_secs(60)).into_iter().map(|world| {
         let plan = plan.clone();
         thread::spawn(move || {
-            let mesh = Arc::new(Mesh::new(world, shape, false).unwrap());
+            let mesh = Arc::new(Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).unwrap());
             let mut learner = Learner::new(&plan, &test_device().autodiff(), Arc::clone(&mesh));
             let share = Share { index: mesh.at().data, of: 2, micro_batch_rows: 2 };
             let micro_batches = batch(&plan, 0).micro_batches(share);

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor};
 use serde_json::Value;
 use switchyard_comm::Choice;
-use switchyard_config::MeshShape;
+use switchyard_config::{HierarchicalAllToAll, MeshShape};
 use switchyard_kernels::{DeviceName, RouteOptions, route_top1};
 use switchyard_parallel::{Mesh, device_time};
 
@@ -63,7 +63,7 @@ fn measure(
     });
     job.agree(fitting)?;
     let shape = MeshShape { data: ranks, expert: ranks, tensor: 1 };
-    let mesh = Mesh::new(job.communicator_on(device)?, shape, false)?;
+    let mesh = Mesh::new(job.communicator_on(device)?, shape, false, HierarchicalAllToAll::Auto)?;
     let x = random_matrix([tokens, d_model], 1, device);
     let mut cases: Vec<_> = experts
         .iter()

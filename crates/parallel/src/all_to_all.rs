@@ -1,0 +1,263 @@
+//! As many values from each rank of a group to each other: straight, or machine by machine.
+//!
+//! Owns which way they take; knows of experts only that each rank has as many.
+
+use std::sync::Arc;
+
+use switchyard_comm::{
+    Buffer, BufferMut, CommError, Communicator, DeviceCommunicator, DeviceSlice, DeviceStream, Element, Piece,
+};
+use switchyard_config::{HierarchicalAllToAll, ranks_of_each_machine};
+
+#[cfg(test)]
+mod tests;
+
+/// Where slots go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    ToExperts,
+    ToTokens,
+}
+
+impl Direction {
+    pub(crate) fn reverse(self) -> Self {
+        match self {
+            Self::ToExperts => Self::ToTokens,
+            Self::ToTokens => Self::ToExperts,
+        }
+    }
+}
+
+/// The all-to-all of a group. Which way it takes changes no bit of what arrives.
+#[derive(Debug)]
+pub(crate) struct AllToAll {
+    group: Arc<dyn Communicator>,
+    by_machine: Option<ByMachine>,
+}
+
+impl AllToAll {
+    /// Over `group`, machine by machine if `choice` allows it and the ranks stand so.
+    ///
+    /// # Collective
+    /// Over `group`.
+    pub(crate) fn new(group: Arc<dyn Communicator>, choice: HierarchicalAllToAll) -> Result<Self, CommError> {
+        let ranks = match choice {
+            HierarchicalAllToAll::Auto | HierarchicalAllToAll::Always => {
+                ranks_of_each_machine(group.machines())
+            }
+            HierarchicalAllToAll::Never => None,
+        };
+        let by_machine = ranks.map(|ranks| ByMachine::split(&*group, ranks)).transpose()?;
+        Ok(Self { group, by_machine })
+    }
+
+    /// The group.
+    pub(crate) fn group(&self) -> &dyn Communicator {
+        &*self.group
+    }
+
+    /// Whether it goes machine by machine.
+    pub(crate) fn is_hierarchical(&self) -> bool {
+        self.by_machine.is_some()
+    }
+
+    /// Sends the `i`-th of equal parts to rank `i`; parts arrive in rank order.
+    pub(crate) fn exchange<T: Element>(&self, sent: &[T]) -> Result<Vec<T>, CommError>
+    where
+        for<'a> &'a [T]: Into<Buffer<'a>>,
+        for<'a> &'a mut [T]: Into<BufferMut<'a>>,
+    {
+        match &self.by_machine {
+            Some(by_machine) => by_machine.exchange(sent),
+            None => exchange(&*self.group, sent),
+        }
+    }
+
+    /// Values that [`exchange_on_devices`](Self::exchange_on_devices) wants room for on the way of `len` values.
+    pub(crate) fn staged(&self, len: usize) -> usize {
+        self.by_machine.as_ref().map_or(0, |by_machine| by_machine.staged(len))
+    }
+
+    /// Brings as many values for every rank and each of its `experts` from device to device: from `sent` by
+    /// rank, `[p, l]`, to `received` by expert, `[l, p]`, or in the other direction the reverse. `staging` has
+    /// room for the values on the way.
+    ///
+    /// # Panics
+    /// When the group has no devices.
+    pub(crate) fn exchange_on_devices(
+        &self,
+        (direction, experts): (Direction, usize),
+        [sent, staging, received]: [DeviceSlice; 3],
+        stream: DeviceStream,
+    ) -> Result<(), CommError> {
+        let ranks = self.group.size();
+        let (at_tokens, at_experts) = match direction {
+            Direction::ToExperts => (sent, received),
+            Direction::ToTokens => (received, sent),
+        };
+        let at_tokens = Grid { values: at_tokens, ranks, experts, by_expert: false };
+        let at_experts = Grid { values: at_experts, ranks, experts, by_expert: true };
+        if let Some(by_machine) = &self.by_machine {
+            return by_machine.exchange_on_devices(direction, at_tokens, staging, at_experts, stream);
+        }
+        let pieces = |grid: Grid| -> Vec<Piece> {
+            let of_rank =
+                |peer| (0..experts).map(move |expert| Piece { peer, values: grid.of(peer, expert) });
+            (0..ranks).flat_map(of_rank).collect()
+        };
+        let (at_tokens, at_experts) = (pieces(at_tokens), pieces(at_experts));
+        let device = on_devices(&*self.group);
+        match direction {
+            Direction::ToExperts => device.exchange(&at_tokens, &at_experts, stream),
+            Direction::ToTokens => device.exchange(&at_experts, &at_tokens, stream),
+        }
+    }
+}
+
+/// A group whose ranks stand machine after machine, as many on each.
+///
+/// A message for another machine goes there with those of a rank's other messages for it, and between ranks of
+/// one place in their machines only: with `m` machines of `n` ranks, over the network a rank sends `m - 1`
+/// messages of `n` parts where straight it would send `(m - 1) * n` of one.
+///
+/// # Source
+/// Hwang et al. 2022, "Tutel" (arXiv:2206.03382), section 3.4: two-dimensional hierarchical all-to-all;
+/// Rajbhandari et al. 2022, "DeepSpeed-MoE" (arXiv:2201.05596), section 5.
+#[derive(Debug)]
+struct ByMachine {
+    /// The ranks of this machine.
+    inside: Arc<dyn Communicator>,
+    /// The ranks of all machines that have this one's place inside.
+    across: Arc<dyn Communicator>,
+}
+
+impl ByMachine {
+    fn split(group: &dyn Communicator, ranks: usize) -> Result<Self, CommError> {
+        let part = |color, name| group.split(color, &format!("{}-{name}", group.label()));
+        let (machine, place) = (group.rank() / ranks, group.rank() % ranks);
+        Ok(Self { inside: part(machine, "inside")?, across: part(place, "across")? })
+    }
+
+    /// First inside each machine, to the rank that has the receiver's place there, then across.
+    fn exchange<T: Element>(&self, sent: &[T]) -> Result<Vec<T>, CommError>
+    where
+        for<'a> &'a [T]: Into<Buffer<'a>>,
+        for<'a> &'a mut [T]: Into<BufferMut<'a>>,
+    {
+        let (machines, ranks) = (self.across.size(), self.inside.size());
+        let collected = exchange(&*self.inside, &swapped(sent, [machines, ranks]))?;
+        exchange(&*self.across, &swapped(&collected, [ranks, machines]))
+    }
+
+    fn staged(&self, len: usize) -> usize {
+        len - len / self.across.size()
+    }
+
+    /// Nothing is copied, and what goes to or comes from another machine is one piece. That takes the order that
+    /// suits the side of the tokens, where all values of a machine's ranks lie together: from there first across,
+    /// as DeepSeek-V3 does it (arXiv:2412.19437, section 3.2.2), and to there last.
+    fn exchange_on_devices(
+        &self,
+        direction: Direction,
+        at_tokens: Grid,
+        staging: DeviceSlice,
+        at_experts: Grid,
+        stream: DeviceStream,
+    ) -> Result<(), CommError> {
+        let (machines, ranks, here) = (self.across.size(), self.inside.size(), self.across.rank());
+        let others = || (0..machines).filter(move |&machine| machine != here);
+        let staged = Grid { values: staging, ranks: at_tokens.ranks - ranks, ..at_tokens };
+        let whole = |grid: Grid, number: usize| {
+            let length = at_tokens.values.len() / machines;
+            grid.values.part(number * length..(number + 1) * length)
+        };
+        let of_machines: Vec<Piece> =
+            others().map(|peer| Piece { peer, values: whole(at_tokens, peer) }).collect();
+        let of_staging: Vec<Piece> = others()
+            .enumerate()
+            .map(|(number, peer)| Piece { peer, values: whole(staged, number) })
+            .collect();
+        let handed = |place: usize, machine: usize, expert: usize| {
+            if machine == here {
+                return at_tokens.of(here * ranks + place, expert);
+            }
+            staged.of((machine - usize::from(machine > here)) * ranks + place, expert)
+        };
+        let at_expert =
+            |place: usize, machine: usize, expert: usize| at_experts.of(machine * ranks + place, expert);
+        let of_handed = self.pieces_inside(at_experts.experts, handed);
+        let of_experts = self.pieces_inside(at_experts.experts, at_expert);
+        let (inside, across) = (on_devices(&*self.inside), on_devices(&*self.across));
+        match direction {
+            Direction::ToExperts => {
+                across.exchange(&of_machines, &of_staging, stream)?;
+                inside.exchange(&of_handed, &of_experts, stream)
+            }
+            Direction::ToTokens => {
+                inside.exchange(&of_experts, &of_handed, stream)?;
+                across.exchange(&of_staging, &of_machines, stream)
+            }
+        }
+    }
+
+    /// What ranks of a machine have for each other: by place, machine and expert, in this order at both ends.
+    fn pieces_inside(
+        &self,
+        experts: usize,
+        values: impl Fn(usize, usize, usize) -> DeviceSlice,
+    ) -> Vec<Piece> {
+        let mut pieces = Vec::with_capacity(self.inside.size() * self.across.size() * experts);
+        for peer in 0..self.inside.size() {
+            for machine in 0..self.across.size() {
+                pieces
+                    .extend((0..experts).map(|expert| Piece { peer, values: values(peer, machine, expert) }));
+            }
+        }
+        pieces
+    }
+}
+
+/// As many values for every rank and expert: by rank, then expert, or the reverse.
+#[derive(Debug, Clone, Copy)]
+struct Grid {
+    values: DeviceSlice,
+    ranks: usize,
+    /// Experts of a rank.
+    experts: usize,
+    by_expert: bool,
+}
+
+impl Grid {
+    fn of(&self, rank: usize, expert: usize) -> DeviceSlice {
+        let length = self.values.len() / (self.ranks * self.experts);
+        let place = if self.by_expert { expert * self.ranks + rank } else { rank * self.experts + expert };
+        self.values.part(place * length..(place + 1) * length)
+    }
+}
+
+fn on_devices(group: &dyn Communicator) -> &dyn DeviceCommunicator {
+    group.on_devices().expect("groups split from one with devices have some too, but for those of one rank")
+}
+
+fn exchange<T: Element>(group: &dyn Communicator, sent: &[T]) -> Result<Vec<T>, CommError>
+where
+    for<'a> &'a [T]: Into<Buffer<'a>>,
+    for<'a> &'a mut [T]: Into<BufferMut<'a>>,
+{
+    let mut received = vec![T::default(); sent.len()];
+    group.all_to_all(sent.into(), received.as_mut_slice().into())?;
+    Ok(received)
+}
+
+/// Blocks of equally many values, `[a, b]`, as `[b, a]`.
+fn swapped<T: Element>(blocks: &[T], [a, b]: [usize; 2]) -> Vec<T> {
+    let length = blocks.len() / (a * b);
+    assert_eq!(length * a * b, blocks.len(), "parts of one size");
+    let mut swapped = Vec::with_capacity(blocks.len());
+    for column in 0..b {
+        for row in 0..a {
+            swapped.extend_from_slice(&blocks[(row * b + column) * length..][..length]);
+        }
+    }
+    swapped
+}
