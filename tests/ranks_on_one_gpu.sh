@@ -76,8 +76,10 @@ train() {
   [ "$(printf '%s\n' "${codes[@]}" | sort -u)" = 0 ] || fail "$1 ended with ${codes[*]}: $(tail -n 1 "$1/rank-0.txt")"
 }
 reached() { # RUN STEP
+  local there
   for _ in $(seq 1 3000); do
-    [ "$(grep -c '"grad_norm"' "$1/run/metrics.jsonl" 2>/dev/null || true)" -lt "$2" ] || return 0
+    there="$(grep -c '"grad_norm"' "$1/run/metrics.jsonl" 2>/dev/null || true)"
+    [ "${there:-0}" -lt "$2" ] || return 0
     sleep 0.1
   done
   fail "$1 did not come to step $2"
