@@ -18,7 +18,8 @@ environment:
   SWITCHYARD_BACKOFF_S    first wait before a start, doubled each time up to 300 s [default: 5]
 
 examples:
-  launch/mpirun.sh -n 4 configs/quickstart.toml --set parallel.expert_parallel_size=4
+  launch/mpirun.sh -n 4 --mpirun --oversubscribe configs/quickstart.toml \
+    --set parallel.expert_parallel_size=4 --set data.micro_batch_rows=8
   launch/mpirun.sh -n 16 --hostfile hosts --mpirun "--map-by ppr:8:node" configs/switch-base-8-c4.toml
 USAGE
 }

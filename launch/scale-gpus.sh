@@ -15,6 +15,8 @@ nothing hides them.
 A MODEL is PRESET:EXPERTS:OPTIMIZER:EXPERT_PARALLEL_SIZE; `n` is the number of GPUs, and `Nn` as many for each.
 Without any: t5-base:0:adamw:1, switch-base-8:8n:adafactor:n and switch-base-128:128:adafactor:n.
 
+--gpus [default: "1 2 4 8"] must name no more than the machine has; STEPS [default: 20]; DEVICE [default: cuda].
+
 environment:
   SWITCHYARD    the program, built with libtorch and mpi [default: switchyard on PATH, else target/release/switchyard]
 

@@ -11,7 +11,8 @@ and prints how far its losses are from those of one rank there and on the CPU; t
 lets a checkpoint of four ranks go on on one rank and on two of the CPU. Ends with 1 when something is not as it must be.
 
 `--device cpu` and `--device libtorch` do the same without a GPU. FILE is any text of a few MB; without one the sample
-of configs/quickstart.toml is used. Runs lie in DIRECTORY [default: one that is deleted].
+of configs/quickstart.toml is used. Runs lie in DIRECTORY [default: one that is deleted]. STEPS [default: 200] must be at
+least 10; DEVICE [default: cuda].
 
 environment:
   SWITCHYARD    the program, built with libtorch for GPUs [default: switchyard on PATH, else target/release/switchyard]
@@ -31,6 +32,7 @@ while [ $# -gt 0 ]; do
 done
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 program="${SWITCHYARD:-$(command -v switchyard || echo "$here/target/release/switchyard")}"
+[ "$steps" -ge 10 ] || { echo "error: --steps must be at least 10" >&2; exit 1; }
 [ -x "$program" ] || { echo "error: $program is not there; see --help" >&2; exit 1; }
 program="$(realpath "$program")"
 if [ -n "$keep" ]; then mkdir -p "$keep"; else keep="$(mktemp -d)" && trap 'rm -rf "$keep"' EXIT; fi

@@ -68,6 +68,8 @@ fn sizes_that_do_not_fit_are_refused_once() {
     refused(3, "--set parallel.tensor_parallel_size=2", &["3 ranks cannot be cut into groups"]);
     let four = format!("{shared} --set parallel.data_parallel_size=4");
     refused(2, &four, &["is not the job's 2 ranks"]);
+    let always = format!("{shared} {EXPERTS} --set comm.hierarchical_all_to_all=always");
+    refused(4, &always, &["needs the ranks of an expert group on several machines"]);
     refused(2, "--set model.num_expert=4", &["unknown key `model.num_expert`"]);
     assert!(!place.path("runs").exists());
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use switchyard_comm::Choice;
+use switchyard_config::HierarchicalAllToAll;
 use switchyard_config::plan::ParallelPlan;
 use switchyard_kernels::DeviceName;
 
@@ -152,12 +153,33 @@ pub(crate) struct MeshArguments {
     /// Under mpirun or srun: ranks over which every matrix is split.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count())]
     pub tensor_parallel_size: usize,
+    /// Under mpirun or srun on several machines: whether tokens travel machine by machine.
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    pub hierarchical_all_to_all: TokensTravel,
+}
+
+/// How tokens travel to their experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TokensTravel {
+    /// Machine by machine where the ranks stand so.
+    Auto,
+    /// Straight.
+    Never,
+}
+
+impl From<TokensTravel> for HierarchicalAllToAll {
+    fn from(way: TokensTravel) -> Self {
+        match way {
+            TokensTravel::Auto => Self::Auto,
+            TokensTravel::Never => Self::Never,
+        }
+    }
 }
 
 impl MeshArguments {
     /// The sizes as an experiment file would hold them.
     pub(crate) fn plan(self) -> ParallelPlan {
-        let Self { expert_parallel_size, tensor_parallel_size } = self;
+        let Self { expert_parallel_size, tensor_parallel_size, .. } = self;
         ParallelPlan { data_parallel_size: 0, expert_parallel_size, tensor_parallel_size }
     }
 }
@@ -447,6 +469,9 @@ pub(crate) enum BenchCommand {
         /// Numbers of experts.
         #[arg(long, value_delimiter = ',', default_value = "8,32,128", value_parser = count_from(2))]
         experts: Vec<usize>,
+        /// Under mpirun or srun on several machines: whether tokens travel machine by machine.
+        #[arg(long, value_name = "WAY", default_value = "auto")]
+        hierarchical_all_to_all: TokensTravel,
         /// Print a JSON object.
         #[arg(long)]
         json: bool,

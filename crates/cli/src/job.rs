@@ -9,7 +9,7 @@ use burn::tensor::Device;
 use switchyard_comm::{
     Choice, CommError, Communicator, Launch, RESTARTABLE, StartOptions, World, abort, start,
 };
-use switchyard_config::{HierarchicalAllToAll, MeshShape, ModelConfig};
+use switchyard_config::{MeshShape, ModelConfig};
 use switchyard_kernels::DeviceName;
 use switchyard_parallel::{Agreement, Mesh, agree, devices_of, world_on};
 use switchyard_train::TrainError;
@@ -84,7 +84,7 @@ impl Job {
     ) -> anyhow::Result<Arc<Mesh>> {
         let shape = MeshShape::of_model(model, &sizes.plan(), self.ranks()).map_err(report::in_options);
         let (world, shape) = (self.communicator_on(device)?, self.agree(shape)?);
-        Ok(Arc::new(Mesh::new(world, shape, false, HierarchicalAllToAll::Auto)?))
+        Ok(Arc::new(Mesh::new(world, shape, false, sizes.hierarchical_all_to_all.into())?))
     }
 
     /// How much the terminal is told by this rank.

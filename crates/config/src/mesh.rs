@@ -139,6 +139,9 @@ impl MeshShape {
     ///
     /// # Errors
     /// When an expert group has no [`ranks_of_each_machine`]; names the key.
+    ///
+    /// # Panics
+    /// When there are fewer machines than ranks.
     pub fn check_machines(
         self,
         plan: &RunPlan,
@@ -153,16 +156,16 @@ impl MeshShape {
             let ranks = (0..self.expert).map(|expert| first + expert * self.tensor);
             let machines: Vec<usize> = ranks.map(|rank| machines[rank]).collect();
             if ranks_of_each_machine(&machines).is_none() {
-                let runs = machines.chunk_by(|a, b| a == b).map(|run| run.len().to_string());
+                let told: Vec<String> = machines.iter().map(ToString::to_string).collect();
                 let conflict = Conflict {
                     message: format!(
-                        "comm.hierarchical_all_to_all = \"always\" needs several machines with as many ranks of \
-                         an expert group each, more than one; on one machine after the other, that of rank {first} \
-                         has {}",
-                        runs.collect::<Vec<_>>().join(", ")
+                        "comm.hierarchical_all_to_all = \"always\" needs the ranks of an expert group on several \
+                         machines, as many on each, more than one, numbered machine after machine; those of rank \
+                         {first}'s group are on machines {}",
+                        told.join(", ")
                     ),
                     keys: vec!["comm.hierarchical_all_to_all", "parallel.expert_parallel_size"],
-                    help: "number the ranks machine after machine, or leave comm.hierarchical_all_to_all = \"auto\""
+                    help: "spread each expert group evenly over machines, or leave comm.hierarchical_all_to_all = \"auto\""
                         .to_owned(),
                 };
                 return Err(located(conflict, plan, provenance));

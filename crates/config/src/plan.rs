@@ -274,7 +274,7 @@ pub struct CommPlan {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HierarchicalAllToAll {
-    /// Where every expert group stands on its machines so that they can.
+    /// In each expert group that stands on its machines so that they can.
     #[default]
     Auto,
     /// They must: ranks that stand otherwise are refused.

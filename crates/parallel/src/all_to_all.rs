@@ -83,7 +83,7 @@ impl AllToAll {
     /// room for the values on the way.
     ///
     /// # Panics
-    /// When the group has no devices.
+    /// When the group has no devices, or the values are not as many for every rank and expert.
     pub(crate) fn exchange_on_devices(
         &self,
         (direction, experts): (Direction, usize),
@@ -91,6 +91,8 @@ impl AllToAll {
         stream: DeviceStream,
     ) -> Result<(), CommError> {
         let ranks = self.group.size();
+        assert!(sent.len().is_multiple_of(ranks * experts), "as many values for every rank and expert");
+        assert_eq!(sent.len(), received.len(), "as many come as go");
         let (at_tokens, at_experts) = match direction {
             Direction::ToExperts => (sent, received),
             Direction::ToTokens => (received, sent),
@@ -116,9 +118,10 @@ impl AllToAll {
 
 /// A group whose ranks stand machine after machine, as many on each.
 ///
-/// A message for another machine goes there with those of a rank's other messages for it, and between ranks of
-/// one place in their machines only: with `m` machines of `n` ranks, over the network a rank sends `m - 1`
-/// messages of `n` parts where straight it would send `(m - 1) * n` of one.
+/// Only ranks of one place in their machines exchange across. A message crosses together with others: those of
+/// one sender for all ranks of a machine, or those of all ranks of a machine for one receiver. With `m` machines of
+/// `n` ranks a rank sends `m - 1` messages of `n` parts over the network, where straight it would send `(m - 1) * n`
+/// of one.
 ///
 /// # Source
 /// Hwang et al. 2022, "Tutel" (arXiv:2206.03382), section 3.4: two-dimensional hierarchical all-to-all;
@@ -145,8 +148,14 @@ impl ByMachine {
         for<'a> &'a mut [T]: Into<BufferMut<'a>>,
     {
         let (machines, ranks) = (self.across.size(), self.inside.size());
-        let collected = exchange(&*self.inside, &swapped(sent, [machines, ranks]))?;
-        exchange(&*self.across, &swapped(&collected, [ranks, machines]))
+        let collected = exchange(&*self.inside, &swapped(sent, [machines, ranks]));
+        // Those across wait for this rank, whatever became of it inside.
+        let handed_on = match &collected {
+            Ok(values) => swapped(values, [ranks, machines]),
+            Err(_) => vec![T::default(); sent.len()],
+        };
+        let received = exchange(&*self.across, &handed_on);
+        collected.and(received)
     }
 
     fn staged(&self, len: usize) -> usize {

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use switchyard_comm::{CommError, Communicator, ReduceOp, Solo};
 use switchyard_config::{Coordinates, HierarchicalAllToAll, MeshShape};
-use switchyard_kernels::DeviceValues;
+use switchyard_kernels::{DeviceMark, DeviceValues};
 use switchyard_model::{LocalDispatcher, TensorParallel, TokenDispatcher, WholeTensors};
 
 use crate::dispatcher::AllToAllDispatcher;
@@ -169,6 +169,22 @@ impl Mesh {
         let sums = DeviceValues::shared(&values).expect("the values lie there");
         devices.all_reduce(slice(&sums), ReduceOp::Sum, stream(&sums))?;
         Ok(values)
+    }
+
+    /// Waits in the watchdog's eyes for what `device` was asked for, where ranks exchange from device to device: so
+    /// a lost rank is noticed, whom devices wait for without end.
+    ///
+    /// # Collective
+    /// Over all ranks.
+    ///
+    /// # Errors
+    /// As every collective.
+    pub fn wait_for_device(&self, what: &'static str, device: &Device) -> Result<(), CommError> {
+        if self.world.on_devices().is_none() {
+            return Ok(());
+        }
+        let mark = DeviceMark::after(device);
+        self.world.wait_for(what, &mut || mark.is_past())
     }
 
     /// Whether any rank says yes.

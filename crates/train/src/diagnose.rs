@@ -86,6 +86,7 @@ fn layer_of(
     let mut hidden = stack.begin(embedded, inputs, context);
     for (layer, block) in stack.blocks().iter().enumerate() {
         (hidden, _) = block.forward(layer, hidden, inputs, None, context);
+        mesh.wait_for_device("a block", &hidden.device())?;
         // All ranks stop at the same block: each one communicates.
         if mesh.any(!with_values(hidden.clone(), all_finite))? {
             return Ok(Some(layer));

@@ -79,6 +79,7 @@ pub fn evaluate(
     for micro in share_of(batches, micro_batch_rows, rules, mesh) {
         let tensors = device_batch(&micro, words.pad, &device);
         let output = model.loss(&tensors, 0.0, &context);
+        mesh.wait_for_device("an evaluation", &device)?;
         let loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);
         let correct = with_values(output.cross_entropy.token_correct.clone(), <[f32]>::to_vec);
         merge_moe(&mut moe, &output);

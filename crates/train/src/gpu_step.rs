@@ -178,18 +178,21 @@ impl GpuStep {
             }
             &mut Mode::Watch { first } => {
                 let (left, exchanged) = stream.watched(|| self.update(plan, &mut learner, now, false));
-                self.mode = match exchanged {
-                    None => Mode::Record,
+                let left = left?;
+                // NCCL wants its work recorded by all ranks or by none.
+                self.mode = match learner.mesh.any(exchanged.is_some())? {
+                    false => Mode::Record,
                     // What stays on the GPU was sent there.
-                    Some(_) if first => Mode::Watch { first: false },
-                    Some(what) => {
+                    true if first => Mode::Watch { first: false },
+                    true => {
+                        let what = exchanged.unwrap_or("on another rank");
                         tracing::info!(
                             "steps are not recorded as a CUDA graph: the host takes part ({what})"
                         );
                         Mode::Eager
                     }
                 };
-                Some(left?)
+                Some(left)
             }
             Mode::Record | Mode::Eager => Some(self.update(plan, &mut learner, now, false)?),
         };
@@ -258,7 +261,13 @@ impl GpuStep {
         learner: &mut LearnerParts<'_>,
         now: StepInputs,
     ) -> Result<(), CommError> {
-        match stream.record(|| self.update(plan, learner, now, true)) {
+        let recorded = stream.record(|| self.update(plan, learner, now, true));
+        let refused = learner.mesh.any(recorded.is_err())?;
+        match recorded {
+            Ok(_) if refused => {
+                tracing::warn!("steps are not recorded as a CUDA graph: another rank cannot");
+                self.mode = Mode::Eager;
+            }
             Ok((recording, left)) => {
                 learner.optimizer.point();
                 self.recorded = Some(left?);

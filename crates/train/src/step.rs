@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
 use switchyard_config::plan::RoutingSemantics;
 use switchyard_data::HostBatch;
-use switchyard_kernels::{Values, WorkStream, with_values};
+use switchyard_kernels::{Place, Values, WorkStream, place_of, with_values};
 use switchyard_model::moe::{LayerMetrics, RouterOutput};
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, OwnerExchange, SumFormats};
@@ -127,6 +127,12 @@ impl Learner {
     pub fn new(plan: &RunPlan, device: &Device, mesh: Arc<Mesh>) -> Self {
         let exchange = OwnerExchange::new(&plan.model, &mesh, SumFormats::of(plan));
         let (shape, at) = (mesh.shape(), mesh.at());
+        let through_host = plan.comm.deterministic && mesh.world().size() > 1;
+        if plan.trainer.cuda_graph && through_host && matches!(place_of(device), Place::Gpu(_)) {
+            tracing::info!(
+                "steps are not recorded as a CUDA graph: gradients go through main memory (comm.deterministic)"
+            );
+        }
         Self {
             model: Some(SwitchTransformer::part(&plan.model, plan.seed, device, shape, at, plan.precision)),
             optimizer: Optimizer::new(plan, exchange.units()),
@@ -288,7 +294,7 @@ impl Learner {
         let mut losses = Vec::with_capacity(micro_batches.len());
         let mut moe = Vec::new();
         for micro in micro_batches {
-            losses.push(self.accumulate(plan, micro, step, denominators, &mut local, &mut moe));
+            losses.push(self.accumulate(plan, micro, step, denominators, &mut local, &mut moe)?);
             if plan.comm.deterministic {
                 let segments = self.mesh.shape().expert;
                 self.exchange.reduce(std::mem::take(&mut local), segments, &mut gradients)?;
@@ -391,7 +397,7 @@ impl Learner {
         denominators: Denominators,
         sums: &mut Gradients,
         moe: &mut Vec<(String, LayerMetrics)>,
-    ) -> MicroLoss {
+    ) -> Result<MicroLoss, TrainError> {
         let device = self.device.clone().inner();
         let batch = device_batch(micro, plan.model.pad_token_id as i32, &device);
         let loss_scale = Tensor::full([1], 1.0 / denominators.targets, (&device, DType::F32));
@@ -399,13 +405,14 @@ impl Learner {
         let pass = Pass { plan, mesh: &self.mesh, step, first_row, loss_scale: &loss_scale, groups };
         let take = |name: &str, gradient| self.exchange.sums().add(sums, name, gradient);
         let (output, loss) = pass.run(self.model(), &batch, take);
+        self.mesh.wait_for_device("a step", &device)?;
         let token_loss = with_values(output.cross_entropy.token_loss.clone(), <[f32]>::to_vec);
         let sum: f64 = with_values(batch.weights, |weights| {
             token_loss.iter().zip(weights).map(|(l, w)| f64::from(l * w)).sum()
         });
         let total = f64::from(with_values(loss, |values| values[0]));
         merge_moe(moe, &output);
-        MicroLoss { loss: sum / denominators.targets, total_loss: total }
+        Ok(MicroLoss { loss: sum / denominators.targets, total_loss: total })
     }
 
     /// Clips and applies the gradients; every rank then holds the new values.

@@ -28,8 +28,8 @@ pub(crate) fn run(
         BenchCommand::Collectives { mebibytes, rounds, json } => {
             collectives::run(mebibytes, *rounds, *json, device, launcher)
         }
-        BenchCommand::Dispatch { tokens, d_model, experts, json } => {
-            dispatch::run(*tokens, *d_model, experts, *json, device, launcher)
+        BenchCommand::Dispatch { tokens, d_model, experts, hierarchical_all_to_all, json } => {
+            dispatch::run(*tokens, *d_model, experts, *hierarchical_all_to_all, *json, device, launcher)
         }
         BenchCommand::Data { config, set, json } => data::run(config, set, *json, verbosity),
         BenchCommand::Checkpoint(arguments) => checkpoint::run(arguments),

@@ -63,12 +63,13 @@ fn who_insists_on_machines_gets_them_or_is_refused() {
         let message = check("always", expert, tensor, machines).unwrap_err();
         assert!(message.contains(words), "{message}");
     };
-    refused(4, 1, &[0, 0, 0, 1], "that of rank 0 has 3, 1");
-    refused(2, 1, &[0, 0], "that of rank 0 has 2");
+    refused(4, 1, &[0, 0, 0, 1], "those of rank 0's group are on machines 0, 0, 0, 1");
+    refused(2, 1, &[0, 0], "those of rank 0's group are on machines 0, 0");
+    refused(8, 1, &[0, 0, 1, 1, 0, 0, 2, 2], "are on machines 0, 0, 1, 1, 0, 0, 2, 2");
     // The first group stands evenly, the second does not.
-    refused(4, 1, &[0, 0, 1, 1, 1, 2, 2, 2], "that of rank 4 has 1, 3");
+    refused(4, 1, &[0, 0, 1, 1, 1, 2, 2, 2], "those of rank 4's group are on machines 1, 2, 2, 2");
     // A machine a tensor rank: each expert group has one.
-    refused(4, 2, &[0, 1, 0, 1, 0, 1, 0, 1], "that of rank 0 has 4");
+    refused(4, 2, &[0, 1, 0, 1, 0, 1, 0, 1], "those of rank 0's group are on machines 0, 0, 0, 0");
 }
 
 #[test]

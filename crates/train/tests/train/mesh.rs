@@ -274,6 +274,15 @@ fn tokens_that_travel_machine_by_machine_change_no_bit() {
 }
 
 #[test]
+fn one_group_may_travel_machine_by_machine_and_another_straight() {
+    let found = |way: &str| {
+        let way = format!("comm.hierarchical_all_to_all=\"{way}\"");
+        train_on(&[0, 0, 1, 1, 1, 2, 2, 2], mesh(8, 4, 1), &[ADAMW[0], &way], 2)
+    };
+    assert_eq!(found("auto"), found("never"));
+}
+
+#[test]
 fn one_rank_sums_alike_with_and_without_determinism() {
     let plain = train(MeshShape::SOLO, &ADAMW, 3);
     let deterministic = train(MeshShape::SOLO, &["optimizer.kind=\"adamw\"", "comm.deterministic=true"], 3);

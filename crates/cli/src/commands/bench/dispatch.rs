@@ -3,12 +3,13 @@
 use burn::tensor::{Device, Tensor};
 use serde_json::Value;
 use switchyard_comm::Choice;
-use switchyard_config::{HierarchicalAllToAll, MeshShape};
+use switchyard_config::MeshShape;
 use switchyard_kernels::{DeviceName, RouteOptions, route_top1};
 use switchyard_parallel::{Mesh, device_time};
 
 use super::spread;
 use crate::Outcome;
+use crate::args::TokensTravel;
 use crate::commands::output;
 use crate::job::{Job, TIMEOUT};
 
@@ -19,14 +20,16 @@ pub(crate) fn run(
     tokens: usize,
     d_model: usize,
     experts: &[usize],
+    way: TokensTravel,
     json: bool,
     device: DeviceName,
     launcher: Choice,
 ) -> anyhow::Result<Outcome> {
     let job = Job::join(launcher, TIMEOUT)?;
     let first = job.is_first();
-    let measured =
-        job.device(device).and_then(|device| measure(&job, tokens, d_model, experts, &device.autodiff()));
+    let measured = job
+        .device(device)
+        .and_then(|device| measure(&job, tokens, d_model, experts, way, &device.autodiff()));
     let mut rows = Vec::new();
     let outcome = job.end(measured.map(|measured| {
         rows = measured;
@@ -53,6 +56,7 @@ fn measure(
     tokens: usize,
     d_model: usize,
     experts: &[usize],
+    way: TokensTravel,
     device: &Device,
 ) -> anyhow::Result<Vec<Value>> {
     let ranks = job.ranks();
@@ -63,7 +67,7 @@ fn measure(
     });
     job.agree(fitting)?;
     let shape = MeshShape { data: ranks, expert: ranks, tensor: 1 };
-    let mesh = Mesh::new(job.communicator_on(device)?, shape, false, HierarchicalAllToAll::Auto)?;
+    let mesh = Mesh::new(job.communicator_on(device)?, shape, false, way.into())?;
     let x = random_matrix([tokens, d_model], 1, device);
     let mut cases: Vec<_> = experts
         .iter()
@@ -83,7 +87,8 @@ fn measure(
         let [median, min, max] = spread(times);
         serde_json::json!({
             "experts": experts, "ranks": ranks, "tokens": tokens, "d_model": d_model,
-            "median_ms": median, "min_ms": min, "max_ms": max,
+            "hierarchical_all_to_all": mesh.is_hierarchical(), "median_ms": median,
+            "min_ms": min, "max_ms": max,
         })
     };
     Ok(times.zip(experts).map(row).collect())

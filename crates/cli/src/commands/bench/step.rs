@@ -105,7 +105,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
     );
     let Resolved { plan, provenance } = job.agree(resolve_str(&text, &[]).map_err(in_options))?;
     let shape = job.agree(MeshShape::of(&plan, job.ranks(), &provenance).map_err(in_options))?;
-    let hierarchical = plan.comm.hierarchical_all_to_all;
+    let hierarchical = arguments.mesh.hierarchical_all_to_all.into();
     let mesh = Arc::new(Mesh::new(job.communicator_on(device)?, shape, false, hierarchical)?);
     job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let share = Share { index: mesh.at().data, of: shape.data, micro_batch_rows: plan.data.micro_batch_rows };
