@@ -277,7 +277,8 @@ fn tokens_that_travel_machine_by_machine_change_no_bit() {
 fn one_group_may_travel_machine_by_machine_and_another_straight() {
     let found = |way: &str| {
         let way = format!("comm.hierarchical_all_to_all=\"{way}\"");
-        train_on(&[0, 0, 1, 1, 1, 2, 2, 2], mesh(8, 4, 1), &[ADAMW[0], &way], 2)
+        let sets = [ADAMW[0], "data.micro_batch_rows=1", &way];
+        train_on(&[0, 0, 1, 1, 1, 2, 2, 2], mesh(8, 4, 1), &sets, 2)
     };
     assert_eq!(found("auto"), found("never"));
 }
