@@ -229,6 +229,7 @@ fn benchmarks_print_their_numbers() {
     );
     let dispatch = place.json("bench dispatch --tokens 64 --d-model 16 --experts 2,8 --json");
     assert_eq!(dispatch.as_array().expect("a row for each").len(), 2);
+    assert_eq!(dispatch[0]["hierarchical_all_to_all"], false);
     let generate = place.json(
         "bench generate --preset t5-efficient-tiny-nl1-dm32-ff64-kv8 --inputs-length 8 --new-tokens 4 --json",
     );

@@ -171,15 +171,16 @@ impl Mesh {
         Ok(values)
     }
 
-    /// Waits in the watchdog's eyes for what `device` was asked for, where ranks exchange from device to device: so
-    /// a lost rank is noticed, whom devices wait for without end.
+    /// Whether the operations inside the model went well; where ranks exchange from device to device, once `device`
+    /// is done with them. It is waited for in the watchdog's eyes: devices wait without end for a lost rank.
     ///
     /// # Collective
     /// Over all ranks.
     ///
     /// # Errors
-    /// As every collective.
+    /// The first of the operations that did not go well; else as every collective.
     pub fn wait_for_device(&self, what: &'static str, device: &Device) -> Result<(), CommError> {
+        self.check()?;
         if self.world.on_devices().is_none() {
             return Ok(());
         }

@@ -180,17 +180,15 @@ impl GpuStep {
                 let (left, exchanged) = stream.watched(|| self.update(plan, &mut learner, now, false));
                 let left = left?;
                 // NCCL wants its work recorded by all ranks or by none.
-                self.mode = match learner.mesh.any(exchanged.is_some())? {
-                    false => Mode::Record,
+                self.mode = if !learner.mesh.any(exchanged.is_some())? {
+                    Mode::Record
+                } else if first {
                     // What stays on the GPU was sent there.
-                    true if first => Mode::Watch { first: false },
-                    true => {
-                        let what = exchanged.unwrap_or("on another rank");
-                        tracing::info!(
-                            "steps are not recorded as a CUDA graph: the host takes part ({what})"
-                        );
-                        Mode::Eager
-                    }
+                    Mode::Watch { first: false }
+                } else {
+                    let what = exchanged.unwrap_or("on another rank");
+                    tracing::info!("steps are not recorded as a CUDA graph: the host takes part ({what})");
+                    Mode::Eager
                 };
                 Some(left)
             }

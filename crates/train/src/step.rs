@@ -127,8 +127,8 @@ impl Learner {
     pub fn new(plan: &RunPlan, device: &Device, mesh: Arc<Mesh>) -> Self {
         let exchange = OwnerExchange::new(&plan.model, &mesh, SumFormats::of(plan));
         let (shape, at) = (mesh.shape(), mesh.at());
-        let through_host = plan.comm.deterministic && mesh.world().size() > 1;
-        if plan.trainer.cuda_graph && through_host && matches!(place_of(device), Place::Gpu(_)) {
+        let on_gpu = matches!(place_of(device), Place::Gpu(_));
+        if plan.trainer.cuda_graph && on_gpu && exchanges_through_host(plan, &mesh) {
             tracing::info!(
                 "steps are not recorded as a CUDA graph: gradients go through main memory (comm.deterministic)"
             );
@@ -299,7 +299,6 @@ impl Learner {
                 let segments = self.mesh.shape().expert;
                 self.exchange.reduce(std::mem::take(&mut local), segments, &mut gradients)?;
             }
-            self.mesh.check()?;
         }
         if !plan.comm.deterministic {
             self.exchange.reduce(local, 1, &mut gradients)?;
@@ -320,10 +319,7 @@ impl Learner {
     /// The stream of the GPU that this rank works on, if whole steps are done there: ranks exchange from device
     /// to device, and need not add up in the order of the global batch.
     fn gpu(&self, plan: &RunPlan) -> Option<WorkStream> {
-        let world = self.mesh.world();
-        let alone = world.size() == 1;
-        let there = alone || (world.on_devices().is_some() && !plan.comm.deterministic);
-        there.then(|| WorkStream::on(&self.device)).flatten()
+        if exchanges_through_host(plan, &self.mesh) { None } else { WorkStream::on(&self.device) }
     }
 
     fn ask_gpu(
@@ -430,6 +426,12 @@ impl Learner {
         self.model = Some(model);
         Ok(spread?)
     }
+}
+
+/// Whether gradients travel between ranks through main memory.
+fn exchanges_through_host(plan: &RunPlan, mesh: &Mesh) -> bool {
+    let world = mesh.world();
+    world.size() > 1 && (plan.comm.deterministic || world.on_devices().is_none())
 }
 
 /// Noise, capacity, routing and seams of one micro-batch in training.
