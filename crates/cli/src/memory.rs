@@ -40,7 +40,7 @@ pub(crate) fn on_device(memory: DeviceMemory, planned: MemorySummary) -> String 
          gradients {}), {} held by LibTorch",
         bytes(memory.allocated),
         bytes(planned.parameter_bytes),
-        bytes(planned.optimizer_bytes),
+        bytes(planned.optimizer_bytes - planned.gpu_saves_bytes),
         bytes(memory.peak_allocated),
         bytes(planned.gradient_bytes),
         bytes(memory.peak_reserved),
@@ -55,8 +55,12 @@ mod tests {
     fn measured_and_planned_memory_stand_side_by_side() {
         let mebi = |n: u64| n << 20;
         let memory = DeviceMemory { allocated: mebi(31), peak_allocated: mebi(90), peak_reserved: mebi(100) };
-        let planned =
-            MemorySummary { parameter_bytes: mebi(5), gradient_bytes: mebi(5), optimizer_bytes: mebi(25) };
+        let planned = MemorySummary {
+            parameter_bytes: mebi(5),
+            gradient_bytes: mebi(5),
+            optimizer_bytes: mebi(27),
+            gpu_saves_bytes: mebi(2),
+        };
         assert_eq!(
             on_device(memory, planned),
             "31.0 MiB between steps (planned: parameters 5.0 MiB, optimizer 25.0 MiB), 90.0 MiB at the peak with \

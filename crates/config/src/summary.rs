@@ -52,6 +52,9 @@ pub struct MemorySummary {
     pub gradient_bytes: u64,
     /// Moments of the optimizer, and its float32 masters of narrower parameters.
     pub optimizer_bytes: u64,
+    /// Of the optimizer's bytes those that a GPU does not need: where the model has the upper half of a master,
+    /// the lower half is kept beside it.
+    pub gpu_saves_bytes: u64,
 }
 
 impl MemorySummary {
@@ -84,7 +87,8 @@ pub fn rank_memory(plan: &RunPlan, mesh: MeshShape, rank: usize) -> MemorySummar
     let specs = parameters(&plan.model);
     let owners = owners(&specs, mesh);
     let summed = mesh.ranks() > 1 || plan.data.batch_rows > plan.data.micro_batch_rows;
-    let mut memory = MemorySummary { parameter_bytes: 0, gradient_bytes: 0, optimizer_bytes: 0 };
+    let mut memory =
+        MemorySummary { parameter_bytes: 0, gradient_bytes: 0, optimizer_bytes: 0, gpu_saves_bytes: 0 };
     for spec in &specs {
         let held = held_part(spec, mesh, mesh.coordinates(rank));
         let elements = held.num_elements() as u64;
@@ -104,8 +108,12 @@ pub fn rank_memory(plan: &RunPlan, mesh: MeshShape, rank: usize) -> MemorySummar
             let unit = ParameterSpec { shape, ..spec.clone() };
             memory.optimizer_bytes += optimizer_elements(&unit, plan) * FLOAT;
             // Of a matrix that is split, its owner keeps the whole beside the part it holds.
-            if narrow || held.shape[1..] != unit.shape[1..] || held.shape[0] < unit.shape[0] {
+            let beside = held.shape[1..] != unit.shape[1..] || held.shape[0] < unit.shape[0];
+            if narrow || beside {
                 memory.optimizer_bytes += unit.num_elements() * FLOAT;
+            }
+            if narrow && !beside {
+                memory.gpu_saves_bytes += unit.num_elements() * FLOAT / 2;
             }
         }
     }

@@ -16,9 +16,9 @@ constexpr u32 TO_APPLY = 1u << 31;
 constexpr u32 NARROW = 1, FACTORED = 2, ALIGNED = 4;
 
 struct Tensor {
-  float* master;
+  void* values;  // float32; bfloat16 if there are rests
   const void* gradient;
-  bf16* copy;  // of the master, or null
+  u16* rest;   // what float32 values have beyond their bfloat16 ones, or null
   float* row;  // row means, or AdamW's first moment
   float* col;  // column means, or the second moment of every value
   u64 len;     // values of a matrix
@@ -99,16 +99,63 @@ __device__ __forceinline__ void put(float* to, const float (&v)[4], int valid, b
       if (i < valid) to[i] = v[i];
   }
 }
-template <bool EDGE>
-__device__ __forceinline__ void put(bf16* to, const float (&v)[4], int valid, bool aligned) {
-  if (!EDGE || (aligned && valid >= 4)) {
-    __stcs(reinterpret_cast<uint2*>(to), make_uint2(round_pair(v[0], v[1]), round_pair(v[2], v[3])));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (i < valid) to[i] = rounded<bf16>(v[i]);
+
+// Four neighbouring values of a parameter as they lie in memory. Those that the model has in bfloat16 are float32
+// to the optimizer: the model's value in the upper half of 32 bits, and a signed rest that is added to them.
+template <bool SPLIT> struct Parameters;
+template <> struct Parameters<false> {
+  Chunk<float, 4> whole;
+
+  template <bool EDGE> __device__ __forceinline__ void get(const Tensor& t, u64 at, int valid, bool aligned) {
+    whole.get<EDGE, true>(static_cast<const float*>(t.values) + at, valid, aligned);
   }
-}
+  __device__ __forceinline__ float value(int i) const { return whole.value(i); }
+  // The nearest value that can be kept.
+  static __device__ __forceinline__ float kept(float x) { return x; }
+  template <bool EDGE>
+  static __device__ __forceinline__ void set(const Tensor& t, u64 at, const float (&v)[4], int valid, bool aligned) {
+    put<EDGE>(static_cast<float*>(t.values) + at, v, valid, aligned);
+  }
+};
+template <> struct Parameters<true> {
+  Chunk<bf16, 4> upper, rest;
+
+  template <bool EDGE> __device__ __forceinline__ void get(const Tensor& t, u64 at, int valid, bool aligned) {
+    upper.get<EDGE, true>(static_cast<const bf16*>(t.values) + at, valid, aligned);
+    rest.get<EDGE, true>(reinterpret_cast<const bf16*>(t.rest) + at, valid, aligned);
+  }
+  __device__ __forceinline__ float value(int i) const {
+    u32 high = upper.words[i / 2], low = rest.words[i / 2];
+    return __uint_as_float(i % 2 ? (high & 0xffff0000u) + u32(int(low) >> 16)
+                                 : (high << 16) + u32(int(low << 16) >> 16));
+  }
+  // A value halfway below an even one rounds down to it, and is the only one whose rest has 17 bits.
+  static __device__ __forceinline__ float kept(float x) {
+    u32 bits = __float_as_uint(x);
+    return x != x ? __uint_as_float(0x7fc00000u) : __uint_as_float(bits - ((bits & 0x1ffffu) == 0x8000u));
+  }
+  template <bool EDGE>
+  static __device__ __forceinline__ void set(const Tensor& t, u64 at, const float (&v)[4], int valid, bool aligned) {
+    bf16* values = static_cast<bf16*>(t.values) + at;
+    u16* rests = t.rest + at;
+    u32 bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) bits[i] = __float_as_uint(v[i]);
+    if (!EDGE || (aligned && valid >= 4)) {
+      u32 high[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) high[i] = bits[i] + 0x8000u;
+      __stcs(reinterpret_cast<uint2*>(values),
+             make_uint2(__byte_perm(high[0], high[1], 0x7632), __byte_perm(high[2], high[3], 0x7632)));
+      __stcs(reinterpret_cast<uint2*>(rests),
+             make_uint2(__byte_perm(bits[0], bits[1], 0x5410), __byte_perm(bits[2], bits[3], 0x5410)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (i < valid) values[i].bits = u16((bits[i] + 0x8000u) >> 16), rests[i] = u16(bits[i]);
+    }
+  }
+};
 
 // A tile of one matrix.
 struct Tile {
@@ -437,7 +484,7 @@ __device__ __forceinline__ float2 step_of(const u32* ready, const float2* steps,
 }
 
 // Applies the update to a tile and returns the sum of squares of its new values, in parts over the threads.
-template <class T, bool BY_ROW, bool EDGE>
+template <class T, bool SPLIT, bool BY_ROW, bool EDGE>
 __device__ __forceinline__ float apply_tile(const Tile& tile, const float* segments, Moment moment,
                                             const u32* ready, const float2* steps, float2* shared) {
   constexpr int N = 4, CHUNKS = OF_LANE / N, BATCH = EDGE ? 1 : 2;
@@ -446,15 +493,14 @@ __device__ __forceinline__ float apply_tile(const Tile& tile, const float* segme
   u32 row = tile.row0 + warp, col = tile.col0 + lane * N;
   u64 at = tile.base() + tile.at(row, col);
   const T* gradient = static_cast<const T*>(t.gradient) + at;
-  float *parameter = t.master + at, *second = t.col + at;
-  bf16* copy = t.copy ? t.copy + at : nullptr;
+  float* second = t.col + at;
   const float* row_means = t.row + u64(tile.matrix) * rows + row;
   bool aligned = t.flags & ALIGNED;
   float factors[OF_LANE], mean = 0.f, total = 0.f;
   float2 step = {};
 #pragma unroll
   for (int i = 0; i < APPLY_ROWS / WARPS; i += BATCH) {
-    Chunk<float, N> p[BATCH][CHUNKS];
+    Parameters<SPLIT> p[BATCH][CHUNKS];
     Chunk<T, N> g[BATCH][CHUNKS];
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
@@ -462,7 +508,7 @@ __device__ __forceinline__ float apply_tile(const Tile& tile, const float* segme
       for (int k = 0; k < CHUNKS; k++) {
         int valid = EDGE ? tile.valid<BY_ROW>(row + WARPS * b, col + 32 * N * k) : N;
         u64 place = u64(WARPS * b) * cols + 32 * N * k;
-        p[b][k].template get<EDGE, true>(parameter + place, valid, aligned);
+        p[b][k].template get<EDGE>(t, at + place, valid, aligned);
         g[b][k].template get<EDGE, true>(gradient + place, valid, aligned);
       }
     if (i == 0) {
@@ -485,7 +531,8 @@ __device__ __forceinline__ float apply_tile(const Tile& tile, const float* segme
         if (BY_ROW) {
 #pragma unroll
           for (int j = 0; j < N; j++)
-            next[j] = p[b][k].value(j) * step.x - rate * g[b][k].value(j) * factors[k * N + j];
+            next[j] = Parameters<SPLIT>::kept(p[b][k].value(j) * step.x -
+                                              rate * g[b][k].value(j) * factors[k * N + j]);
         } else {
           Chunk<float, N> held;
           held.template get<EDGE, true>(second + place, valid, aligned);
@@ -493,12 +540,12 @@ __device__ __forceinline__ float apply_tile(const Tile& tile, const float* segme
 #pragma unroll
           for (int j = 0; j < N; j++) {
             v[j] = moment.next(held.value(j), g[b][k].value(j));
-            next[j] = p[b][k].value(j) * step.x - rate * g[b][k].value(j) * rsqrtf(v[j]);
+            next[j] = Parameters<SPLIT>::kept(p[b][k].value(j) * step.x -
+                                              rate * g[b][k].value(j) * rsqrtf(v[j]));
           }
           put<EDGE>(second + place, v, valid, aligned);
         }
-        put<EDGE>(parameter + place, next, valid, aligned);
-        if (copy) put<EDGE>(copy + place, next, valid, aligned);
+        Parameters<SPLIT>::template set<EDGE>(t, at + place, next, valid, aligned);
 #pragma unroll
         for (int j = 0; j < N; j++)
           if (!EDGE || j < valid) total += next[j] * next[j];
@@ -506,10 +553,19 @@ __device__ __forceinline__ float apply_tile(const Tile& tile, const float* segme
     }
     u64 on = u64(WARPS * BATCH) * cols;
     row += WARPS * BATCH, row_means += WARPS * BATCH;
-    parameter += on, gradient += on, second += on;
-    if (copy) copy += on;
+    at += on, gradient += on, second += on;
   }
   return total;
+}
+
+template <class T, bool SPLIT>
+__device__ __forceinline__ float apply(const Tile& tile, const float* segments, Moment moment, const u32* ready,
+                                       const float2* steps, float2* shared) {
+  if (!(tile.tensor.flags & FACTORED))
+    return apply_tile<T, SPLIT, false, true>(tile, segments, moment, ready, steps, shared);
+  return tile.whole(APPLY_ROWS)
+             ? apply_tile<T, SPLIT, true, false>(tile, segments, moment, ready, steps, shared)
+             : apply_tile<T, SPLIT, true, true>(tile, segments, moment, ready, steps, shared);
 }
 
 // Keeps the sum of squares of a tile's parameters; once a matrix has all, so does `of_matrix`. Of the first
@@ -547,19 +603,13 @@ adafactor_update(const Control* control, const Tensor* tensors, const uint4* ite
   u32 flags = tensors[item.x].flags;
   if (item.w & TO_APPLY) {
     Tile tile(tensors, item, APPLY_ROWS);
-    bool whole = tile.whole(APPLY_ROWS);
     float squares;
-    if (flags & FACTORED) {
-      if (flags & NARROW)
-        squares = whole ? apply_tile<bf16, true, false>(tile, segments, moment, ready, steps, &step)
-                        : apply_tile<bf16, true, true>(tile, segments, moment, ready, steps, &step);
-      else
-        squares = whole ? apply_tile<float, true, false>(tile, segments, moment, ready, steps, &step)
-                        : apply_tile<float, true, true>(tile, segments, moment, ready, steps, &step);
-    } else {
-      squares = flags & NARROW ? apply_tile<bf16, false, true>(tile, segments, moment, ready, steps, &step)
-                               : apply_tile<float, false, true>(tile, segments, moment, ready, steps, &step);
-    }
+    if (tile.tensor.rest)
+      squares = flags & NARROW ? apply<bf16, true>(tile, segments, moment, ready, steps, &step)
+                               : apply<float, true>(tile, segments, moment, ready, steps, &step);
+    else
+      squares = flags & NARROW ? apply<bf16, false>(tile, segments, moment, ready, steps, &step)
+                               : apply<float, false>(tile, segments, moment, ready, steps, &step);
     squares = block_sum(squares, of_warp);
     if (threadIdx.x >= 32) return;
     bool last = keep_squares(tile, squares, of_apply_tile, applied, parameter_squares);
@@ -601,26 +651,27 @@ struct AdamwStep {
   float scale, beta1, beta2, eps, keep, rate, inverse_root_correction2;
 };
 
-template <class T, bool EDGE> __device__ __forceinline__ float adamw_tile(const Tile& tile, AdamwStep s) {
+template <class T, bool SPLIT, bool EDGE>
+__device__ __forceinline__ float adamw_tile(const Tile& tile, AdamwStep s) {
   constexpr int N = 4, CHUNKS = OF_LANE / N;
   const Tensor& t = tile.tensor;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = t.rows;
   u32 row = tile.row0 + warp, col = tile.col0 + lane * N;
   u64 at = tile.base() + tile.at(row, col);
   const T* gradient = static_cast<const T*>(t.gradient);
-  float *parameter = t.master, *first = t.row, *second = t.col;
-  bf16* copy = t.copy;
+  float *first = t.row, *second = t.col;
   bool aligned = t.flags & ALIGNED;
   float total = 0.f;
   for (int i = 0; i < APPLY_ROWS / WARPS; i++) {
     if (EDGE && row >= rows) break;
-    Chunk<float, N> p[CHUNKS], m[CHUNKS], v[CHUNKS];
+    Parameters<SPLIT> p[CHUNKS];
+    Chunk<float, N> m[CHUNKS], v[CHUNKS];
     Chunk<T, N> g[CHUNKS];
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) {
       int valid = EDGE ? tile.valid<false>(row, col + 32 * N * k) : N;
       u64 place = at + 32 * N * k;
-      p[k].template get<EDGE, true>(parameter + place, valid, aligned);
+      p[k].template get<EDGE>(t, place, valid, aligned);
       m[k].template get<EDGE, true>(first + place, valid, aligned);
       v[k].template get<EDGE, true>(second + place, valid, aligned);
       g[k].template get<EDGE, true>(gradient + place, valid, aligned);
@@ -635,19 +686,22 @@ template <class T, bool EDGE> __device__ __forceinline__ float adamw_tile(const 
         float value = g[k].value(j) * s.scale;
         next_m[j] = s.beta1 * m[k].value(j) + (1.f - s.beta1) * value;
         next_v[j] = s.beta2 * v[k].value(j) + (1.f - s.beta2) * value * value;
-        next[j] = p[k].value(j) * s.keep -
-                  s.rate * next_m[j] / (sqrtf(next_v[j]) * s.inverse_root_correction2 + s.eps);
+        float update = s.rate * next_m[j] / (sqrtf(next_v[j]) * s.inverse_root_correction2 + s.eps);
+        next[j] = Parameters<SPLIT>::kept(p[k].value(j) * s.keep - update);
         if (!EDGE || j < valid) total += next[j] * next[j];
       }
-      put<EDGE>(parameter + place, next, valid, aligned);
+      Parameters<SPLIT>::template set<EDGE>(t, place, next, valid, aligned);
       put<EDGE>(first + place, next_m, valid, aligned);
       put<EDGE>(second + place, next_v, valid, aligned);
-      if (copy) put<EDGE>(copy + place, next, valid, aligned);
     }
     row += WARPS;
     at += u64(WARPS) * COLS;
   }
   return total;
+}
+
+template <class T, bool SPLIT> __device__ __forceinline__ float adamw(const Tile& tile, AdamwStep s) {
+  return tile.whole(APPLY_ROWS) ? adamw_tile<T, SPLIT, false>(tile, s) : adamw_tile<T, SPLIT, true>(tile, s);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
@@ -671,13 +725,31 @@ adamw_update(const Control* control, const Tensor* tensors, const uint4* items, 
   __syncthreads();
   AdamwStep s = {control->gradient_scale, beta1, beta2, eps, step.x, step.y,
                  control->inverse_root_correction2};
-  bool whole = tile.whole(APPLY_ROWS);
   float squares;
-  if (t.flags & NARROW) squares = whole ? adamw_tile<bf16, false>(tile, s) : adamw_tile<bf16, true>(tile, s);
-  else squares = whole ? adamw_tile<float, false>(tile, s) : adamw_tile<float, true>(tile, s);
+  if (t.rest) squares = t.flags & NARROW ? adamw<bf16, true>(tile, s) : adamw<float, true>(tile, s);
+  else squares = t.flags & NARROW ? adamw<bf16, false>(tile, s) : adamw<float, false>(tile, s);
   if (!scaled) return;
   squares = block_sum(squares, of_warp);
   if (threadIdx.x < 32) keep_squares(tile, squares, of_apply_tile, applied, parameter_squares);
+}
+
+template <bool SPLIT> __device__ __forceinline__ float tile_squares(const Tile& tile) {
+  const Tensor& t = tile.tensor;
+  float total = 0.f;
+#pragma unroll
+  for (int i = 0; i < APPLY_ROWS / WARPS; i++) {
+    u32 row = tile.row0 + threadIdx.x / 32 + WARPS * i;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      u32 c = tile.col0 + (k * 32 + threadIdx.x % 32) * 4;
+      int valid = t.flags & FACTORED ? tile.valid<true>(row, c) : tile.valid<false>(row, c);
+      Parameters<SPLIT> p;
+      p.template get<true>(t, tile.base() + tile.at(row, c), valid, t.flags & ALIGNED);
+#pragma unroll
+      for (int j = 0; j < 4; j++) total += p.value(j) * p.value(j);
+    }
+  }
+  return total;
 }
 
 // Sums of squares of the parameters as they are: what each update leaves for the next one.
@@ -688,22 +760,7 @@ optimizer_parameter_squares(const Tensor* tensors, const uint4* items, u32 all_a
   uint4 item = items[blockIdx.x];
   if (!all_apply && !(item.w & TO_APPLY)) return;
   Tile tile(tensors, item, APPLY_ROWS);
-  const Tensor& t = tile.tensor;
-  const float* parameter = t.master + tile.base();
-  float total = 0.f;
-#pragma unroll
-  for (int i = 0; i < APPLY_ROWS / WARPS; i++) {
-    u32 row = tile.row0 + threadIdx.x / 32 + WARPS * i;
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      u32 c = tile.col0 + (k * 32 + threadIdx.x % 32) * 4;
-      int valid = t.flags & FACTORED ? tile.valid<true>(row, c) : tile.valid<false>(row, c);
-      Chunk<float, 4> p;
-      p.get<true, true>(parameter + tile.at(row, c), valid, t.flags & ALIGNED);
-#pragma unroll
-      for (int j = 0; j < 4; j++) total += p.value(j) * p.value(j);
-    }
-  }
+  float total = tile.tensor.rest ? tile_squares<true>(tile) : tile_squares<false>(tile);
   total = block_sum(total, of_warp);
   if (threadIdx.x < 32) keep_squares(tile, total, of_apply_tile, applied, parameter_squares);
 }

@@ -1,4 +1,8 @@
-//! Updates of many tensors in a few launches: Adafactor and AdamW with float32 masters.
+//! Updates of many tensors in a few launches: Adafactor and AdamW in float32.
+//!
+//! A parameter that the model has in bfloat16 is kept there and in a rest of 16 bits, which together are its
+//! float32 value: what the model has is that value rounded. A value halfway below an even bfloat16 is kept as
+//! the next smaller float32, since its rest would have 17 bits.
 //!
 //! [`UpdatePlan`] cuts the tensors into tiles and lists the work once; the list lies in device memory. A step
 //! is then [`gradient_squares`], [`prepare_update`] and [`update`], with a sum over ranks between the first
@@ -187,7 +191,7 @@ pub unsafe fn prepare_update(
 }
 
 /// Adds up the squares of the parameters for the first update; every update does so for the next one. Needed
-/// whenever masters were written by anything else, if there is a parameter scale.
+/// whenever values were written by anything else, if there is a parameter scale.
 ///
 /// # Errors
 /// When the driver refuses.
@@ -221,7 +225,7 @@ pub unsafe fn parameter_squares(
 /// for AdamW.
 ///
 /// Adafactor reads gradients twice more, and the second time most of them still lie in the second-level
-/// cache: 14 bytes a parameter travel in all, with bfloat16 gradients and copies.
+/// cache: 12 bytes a parameter travel in all, if gradients and the model are bfloat16.
 ///
 /// # Errors
 /// When the driver refuses.

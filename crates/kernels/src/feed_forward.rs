@@ -10,6 +10,7 @@ use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
+use crate::Deferral;
 use crate::activation::Activation;
 use crate::element::Element;
 use crate::expert_rows::ExpertRows;
@@ -71,7 +72,9 @@ pub fn feed_forward(
     let rows = ExpertRows::dense(tokens, (dropout > 0.0).then_some(noise));
     let dropout = HiddenDropout { rate: dropout, key: noise.key, columns: noise.columns };
     let stacked = |x: Tensor<2>| x.reshape([1, tokens, width]);
-    run(stacked(x), stack, activation, dropout, rows, residual.map(stacked)).reshape([tokens, width])
+    let (gated, deferral) = (stack.wi_gate.is_some(), None);
+    let layer = FeedForward { activation, dropout, threads: threads(&rows), rows, gated, deferral };
+    run(layer, stacked(x), stack, residual.map(stacked)).reshape([tokens, width])
 }
 
 /// Every expert on its own slots: `dispatched`, `[experts, slots, d_model]`, to the same shape.
@@ -79,28 +82,29 @@ pub fn feed_forward(
 /// Only slots that hold a token are computed; the others are 0. An expert without tokens costs
 /// nothing and gets a zero gradient; `rows.weight_gradients` says how those of the weights are shaped. Dropout is keyed by token and expert, not by slot, so that it
 /// does not depend on where the expert lives; `rows.places` must be there for it.
+///
+/// With a `deferral` gradients of the weights may go there instead of into automatic differentiation.
 pub fn expert_feed_forward(
     dispatched: Tensor<3>,
     weights: ExpertWeights,
     activation: Activation,
     dropout: HiddenDropout,
     rows: ExpertRows,
+    deferral: Option<Deferral>,
 ) -> Tensor<3> {
-    run(dispatched, weights, activation, dropout, rows, None)
+    let gated = weights.wi_gate.is_some();
+    let layer = FeedForward { activation, dropout, threads: threads(&rows), rows, gated, deferral };
+    run(layer, dispatched, weights, None)
 }
 
 fn run(
+    operation: FeedForward,
     x: Tensor<3>,
     weights: ExpertWeights,
-    activation: Activation,
-    dropout: HiddenDropout,
-    rows: ExpertRows,
     residual: Option<Tensor<3>>,
 ) -> Tensor<3> {
     let [experts, slots, _] = x.dims();
-    rows.check(experts, slots);
-    let gated = weights.wi_gate.is_some();
-    let operation = FeedForward { activation, dropout, threads: threads(&rows), rows, gated };
+    operation.rows.check(experts, slots);
     let (x, wi, wo) = (Operand::from(x), Operand::from(weights.wi), Operand::from(weights.wo));
     let [out] = match (weights.wi_gate.map(Operand::from), residual.map(Operand::from)) {
         (Some(gate), Some(residual)) => apply(operation, [x, wo, wi, gate, residual]),
@@ -116,6 +120,12 @@ pub(crate) struct FeedForward {
     pub(crate) dropout: HiddenDropout,
     pub(crate) rows: ExpertRows,
     pub(crate) gated: bool,
+    /// Where gradients of the weights wait, if they may.
+    #[cfg_attr(
+        not(feature = "libtorch"),
+        expect(dead_code, reason = "only steps on a GPU put gradients off")
+    )]
+    pub(crate) deferral: Option<Deferral>,
     /// Who shares a product.
     threads: Threads,
 }

@@ -67,7 +67,10 @@ pub use linear_map::{DeviceMap, LinearMap, linear_map};
 pub use logits::logits;
 pub use memory::CacheLines;
 #[cfg(not(feature = "libtorch"))]
-pub use no_device::{DeviceIntegers, DeviceOptimizer, DeviceValues, Readback, Recording, WorkStream};
+pub use no_device::{
+    Deferral, DeferredGradients, DeviceIntegers, DeviceOptimizer, DeviceValues, Readback, Recording,
+    WorkStream,
+};
 pub use noise::{Columns, NoiseKey, TokenNoise, TokenPlace, dropout, jitter};
 pub use norm::{rms_norm, rms_norm_beside};
 pub use plan::{DispatchPlan, TokenSlots};
@@ -75,6 +78,8 @@ pub use projection::{add, project, project_onto, project_three, project_two};
 pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_top2};
 pub use router_logits::router_logits;
 pub use seed::with_gradient;
+#[cfg(feature = "libtorch")]
+pub use torch::deferred::{Deferral, DeferredGradients};
 #[cfg(feature = "libtorch")]
 pub use torch::recording::{DeviceIntegers, Readback, Recording, WorkStream};
 #[cfg(feature = "libtorch")]

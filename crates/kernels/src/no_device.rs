@@ -273,6 +273,39 @@ impl Readback {
     }
 }
 
+/// Gradients on a GPU that were put off; this build has none.
+#[derive(Debug, Clone)]
+pub enum DeferredGradients {}
+
+impl Default for DeferredGradients {
+    /// # Panics
+    /// Always: only steps on GPUs put gradients off.
+    fn default() -> Self {
+        unreachable!("a step on a GPU needs LibTorch")
+    }
+}
+
+impl DeferredGradients {
+    /// Where the gradients of a stack of experts wait.
+    pub fn of(&self, _: u64, _: impl IntoIterator<Item = u64>) -> Deferral {
+        match *self {}
+    }
+
+    /// Whether sums of the gradients would need less memory than another micro-batch.
+    pub fn is_full(&self) -> bool {
+        match *self {}
+    }
+
+    /// The sums of what waits, by the numbers of the parameters.
+    pub fn take(&self) -> BTreeMap<u64, DeviceValues> {
+        match *self {}
+    }
+}
+
+/// Where the gradients of one stack of experts wait; nowhere in this build.
+#[derive(Debug, Clone)]
+pub enum Deferral {}
+
 /// Recorded work of a GPU; this build has none.
 #[derive(Debug)]
 pub enum Recording {}

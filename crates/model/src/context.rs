@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use switchyard_config::plan::RoutingConfig;
 use switchyard_config::{ModelConfig, StackKind};
-use switchyard_kernels::{NoiseKey, TokenNoise, add, dropout};
+use switchyard_kernels::{DeferredGradients, NoiseKey, TokenNoise, add, dropout};
 
 use crate::dispatcher::{LocalDispatcher, TokenDispatcher};
 use crate::tensor_parallel::{TensorParallel, WholeTensors};
@@ -36,6 +36,9 @@ pub struct ForwardContext<'a> {
     pub router_jitter_noise: f64,
     /// What the sum of the cross-entropies will be multiplied by, where that is known. `[1]`
     pub loss_scale: Option<&'a Tensor<1>>,
+    /// Where gradients of experts may wait for those of other micro-batches, for
+    /// [`take_deferred_gradients`](crate::SwitchTransformer::take_deferred_gradients).
+    pub deferred: Option<&'a DeferredGradients>,
     /// Seed of the run.
     pub seed: u64,
     /// Step of the run.
@@ -59,6 +62,7 @@ impl<'a> ForwardContext<'a> {
             expert_dropout: 0.0,
             router_jitter_noise: 0.0,
             loss_scale: None,
+            deferred: None,
             seed: 0,
             step: 0,
             first_row: 0,

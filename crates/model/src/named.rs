@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients, Tensor};
-use switchyard_kernels::{DeviceValues, Values, ValuesMut, update_in_place, with_values};
+use switchyard_kernels::{DeferredGradients, DeviceValues, Values, ValuesMut, update_in_place, with_values};
 
 use crate::init::{leaf, of_values};
 use crate::model::SwitchTransformer;
@@ -140,6 +140,19 @@ impl SwitchTransformer {
             }
         }
         Module::visit(self, &mut Named::new(Take(gradients, take)));
+    }
+
+    /// Calls `take` with the name and values of every gradient that was put off; then none is.
+    pub fn take_deferred_gradients(&self, deferred: &DeferredGradients, take: impl FnMut(&str, Values)) {
+        struct Take<F>(BTreeMap<u64, DeviceValues>, F);
+        impl<F: FnMut(&str, Values)> OnParameter for Take<F> {
+            fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
+                if let Some(gradient) = self.0.remove(&param.id.val()) {
+                    (self.1)(name, Values::Device(gradient));
+                }
+            }
+        }
+        Module::visit(self, &mut Named::new(Take(deferred.take(), take)));
     }
 
     /// The parameters that are on a GPU, by name: what is written into them is what the model then has.

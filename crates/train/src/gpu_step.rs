@@ -8,7 +8,9 @@ use switchyard_comm::CommError;
 use switchyard_config::RunPlan;
 use switchyard_data::HostBatch;
 use switchyard_kernels::optimizer::UpdateOutcome;
-use switchyard_kernels::{DeviceIntegers, DeviceOptimizer, DeviceValues, Readback, Recording, WorkStream};
+use switchyard_kernels::{
+    DeferredGradients, DeviceIntegers, DeviceOptimizer, DeviceValues, Readback, Recording, WorkStream,
+};
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, OwnerExchange};
@@ -313,12 +315,18 @@ impl GpuStep {
         let LearnerParts { model, mesh, exchange, .. } = learner;
         let (mut gradients, mut layers) = (Gradients::new(), Vec::new());
         let (mut losses, mut reports) = (Vec::new(), Vec::new());
+        let deferred = (self.shapes.len() > 1).then(DeferredGradients::default);
         for index in 0..self.shapes.len() {
             let batch = self.batch(index, plan.model.pad_token_id as i32);
             let (first_row, groups) = (self.shapes[index].first_row, now.denominators.groups);
-            let pass = Pass { plan, mesh, step: now.step, first_row, loss_scale: &self.loss_scale, groups };
-            let take = |name: &str, gradient| exchange.sums().add(&mut gradients, name, gradient);
-            let (output, loss) = pass.run(model, &batch, take);
+            let (step, loss_scale, deferred) = (now.step, &self.loss_scale, deferred.as_ref());
+            let pass = Pass { plan, mesh, step, first_row, loss_scale, groups, deferred };
+            let mut take = |name: &str, gradient| exchange.sums().add(&mut gradients, name, gradient);
+            let (output, loss) = pass.run(model, &batch, &mut take);
+            let is_last = index + 1 == self.shapes.len();
+            if let Some(deferred) = deferred.filter(|deferred| is_last || deferred.is_full()) {
+                model.take_deferred_gradients(deferred, &mut take);
+            }
             let weighted = output.cross_entropy.token_loss.clone() * batch.weights;
             reports.extend([weighted.sum() * self.loss_scale.clone(), loss.clone().inner()]);
             losses.push(loss.inner());

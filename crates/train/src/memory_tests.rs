@@ -110,10 +110,13 @@ fn one_rank_has_what_is_foreseen() {
         let mut learner = Learner::new(&plan, &device.clone().autodiff(), Arc::clone(&mesh));
         let (parameter_bytes, optimizer_bytes) = held(&mut learner);
         let gradient_bytes = gradients(&learner, &plan, &mesh, &device);
-        let found = MemorySummary { parameter_bytes, gradient_bytes, optimizer_bytes };
+        let foreseen = rank_memory(&plan, MeshShape::SOLO, 0);
+        let found = MemorySummary { parameter_bytes, gradient_bytes, optimizer_bytes, ..foreseen };
         let rows = plan.data.micro_batch_rows;
         let what = (plan.precision, plan.accumulation, plan.optimizer.kind, rows);
-        assert_eq!(found, rank_memory(&plan, MeshShape::SOLO, 0), "{what:?}");
+        assert_eq!(found, foreseen, "{what:?}");
+        let masters: usize = learner.optimizer().masters().values().map(Vec::len).sum();
+        assert_eq!(foreseen.gpu_saves_bytes, 2 * masters as u64, "{what:?}");
     }
 }
 

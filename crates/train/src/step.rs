@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
 use switchyard_config::plan::RoutingSemantics;
 use switchyard_data::HostBatch;
-use switchyard_kernels::{Place, Values, WorkStream, place_of, with_values};
+use switchyard_kernels::{DeferredGradients, Place, Values, WorkStream, place_of, with_values};
 use switchyard_model::moe::{LayerMetrics, RouterOutput};
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, OwnerExchange, SumFormats};
@@ -398,7 +398,8 @@ impl Learner {
         let batch = device_batch(micro, plan.model.pad_token_id as i32, &device);
         let loss_scale = Tensor::full([1], 1.0 / denominators.targets, (&device, DType::F32));
         let (first_row, groups) = (micro.first_row, denominators.groups);
-        let pass = Pass { plan, mesh: &self.mesh, step, first_row, loss_scale: &loss_scale, groups };
+        let mesh = &self.mesh;
+        let pass = Pass { plan, mesh, step, first_row, loss_scale: &loss_scale, groups, deferred: None };
         let take = |name: &str, gradient| self.exchange.sums().add(sums, name, gradient);
         let (output, loss) = pass.run(self.model(), &batch, take);
         self.mesh.wait_for_device("a step", &device)?;
@@ -449,6 +450,7 @@ pub(crate) fn training_context<'a>(
         expert_dropout: plan.trainer.expert_dropout,
         router_jitter_noise: plan.routing.router_jitter_noise,
         loss_scale: None,
+        deferred: None,
         seed: plan.seed,
         step: step as u32,
         first_row,
@@ -468,6 +470,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) loss_scale: &'a Tensor<1>,
     /// Routing groups of the global batch.
     pub(crate) groups: f64,
+    /// Where gradients of experts may wait.
+    pub(crate) deferred: Option<&'a DeferredGradients>,
 }
 
 impl Pass<'_> {
@@ -481,6 +485,7 @@ impl Pass<'_> {
         let plan = self.plan;
         let context = ForwardContext {
             loss_scale: Some(self.loss_scale),
+            deferred: self.deferred,
             ..training_context(plan, self.mesh, self.step, self.first_row)
         };
         if plan.trainer.recompute_activations {

@@ -76,8 +76,12 @@ fn fullest_rank(plan: &RunPlan, mesh: MeshShape) -> MemorySummary {
 }
 
 fn memory(memory: &MemorySummary) -> String {
+    let on_gpu = match memory.gpu_saves_bytes {
+        0 => String::new(),
+        saved => format!(", on a GPU {}", bytes(memory.optimizer_bytes - saved)),
+    };
     format!(
-        "{} and activations (parameters {}, gradients {}, optimizer {})",
+        "{} and activations (parameters {}, gradients {}, optimizer {}{on_gpu})",
         bytes(memory.total_bytes()),
         bytes(memory.parameter_bytes),
         bytes(memory.gradient_bytes),

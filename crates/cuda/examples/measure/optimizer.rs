@@ -75,9 +75,8 @@ fn of(clock: &Clock, rules: UpdateRules, name: &str, experts: usize) {
     let values: usize = shapes.iter().map(|shape| len(shape)).sum();
     let pattern = clock.normal_bf16(1 << 16, 0.01, 1);
     let gradients = repeated(clock, &pattern, 2 * values);
-    let numbers: Vec<f32> = (0..1 << 15).map(|i| (i * 7919 % 32_768) as f32 / 32_768.0 - 0.5).collect();
-    let masters = repeated(clock, &clock.of(&numbers), 4 * values);
-    let copies = clock.zeros(2 * values);
+    let parameters = repeated(clock, &clock.normal_bf16(1 << 16, 0.5, 2), 2 * values);
+    let rests = repeated(clock, &pattern, 2 * values);
     let is_adamw = matches!(rules, UpdateRules::Adamw { .. });
     let of_moments = |shape: &[usize]| match *shape {
         [ref stack @ .., rows, cols] if !is_adamw => {
@@ -100,10 +99,10 @@ fn of(clock: &Clock, rules: UpdateRules, name: &str, experts: usize) {
             });
             UpdatedTensor {
                 shape: shape.clone(),
-                master: masters.at().plus(4 * place),
+                values: parameters.at().plus(2 * place),
+                rest: rests.at().plus(2 * place),
                 gradient: gradients.at().plus(2 * place),
                 gradient_format: Format::Bf16,
-                copy: copies.at().plus(2 * place),
                 moments,
             }
         })
@@ -127,7 +126,7 @@ fn of(clock: &Clock, rules: UpdateRules, name: &str, experts: usize) {
     unsafe { parameter_squares(clock.queue(), &plan, memory) }.expect("launched");
     squares(clock.queue()).expect("launched");
     let size = format!("{name} {} M", values / 1_000_000);
-    let (values, travelling) = (values as f64, if is_adamw { 28.0 } else { 12.0 });
+    let (values, travelling) = (values as f64, if is_adamw { 26.0 } else { 10.0 });
     clock.time(&format!("{size}: squares"), 0.0, 2.0 * values, squares);
     clock.time(&format!("{size}: update"), 0.0, travelling * values, apply);
     clock.time(&format!("{size}: step"), 0.0, (travelling + 2.0) * values, |queue| {

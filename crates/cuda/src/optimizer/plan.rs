@@ -13,14 +13,15 @@ pub struct UpdatedTensor {
     /// The last two dims are a matrix with a scale and a clip of its own, the others a stack of those; one
     /// dim is a vector.
     pub shape: Vec<usize>,
-    /// The values. float32
-    pub master: Address,
+    /// The values. float32, or bfloat16 if there is a rest
+    pub values: Address,
+    /// What makes float32 values of the bfloat16 ones, whose bits lie in the upper half of 32: added to these.
+    /// int16, or [`Address::NONE`]
+    pub rest: Address,
     /// Their gradient.
     pub gradient: Address,
     /// Format of the gradient.
     pub gradient_format: Format,
-    /// Takes the new values in bfloat16, or [`Address::NONE`].
-    pub copy: Address,
     /// AdamW: first and second moment of every value. Adafactor: means over each row and over each column,
     /// `[stack, rows]` and `[stack, cols]`; of a vector the second moment of every value, and
     /// [`Address::NONE`]. float32
@@ -99,7 +100,7 @@ impl Cut {
         let (stack, matrix) = tensor.shape.split_at(tensor.shape.len().saturating_sub(2));
         let (matrices, len) = (stack.iter().product(), matrix.iter().product::<usize>());
         let narrow = if tensor.gradient_format == Format::Bf16 { NARROW } else { 0 };
-        let places = [tensor.master, tensor.gradient, tensor.copy].into_iter().chain(tensor.moments);
+        let places = [tensor.values, tensor.gradient, tensor.rest].into_iter().chain(tensor.moments);
         let begins_aligned = places.fold(0, |all, at| all | at.0).is_multiple_of(16);
         let aligned = |yes| if yes && begins_aligned { ALIGNED } else { 0 };
         match (rules, matrix) {
@@ -227,9 +228,9 @@ fn describe(
     let row_sums = before.sums;
     let col_sums = row_sums + cut.matrices * cut.cols.div_ceil(COLS) * cut.rows;
     let longs = [
-        tensor.master.0,
+        tensor.values.0,
         tensor.gradient.0,
-        tensor.copy.0,
+        tensor.rest.0,
         row.0,
         col.0,
         cut.len as u64,
@@ -351,10 +352,10 @@ mod tests {
         let shapes: [&[usize]; 5] = [&[3000, 700], &[], &[4, 600, 300], &[0, 5], &[70]];
         let tensor = |(i, shape): (usize, &&[usize])| UpdatedTensor {
             shape: shape.to_vec(),
-            master: Address(1 << 20 | i as u64),
+            values: Address(1 << 20 | i as u64),
+            rest: Address::NONE,
             gradient: Address(gradient | (i as u64) << 4),
             gradient_format: Format::Bf16,
-            copy: Address::NONE,
             moments: [Address::NONE; 2],
         };
         shapes.iter().enumerate().map(tensor).collect()

@@ -25,18 +25,34 @@ struct Tensor {
     format: Format,
     p: Vec<f64>,
     moments: [Vec<f64>; 2],
-    master: Buffer,
+    values: Buffer,
+    rest: Option<Buffer>,
     gradient: Buffer,
-    copy: Option<Buffer>,
     on_device: [Buffer; 2],
 }
 
+/// A value that a bfloat16 and a rest can keep, next to `value`.
+fn kept(value: f32) -> f32 {
+    let halfway = value.to_bits() & 0x1_ffff == 0x8000;
+    f32::from_bits(value.to_bits() - u32::from(halfway))
+}
+
+/// A float32 in a bfloat16 and a rest.
+fn split(value: f32) -> (u16, i16) {
+    let upper = bf16::from_f32(value).to_bits();
+    let rest = value.to_bits().wrapping_sub(u32::from(upper) << 16).cast_signed();
+    (upper, rest.try_into().expect("no value lies halfway below an even one"))
+}
+
 impl Tensor {
-    fn new(seed: usize, shape: &[usize], format: Format, rules: &UpdateRules) -> Self {
+    /// With gradients of `format`, and values in bfloat16 and a rest if `narrow`.
+    fn new(seed: usize, shape: &[usize], format: Format, narrow: bool, rules: &UpdateRules) -> Self {
         let len: usize = shape.iter().product();
         let spread = [0.05, 1.0, 1e-4][seed % 3];
-        let p: Vec<f64> =
-            normal(seed as u64, len, Format::F32).iter().map(|p| f64::from((p * spread) as f32)).collect();
+        let p: Vec<f64> = normal(seed as u64, len, Format::F32)
+            .iter()
+            .map(|p| f64::from(kept((p * spread) as f32)))
+            .collect();
         let moments = match (rules, shape) {
             (UpdateRules::Adafactor { .. }, [.., rows, cols]) => {
                 [vec![0.0; len / cols.max(&1)], vec![0.0; len / rows.max(&1)]]
@@ -44,13 +60,19 @@ impl Tensor {
             (UpdateRules::Adafactor { .. }, _) => [vec![0.0; len], vec![]],
             (UpdateRules::Adamw { .. }, _) => [vec![0.0; len], vec![0.0; len]],
         };
+        let (values, rest) = if narrow {
+            let (upper, rest): (Vec<u16>, Vec<i16>) = p.iter().map(|&p| split(p as f32)).unzip();
+            (Buffer::of(&upper), Some(Buffer::of(&rest)))
+        } else {
+            (Buffer::floats(&p, Format::F32), None)
+        };
         let on_device = [&moments[0], &moments[1]].map(|moment| Buffer::floats(moment, Format::F32));
         Self {
             shape: shape.to_vec(),
             format,
-            master: Buffer::floats(&p, Format::F32),
+            values,
+            rest,
             gradient: Buffer::floats(&vec![0.0; len], format),
-            copy: (format == Format::Bf16).then(|| Buffer::poisoned(len, Format::Bf16)),
             p,
             moments,
             on_device,
@@ -60,12 +82,21 @@ impl Tensor {
     fn updated(&self) -> UpdatedTensor {
         UpdatedTensor {
             shape: self.shape.clone(),
-            master: self.master.at(),
+            values: self.values.at(),
+            rest: self.rest.as_ref().map_or(Address::NONE, Buffer::at),
             gradient: self.gradient.at(),
             gradient_format: self.format,
-            copy: self.copy.as_ref().map_or(Address::NONE, Buffer::at),
             moments: [self.on_device[0].at(), self.on_device[1].at()],
         }
+    }
+
+    /// The float32 values.
+    fn read(&self) -> Vec<f32> {
+        let Some(rest) = &self.rest else { return self.values.read() };
+        let join = |(upper, rest): (u16, i16)| {
+            f32::from_bits((u32::from(upper) << 16).wrapping_add_signed(i32::from(rest)))
+        };
+        self.values.read().into_iter().zip(rest.read()).map(join).collect()
     }
 
     /// Values of a matrix that is updated alone, one at least.
@@ -194,7 +225,8 @@ impl Run {
     fn new(rules: UpdateRules, max_norm: f64) -> Self {
         let tensors: Vec<Tensor> = (SHAPES.iter().enumerate())
             .flat_map(|(i, shape)| {
-                [Format::F32, Format::Bf16].map(|format| Tensor::new(i, shape, format, &rules))
+                let kinds = [(Format::F32, false), (Format::Bf16, true), (Format::F32, true)];
+                kinds.map(|(format, narrow)| Tensor::new(i, shape, format, narrow, &rules))
             })
             .collect();
         let updated: Vec<UpdatedTensor> = tensors.iter().map(Tensor::updated).collect();
@@ -280,9 +312,9 @@ impl Run {
     fn compare(&self, when: &str) {
         for tensor in &self.tensors {
             let what = format!("{:?} {:?} {:?} {when}", self.rules, tensor.shape, tensor.format);
-            let master = tensor.master.read_floats(Format::F32);
+            let values: Vec<f64> = tensor.read().into_iter().map(f64::from).collect();
             let len = tensor.matrix_len();
-            for (found, expected) in master.chunks(len).zip(tensor.p.chunks(len)) {
+            for (found, expected) in values.chunks(len).zip(tensor.p.chunks(len)) {
                 assert_close(&what, found, expected, 1e-5, Format::F32);
             }
             for (moment, (found, expected)) in tensor.on_device.iter().zip(&tensor.moments).enumerate() {
@@ -292,15 +324,16 @@ impl Run {
                     assert_close(&format!("{what}: moment {moment}"), found, expected, 1e-5, Format::F32);
                 }
             }
-            if let Some(copy) = &tensor.copy {
-                let rounded: Vec<f64> = master.iter().map(|&p| bf16::from_f32(p as f32).to_f64()).collect();
-                assert!(copy.read_floats(Format::Bf16) == rounded, "{what}: copy");
+            if tensor.rest.is_some() {
+                let rounded: Vec<f64> = values.iter().map(|&p| bf16::from_f32(p as f32).to_f64()).collect();
+                assert!(tensor.values.read_floats(Format::Bf16) == rounded, "{what}: not the rounded values");
             }
         }
     }
 
     fn bits(&self) -> Vec<Vec<u32>> {
-        let of = |t: &Tensor| [t.master.read(), t.on_device[0].read(), t.on_device[1].read()];
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
+        let of = |t: &Tensor| [bits(t.read()), t.on_device[0].read(), t.on_device[1].read()];
         self.tensors.iter().flat_map(of).collect()
     }
 }
@@ -374,8 +407,9 @@ fn what_is_not_finite_changes_nothing() {
 #[ignore = "needs an NVIDIA GPU"]
 fn a_matrix_larger_than_what_is_sized_ahead_and_many_small_ones() {
     let shapes: [&[usize]; 4] = [&[9000, 512], &[400, 32, 32], &[3000, 768], &[768, 3072]];
-    let mut tensors: Vec<Tensor> =
-        shapes.iter().enumerate().map(|(i, shape)| Tensor::new(i, shape, Format::Bf16, &ADAFACTOR)).collect();
+    let mut tensors: Vec<Tensor> = (shapes.iter().enumerate())
+        .map(|(i, shape)| Tensor::new(i, shape, Format::Bf16, true, &ADAFACTOR))
+        .collect();
     let gradients: Vec<Vec<f64>> =
         tensors.iter().enumerate().map(|(i, t)| normal(50 + i as u64, t.p.len(), Format::Bf16)).collect();
     for (tensor, gradient) in tensors.iter_mut().zip(&gradients) {

@@ -21,6 +21,7 @@ use crate::host::Held;
 use crate::noise::{Factor, TokenNoise, TokenPlace};
 use crate::operation::{Operation, given};
 use crate::torch::composed::{Graph, composed};
+use crate::torch::deferred::is_smaller_than_sums;
 use crate::torch::gpu::{at, at_optional, format, in_pieces, narrow, noise_key, queue, started, token_noise};
 use crate::torch::products::Products;
 use crate::torch::{contiguous, exchanged, uploaded, wide};
@@ -199,6 +200,11 @@ impl FeedForward {
         slots.view([size[0] * parts, size[1] / parts, size[2]])
     }
 
+    /// The same, of a tensor whose memory may be shared.
+    fn part_by_gradient(&self, slots: &TchTensor) -> TchTensor {
+        TchTensor::from_existing(self.by_gradient(&slots.tensor), slots.storage.clone())
+    }
+
     fn device_rows(&self, x: &Tensor) -> DeviceRows {
         let segment_rows = x.size()[1] / self.rows.segments as i64;
         let used = match &self.rows.used.0 {
@@ -305,38 +311,51 @@ impl FeedForward {
         (projected, hidden)
     }
 
-    /// Gradients of `x`, `wo` and every `wi`.
-    fn launch_backward(&self, kept: &Kept, gradient: &TchTensor) -> Vec<TchTensor> {
+    /// Gradients of `x`, `wo` and every `wi`; those of weights are left out if they wait.
+    fn launch_backward(&self, kept: &Kept, gradient: &TchTensor) -> Vec<Option<TchTensor>> {
         let Kept { x, wo, wi, projected, rows, .. } = kept;
-        let gradient = contiguous(gradient).tensor;
-        let queue = queue(&gradient).expect("kernels were chosen on a GPU");
+        let gradient = contiguous(gradient);
+        let queue = queue(&gradient.tensor).expect("kernels were chosen on a GPU");
         let products = self.products();
         let pointwise = self.pointwise(&x.tensor, &wi[0].tensor, rows);
         let (before, linear) = (&projected[0].tensor, projected.get(1).map(|linear| &linear.tensor));
         let hidden = if self.keeps_activated() {
-            before.shallow_clone()
+            projected[0].clone()
         } else {
             let hidden = before.empty_like();
             // SAFETY: as in the forward pass.
             started(unsafe { activate(queue, at(before), at_optional(linear), at(&hidden), pointwise) });
-            hidden
+            TchTensor::new(hidden)
         };
-        let gradient = self.by_gradient(&gradient);
-        let of_wo = products.of(&transposed(&hidden), &gradient);
-        drop(hidden);
-
-        let of_hidden = products.of(&gradient, &transposed(&wo.tensor));
+        let gradient = self.part_by_gradient(&gradient);
+        let of_hidden = products.of(&gradient.tensor, &transposed(&wo.tensor));
         let (of_hidden, of_linear) = self.through_activation(queue, of_hidden, before, linear, pointwise);
 
-        let rows_of_x = self.by_gradient(&x.tensor);
         let mut of_x = products.of(&of_hidden, &transposed(&wi[0].tensor));
-        let mut of_weights = vec![of_wo, products.of(&transposed(&rows_of_x), &of_hidden)];
-        if let Some(of_linear) = &of_linear {
-            products.add_to(&mut of_x, of_linear, &transposed(&wi[1].tensor));
-            of_weights.push(products.of(&transposed(&rows_of_x), of_linear));
+        let rows_of_x = self.part_by_gradient(x);
+        let mut factors = vec![[hidden, gradient], [rows_of_x.clone(), TchTensor::new(of_hidden)]];
+        if let Some(of_linear) = of_linear {
+            products.add_to(&mut of_x, &of_linear, &transposed(&wi[1].tensor));
+            factors.push([rows_of_x, TchTensor::new(of_linear)]);
         }
-        let of_x = of_x.view_as(&x.tensor);
-        std::iter::once(of_x).chain(of_weights).map(TchTensor::new).collect()
+        let of_x = Some(TchTensor::new(of_x.view_as(&x.tensor)));
+        std::iter::once(of_x).chain(self.of_weights(factors)).collect()
+    }
+
+    /// Gradients of the weights by their factors, that of `wo` first; `None` for those that wait.
+    fn of_weights(&self, factors: Vec<[TchTensor; 2]>) -> Vec<Option<TchTensor>> {
+        let (matrices, products) = (factors.len(), self.products());
+        match &self.deferral {
+            Some(deferral) if is_smaller_than_sums(&factors) => {
+                deferral.keep(products, factors);
+                vec![None; matrices]
+            }
+            _ => {
+                let product =
+                    |[left, right]: &[TchTensor; 2]| products.of(&transposed(&left.tensor), &right.tensor);
+                factors.iter().map(|factors| Some(TchTensor::new(product(factors)))).collect()
+            }
+        }
     }
 
     /// Turns the gradient of the hidden values into those of the activated and of the linear factor.
@@ -391,9 +410,9 @@ macro_rules! operation {
                     Saved::Kernel(kept) => {
                         let [gradient] = given(gradients);
                         let computed = no_grad(|| self.launch_backward(kept, &gradient));
-                        let residual = kept.has_residual.then_some(gradient);
+                        let residual = kept.has_residual.then_some(Some(gradient));
                         let mut all = computed.into_iter().chain(residual);
-                        std::array::from_fn(|_| all.next())
+                        std::array::from_fn(|_| all.next().flatten())
                     }
                 }
             }

@@ -7,6 +7,7 @@
 mod attention;
 mod composed;
 mod cross_entropy;
+pub(crate) mod deferred;
 mod dispatch;
 mod embedding;
 mod feed_forward;

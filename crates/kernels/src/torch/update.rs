@@ -231,10 +231,39 @@ struct Kept {
     shape: Vec<usize>,
     /// As the model computes with them.
     values: DeviceValues,
-    /// Float32 values of those that are kept in bfloat16 or beside the model; the same memory where both are
-    /// float32.
-    master: Option<tch::Tensor>,
+    /// What float32 values have beyond these, where these are bfloat16: see [`rest_of`]. int16
+    rest: Option<tch::Tensor>,
+    /// Whether the model holds only a part of them, or in fewer bits.
+    has_master: bool,
     moments: [Option<tch::Tensor>; 2],
+}
+
+impl Kept {
+    /// The float32 values.
+    fn master(&self) -> tch::Tensor {
+        let values = self.values.0.tensor.view([-1]);
+        match &self.rest {
+            Some(rest) => joined(&values, rest),
+            None => values,
+        }
+    }
+}
+
+/// What float32 values have beyond themselves rounded to bfloat16: their bits less those of the rounded values in
+/// the upper half of 32. int16
+///
+/// Values halfway below an even bfloat16 would need 17 bits and are taken for the next smaller float32.
+fn rest_of(master: &tch::Tensor) -> tch::Tensor {
+    let bits = master.view_dtype(Kind::Int);
+    let halfway = bits.bitwise_and(0x1_ffff).eq(0x8000).to_kind(Kind::Int);
+    let kept: tch::Tensor = bits - halfway;
+    ((kept + 0x8000).bitwise_and(0xffff) - 0x8000).to_kind(Kind::Int16)
+}
+
+/// The float32 values of which these are the rounded ones and the rests.
+fn joined(rounded: &tch::Tensor, rest: &tch::Tensor) -> tch::Tensor {
+    let upper = rounded.view_dtype(Kind::Int16).to_kind(Kind::Int) * (1 << 16);
+    (upper + rest.to_kind(Kind::Int)).view_dtype(Kind::Float)
 }
 
 /// Masters and moments on a GPU, and updates of all parameters there.
@@ -266,6 +295,7 @@ struct Planned {
 
 impl DeviceOptimizer {
     /// For parameters on a GPU, with the state that they have in main memory; `None` when they are elsewhere.
+    /// Parameters in bfloat16 must be their masters rounded.
     ///
     /// Of `rules` what changes from step to step does not count.
     pub fn new(rules: OptimizerRules, tensors: Vec<DeviceTensor<'_>>, updates: u64) -> Option<Self> {
@@ -280,7 +310,10 @@ impl DeviceOptimizer {
                 (None, Some(master)) => DeviceValues(TchTensor::new(master.to_kind(kind))),
                 (None, None) => panic!("{name} is kept beside the model, or in it"),
             };
-            (name, Kept { shape, values, master, moments: moments.map(|moment| moment.map(upload)) })
+            let has_master = master.is_some();
+            let rest = master.filter(|_| kind == Kind::BFloat16).map(|master| no_grad(|| rest_of(&master)));
+            let moments = moments.map(|moment| moment.map(upload));
+            (name, Kept { shape, values, rest, has_master, moments })
         });
         Some(Self {
             rules: of_cuda(rules),
@@ -369,14 +402,16 @@ impl DeviceOptimizer {
         at(&self.control)
     }
 
-    /// Calls `take` with the name, the masters, if there are any, and the moments of every parameter.
+    /// Calls `take` with the name, the masters, if there are any, and the moments of every parameter. Masters of
+    /// bfloat16 values are those that [`rest_of`] keeps.
     pub fn read(&self, mut take: impl FnMut(&str, Option<Vec<f32>>, [Option<Vec<f32>>; 2])) {
         let download = |tensor: &tch::Tensor| -> Vec<f32> {
             Vec::try_from(tensor.view([-1]).to(Device::Cpu)).expect("masters and moments are float32")
         };
         for (name, kept) in &self.kept {
             let moments = kept.moments.each_ref().map(|moment| moment.as_ref().map(download));
-            take(name, kept.master.as_ref().map(download), moments);
+            let master = kept.has_master.then(|| no_grad(|| download(&kept.master())));
+            take(name, master, moments);
         }
     }
 
@@ -406,14 +441,12 @@ impl DeviceOptimizer {
             .iter()
             .map(|(name, gradient)| {
                 let kept = self.kept.get(*name).unwrap_or_else(|| panic!("{name} is no parameter"));
-                let own = at(&kept.values.0.tensor);
-                let is_copy = kept.master.is_some() && kept.values.format() == DeviceFormat::Bf16;
                 UpdatedTensor {
                     shape: kept.shape.clone(),
-                    master: kept.master.as_ref().map_or(own, at),
+                    values: at(&kept.values.0.tensor),
+                    rest: kept.rest.as_ref().map_or(Address::NONE, at),
                     gradient: at(&gradient.tensor),
                     gradient_format: format(&gradient.tensor),
-                    copy: if is_copy { own } else { Address::NONE },
                     moments: kept.moments.each_ref().map(|moment| moment.as_ref().map_or(Address::NONE, at)),
                 }
             })
@@ -482,5 +515,29 @@ fn of_cuda(rules: OptimizerRules) -> UpdateRules {
             weight_decay: rules.weight_decay,
             parameter_scale: rules.parameter_scale,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::element::{Element, bf16};
+
+    #[test]
+    fn float32_values_come_back_from_bfloat16_and_rest() {
+        let edges = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1_7fff, 0x1_8000, 0x1_8001, 0x1_ffff];
+        let tops = [0, 0x3f80_0000, 0x42f6_0000, 0x7f7e_0000, 0x8000_0000, 0xbf80_0000, 0xff7e_0000_u32];
+        let values: Vec<f32> =
+            tops.iter().flat_map(|top| edges.map(|edge| f32::from_bits(top + edge))).collect();
+        let rounded: Vec<bf16> = values.iter().map(|&value| bf16::round(value)).collect();
+        let rest = rest_of(&tch::Tensor::from_slice(&values));
+        let upper = tch::Tensor::from_slice(&values).to_kind(Kind::BFloat16);
+        let found: Vec<f32> = joined(&upper, &rest).try_into().unwrap();
+        assert_eq!(DeviceValues(TchTensor::new(upper)).to_host(), Values::Bf16(rounded.clone()));
+        for ((found, value), rounded) in found.iter().zip(&values).zip(rounded) {
+            let halfway = value.to_bits() & 0x1_ffff == 0x8000;
+            assert_eq!(found.to_bits(), value.to_bits() - u32::from(halfway), "{value}");
+            assert_eq!(bf16::round(*found), rounded, "{value}");
+        }
     }
 }

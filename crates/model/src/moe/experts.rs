@@ -42,6 +42,9 @@ impl Experts {
         let columns = Some(context.tensor_parallel.columns(d_ff));
         let dropout = HiddenDropout { rate: context.expert_dropout, key, columns };
         let activation = kernel_activation(context.model);
-        expert_feed_forward(dispatched.slots_lcd, weights, activation, dropout, dispatched.rows)
+        let inputs =
+            [Some(activated), self.wi_1.as_ref()].into_iter().flatten().map(|matrix| matrix.id.val());
+        let deferral = context.deferred.map(|deferred| deferred.of(self.wo.id.val(), inputs));
+        expert_feed_forward(dispatched.slots_lcd, weights, activation, dropout, dispatched.rows, deferral)
     }
 }

@@ -83,6 +83,33 @@ fn a_step_does_not_depend_on_micro_batches() {
     }
 }
 
+/// On a GPU gradients of the experts wait for those of other micro-batches, here of one more.
+#[test]
+fn gradients_of_bfloat16_weights_add_up_over_micro_batches() {
+    let sets = |micro: usize| {
+        small_plan(&[
+            &format!("data.micro_batch_rows={micro}"),
+            "precision.mode=\"selective\"",
+            "routing.group_rows=2",
+            "trainer.expert_dropout=0.2",
+            "optimizer.kind=\"adamw\"",
+            "optimizer.clip_norm=0.0",
+        ])
+    };
+    let (whole_plan, plan) = (sets(8), sets(2));
+    let batch = batch(&whole_plan, 3);
+    let (mut whole, mut split) = (solo(&whole_plan), solo(&plan));
+    step(&mut whole, &whole_plan, &batch, 5);
+    step(&mut split, &plan, &batch, 5);
+    for ((name, found), (_, expected)) in
+        gradients(&plan, &mut split).into_iter().zip(gradients(&whole_plan, &mut whole))
+    {
+        let largest = expected.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+        let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(largest > 0.0 && difference <= 0.02 * largest, "{name}: {difference} of {largest}");
+    }
+}
+
 #[test]
 fn noise_differs_between_steps_and_repeats_within_one() {
     let plan = small_plan(&["trainer.dropout_rate=0.1"]);

@@ -55,7 +55,8 @@ fn experts_of_several_senders_equal_the_cpus() {
                     weight_gradients: WeightGradients::Summed,
                 };
                 let dropout = HiddenDropout { rate, key: KEY, columns: None };
-                let out = expert_feed_forward(inputs.leaf([3, 16, 40], 1), weights, kind, dropout, rows);
+                let out =
+                    expert_feed_forward(inputs.leaf([3, 16, 40], 1), weights, kind, dropout, rows, None);
                 vec![out.reshape([48, 40])]
             });
         }
@@ -88,7 +89,7 @@ fn gradients_of_a_sender_have_bits_of_their_own() {
             };
             let dropout = HiddenDropout { rate: 0.0, key: KEY, columns: None };
             let weights = ExpertWeights { wi: wi.clone(), wi_gate: None, wo: wo.clone() };
-            let out = expert_feed_forward(slots(1), weights, Activation::Relu, dropout, rows);
+            let out = expert_feed_forward(slots(1), weights, Activation::Relu, dropout, rows, None);
             let gradients = (out * slots(4)).sum().backward();
             [wi, wo].map(|leaf| Values::of(leaf.grad(&gradients).expect("leaf")).into_f32())
         };
@@ -131,7 +132,7 @@ fn sparse_layers_equal_the_cpus() {
             };
             let dropout = HiddenDropout { rate: 0.25, key: KEY, columns: None };
             let slots = dispatch(x, &routing.plan);
-            let outputs = expert_feed_forward(slots, weights, Activation::Relu, dropout, rows);
+            let outputs = expert_feed_forward(slots, weights, Activation::Relu, dropout, rows, None);
             let residual = inputs.leaf([84, 40], 5);
             let out = combine(outputs, routing.gates, &routing.plan, Some(residual));
             vec![out, routing.mean_probability, routing.z.reshape([2, 1]), logits]
