@@ -268,6 +268,9 @@ pub struct CommPlan {
     /// How tokens travel between machines; plans of earlier versions do not say.
     #[serde(default)]
     pub hierarchical_all_to_all: HierarchicalAllToAll,
+    /// Send gradients while the backward pass goes on; plans of earlier versions do not say.
+    #[serde(default)]
+    pub overlap_gradients: bool,
 }
 
 /// Whether tokens travel between machines in one message a machine, by way of the ranks inside it.

@@ -313,6 +313,10 @@ table! {
         /// after machine, as many on each, and more than one; `always` refuses ranks that stand otherwise; `never`.
         /// Nothing is computed otherwise.
         hierarchical_all_to_all: HierarchicalAllToAll = Value("\"auto\""),
+        /// Between GPUs: let gradients travel to their owners while the backward pass goes on, bucket by bucket as
+        /// soon as it has them. For steps of one micro-batch without recomputation; others send them at the end.
+        /// Nothing is computed otherwise. Two GPUs with NVLink gain nothing by it.
+        overlap_gradients: bool = Value("false"),
     }
 }
 

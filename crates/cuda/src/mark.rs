@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult};
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUevent_wait_flags, CUresult};
 use cudarc::driver::{CudaContext, result};
 
 use crate::error::CudaError;
@@ -33,6 +33,18 @@ impl Mark {
         // SAFETY: the event was just made; streams live as long as the process.
         unsafe { result::event::record(mark.event, queue.stream.0) }.map_err(failed(doing))?;
         Ok(mark)
+    }
+
+    /// Lets what the queue is asked for from here on wait until the device has come past; the host does not.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn holds(&self, queue: Queue<'_>) -> Result<(), CudaError> {
+        queue.gpu.bind()?;
+        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the event lives as long as this value, which the driver outlives for its waits.
+        unsafe { result::stream::wait_event(queue.stream.0, self.event, flags) }
+            .map_err(failed("waiting for work on another stream"))
     }
 
     /// Whether the device has come past; does not wait.

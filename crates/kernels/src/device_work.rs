@@ -32,6 +32,21 @@ impl DeviceMark {
         }
     }
 
+    /// Behind all that this thread has asked for in main memory.
+    pub(crate) fn of_host() -> Self {
+        Self {
+            asked: Instant::now(),
+            #[cfg(feature = "libtorch")]
+            on_gpu: None,
+        }
+    }
+
+    /// A mark that a GPU has, if one has it.
+    #[cfg(feature = "libtorch")]
+    pub(crate) fn behind(on_gpu: Option<switchyard_cuda::Mark>) -> Self {
+        Self { on_gpu, ..Self::of_host() }
+    }
+
     /// Whether the device has come past; does not wait.
     pub fn is_past(&self) -> bool {
         #[cfg(feature = "libtorch")]
@@ -48,6 +63,48 @@ impl DeviceMark {
             return crate::torch::started(mark.seconds_since(earlier));
         }
         self.asked.duration_since(earlier.asked).as_secs_f64()
+    }
+}
+
+/// While it lives, what this thread asks of the device of some values is done beside what it had asked for before.
+///
+/// Values that were there before and are used meanwhile must live until [`join`](Self::join).
+#[derive(Debug)]
+#[must_use = "work goes beside other work while it lives"]
+pub struct SideWork {
+    #[cfg(feature = "libtorch")]
+    on_gpu: Option<crate::torch::recording::SideStream>,
+}
+
+impl SideWork {
+    /// Behind `mark`, where the values are. In main memory work is done when it is asked for.
+    pub fn behind(mark: &DeviceMark, values: &DeviceValues) -> Self {
+        #[cfg(feature = "libtorch")]
+        let on_gpu = crate::torch::recording::SideStream::beside(values);
+        let _ = values;
+        let side = Self {
+            #[cfg(feature = "libtorch")]
+            on_gpu,
+        };
+        side.wait_for(mark);
+        side
+    }
+
+    /// Lets what is asked for from here on wait for a mark.
+    pub fn wait_for(&self, mark: &DeviceMark) {
+        #[cfg(feature = "libtorch")]
+        if let (Some(side), Some(mark)) = (&self.on_gpu, &mark.on_gpu) {
+            side.wait_for(mark);
+        }
+        let _ = mark;
+    }
+
+    /// Ends it: what is asked for afterwards waits for it.
+    pub fn join(self) {
+        #[cfg(feature = "libtorch")]
+        if let Some(side) = self.on_gpu {
+            side.join();
+        }
     }
 }
 

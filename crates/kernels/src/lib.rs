@@ -24,6 +24,7 @@ mod embedding;
 mod expert_rows;
 mod feed_forward;
 pub mod gemm;
+mod gradient_marks;
 mod host;
 mod linear_map;
 mod logits;
@@ -53,13 +54,14 @@ pub use device::{
     DeviceError, DeviceMemory, DeviceName, Place, allow_tf32, bind_device, device_memory, devices,
     gpu_failure, gpus, place_of, test_device,
 };
-pub use device_work::{DeviceMark, device_zeros};
+pub use device_work::{DeviceMark, SideWork, device_zeros};
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};
 pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_two};
 pub use expert_rows::{ExpertRows, SlotsInUse, TokenPlaces, WeightGradients};
 pub use feed_forward::{ExpertWeights, FeedForwardWeights, HiddenDropout, expert_feed_forward, feed_forward};
 pub use gemm::CpuPath;
+pub use gradient_marks::{GradientMarks, mark_gradients};
 pub use host::{
     DeviceFormat, Values, ValuesMut, copy_into, int_tensor, integers, update_in_place, with_values,
 };

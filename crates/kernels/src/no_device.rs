@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Int, Tensor};
 
+use crate::device_work::DeviceMark;
 use crate::expert_rows::{SlotsInUse, TokenPlaces};
 use crate::host::{DeviceFormat, Values};
 use crate::optimizer::{DeviceTensor, OptimizerRules, UpdateOutcome};
@@ -15,6 +16,16 @@ use crate::optimizer::{DeviceTensor, OptimizerRules, UpdateOutcome};
 pub struct DeviceValues(Infallible);
 
 impl DeviceValues {
+    /// A mark behind the work on them.
+    pub fn mark(&self) -> DeviceMark {
+        match self.0 {}
+    }
+
+    /// Whether they are the memory of `tensor` itself.
+    pub fn lie_in<const D: usize>(&self, _: &Tensor<D>) -> bool {
+        match self.0 {}
+    }
+
     /// `None`: no tensor is on a GPU.
     pub fn of<const D: usize>(_: &Tensor<D>) -> Option<Self> {
         None

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use switchyard_config::plan::RoutingConfig;
 use switchyard_config::{ModelConfig, StackKind};
-use switchyard_kernels::{DeferredGradients, NoiseKey, TokenNoise, add, dropout};
+use switchyard_kernels::{DeferredGradients, GradientMarks, NoiseKey, TokenNoise, add, dropout};
 
 use crate::dispatcher::{LocalDispatcher, TokenDispatcher};
 use crate::tensor_parallel::{TensorParallel, WholeTensors};
@@ -39,6 +39,9 @@ pub struct ForwardContext<'a> {
     /// Where gradients of experts may wait for those of other micro-batches, for
     /// [`take_deferred_gradients`](crate::SwitchTransformer::take_deferred_gradients).
     pub deferred: Option<&'a DeferredGradients>,
+    /// Gets a mark when the backward pass comes past the beginning of a block, numbered by
+    /// [`block_number`](crate::block_number).
+    pub marks: Option<&'a GradientMarks>,
     /// Seed of the run.
     pub seed: u64,
     /// Step of the run.
@@ -63,6 +66,7 @@ impl<'a> ForwardContext<'a> {
             router_jitter_noise: 0.0,
             loss_scale: None,
             deferred: None,
+            marks: None,
             seed: 0,
             step: 0,
             first_row: 0,

@@ -20,4 +20,5 @@ pub use dispatcher::{Dispatched, LocalDispatcher, SenderCounts, TokenDispatcher}
 pub use init::fresh_parameter;
 pub use model::{EncoderOutput, LossOutput, Seq2SeqBatch, SwitchTransformer};
 pub use named::ParameterError;
+pub use t5::block_number;
 pub use tensor_parallel::{TensorParallel, WholeTensors};

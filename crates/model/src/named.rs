@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients, Tensor};
-use switchyard_kernels::{DeferredGradients, DeviceValues, Values, ValuesMut, update_in_place, with_values};
+use switchyard_kernels::{
+    DeferredGradients, DeviceValues, GradientMarks, Values, ValuesMut, update_in_place, with_values,
+};
 
 use crate::init::{leaf, of_values};
 use crate::model::SwitchTransformer;
@@ -131,15 +133,30 @@ impl SwitchTransformer {
     ///
     /// A parameter that the loss does not depend on has none and is left out.
     pub fn take_gradients(&self, gradients: &mut Gradients, take: impl FnMut(&str, Values)) {
-        struct Take<'a, F>(&'a mut Gradients, F);
+        self.take_marked_gradients(gradients, None, take);
+    }
+
+    /// [`take_gradients`](Self::take_gradients) of a backward pass that left `marks`, which are told of gradients
+    /// that had to be copied.
+    pub fn take_marked_gradients(
+        &self,
+        gradients: &mut Gradients,
+        marks: Option<&GradientMarks>,
+        take: impl FnMut(&str, Values),
+    ) {
+        struct Take<'a, F>(&'a mut Gradients, Option<&'a GradientMarks>, F);
         impl<F: FnMut(&str, Values)> OnParameter for Take<'_, F> {
             fn visit<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>) {
-                if let Some(gradient) = param.val().grad_remove(self.0) {
-                    (self.1)(name, Values::of(gradient));
+                let Some(gradient) = param.val().grad_remove(self.0) else { return };
+                if let Some(marks) = self.1
+                    && DeviceValues::of(&gradient).is_some_and(|values| !values.lie_in(&gradient))
+                {
+                    marks.note_late(name);
                 }
+                (self.2)(name, Values::of(gradient));
             }
         }
-        Module::visit(self, &mut Named::new(Take(gradients, take)));
+        Module::visit(self, &mut Named::new(Take(gradients, marks, take)));
     }
 
     /// Calls `take` with the name and values of every gradient that was put off; then none is.

@@ -16,7 +16,7 @@ use switchyard_config::parameters::{ParameterSpec, parameters};
 use switchyard_config::partition::{OwnedMatrices, Part, held_part, owners};
 use switchyard_kernels::optimizer::{add_assign, sum_of_squares};
 use switchyard_kernels::{Element, Values, bf16};
-use switchyard_model::SwitchTransformer;
+use switchyard_model::{SwitchTransformer, block_number};
 
 use crate::mesh::Mesh;
 use crate::sums::{Gradients, SumFormats, Summand};
@@ -82,6 +82,8 @@ struct Bucket {
     owned: Vec<Vec<Leg>>,
     /// Which formats of sums are in it, on any rank: float32, bfloat16.
     formats: [bool; 2],
+    /// Parameters of which it has something, on any rank, with their [blocks](block_number).
+    parameters: BTreeMap<String, Option<usize>>,
 }
 
 /// Where new values of a parameter go in what this rank holds, and the values.
@@ -111,7 +113,7 @@ impl OwnerExchange {
         let owners = owners(&specs, mesh.shape());
         let rank = mesh.world().rank();
         let lane = |group: &Arc<dyn Communicator>, members: Vec<usize>, experts: bool| {
-            let mut builder = LaneBuilder::new(mesh, members, &sums);
+            let mut builder = LaneBuilder::new(model, mesh, members, &sums);
             for spec in specs.iter().filter(|spec| spec.kind.is_expert() == experts) {
                 for owned in &owners[&spec.name] {
                     builder.add(spec, owned);
@@ -254,6 +256,7 @@ fn matrix_order(owners: &BTreeMap<String, Vec<OwnedMatrices>>, ranks: usize) -> 
 
 /// Cuts the matrices of a lane into buckets.
 struct LaneBuilder<'a> {
+    model: &'a ModelConfig,
     mesh: &'a Mesh,
     sums: &'a SumFormats,
     members: Vec<usize>,
@@ -263,8 +266,8 @@ struct LaneBuilder<'a> {
 }
 
 impl<'a> LaneBuilder<'a> {
-    fn new(mesh: &'a Mesh, members: Vec<usize>, sums: &'a SumFormats) -> Self {
-        Self { mesh, sums, loads: vec![0; members.len()], members, buckets: Vec::new() }
+    fn new(model: &'a ModelConfig, mesh: &'a Mesh, members: Vec<usize>, sums: &'a SumFormats) -> Self {
+        Self { model, mesh, sums, loads: vec![0; members.len()], members, buckets: Vec::new() }
     }
 
     /// Adds owned matrices, in as many pieces along their first axis as buckets need.
@@ -278,14 +281,16 @@ impl<'a> LaneBuilder<'a> {
             if self.buckets.is_empty() || (room == 0 && self.loads[owner] > 0) {
                 let n = self.members.len();
                 let legs = vec![Vec::new(); n];
-                self.buckets.push(Bucket { held: legs.clone(), owned: legs, formats: [false; 2] });
+                self.buckets.push(Bucket { held: legs.clone(), owned: legs, ..Bucket::default() });
                 self.loads.fill(0);
                 continue;
             }
             let rows = room.clamp(1, unit.shape[0] - start);
             self.loads[owner] += rows * row;
             let narrow = self.sums.is_narrow(&spec.name);
-            self.buckets.last_mut().expect("opened above").formats[usize::from(narrow)] = true;
+            let bucket = self.buckets.last_mut().expect("opened above");
+            bucket.formats[usize::from(narrow)] = true;
+            bucket.parameters.insert(spec.name.clone(), block_number(&spec.name, self.model));
             self.add_rows(spec, &unit, owner, start..start + rows);
             start += rows;
         }

@@ -9,7 +9,8 @@ use switchyard_config::RunPlan;
 use switchyard_data::HostBatch;
 use switchyard_kernels::optimizer::UpdateOutcome;
 use switchyard_kernels::{
-    DeferredGradients, DeviceIntegers, DeviceOptimizer, DeviceValues, Readback, Recording, WorkStream,
+    DeferredGradients, DeviceIntegers, DeviceOptimizer, DeviceValues, GradientMarks, Readback, Recording,
+    WorkStream,
 };
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Seq2SeqBatch, SwitchTransformer};
@@ -315,12 +316,16 @@ impl GpuStep {
         let LearnerParts { model, mesh, exchange, .. } = learner;
         let (mut gradients, mut layers) = (Gradients::new(), Vec::new());
         let (mut losses, mut reports) = (Vec::new(), Vec::new());
-        let deferred = (self.shapes.len() > 1).then(DeferredGradients::default);
+        let several = self.shapes.len() > 1;
+        let deferred = several.then(DeferredGradients::default);
+        // Sums over micro-batches are complete at the end.
+        let marks = (plan.comm.overlap_gradients && !several).then(GradientMarks::default);
         for index in 0..self.shapes.len() {
             let batch = self.batch(index, plan.model.pad_token_id as i32);
             let (first_row, groups) = (self.shapes[index].first_row, now.denominators.groups);
             let (step, loss_scale, deferred) = (now.step, &self.loss_scale, deferred.as_ref());
-            let pass = Pass { plan, mesh, step, first_row, loss_scale, groups, deferred };
+            let marks = marks.as_ref();
+            let pass = Pass { plan, mesh, step, first_row, loss_scale, groups, deferred, marks };
             let mut take = |name: &str, gradient| exchange.sums().add(&mut gradients, name, gradient);
             let (output, loss) = pass.run(model, &batch, &mut take);
             let is_last = index + 1 == self.shapes.len();
@@ -336,9 +341,12 @@ impl GpuStep {
             reports.extend(sparse.map(|routers| LayerMetrics::sums(routers).flatten(0, 1)));
         }
         mesh.check()?;
+        // What a group of ranks exchanges is done in the order in which it was asked for: gradients that need not
+        // wait for the end of the backward pass come first.
+        let gradients = exchange.reduce_on_devices(gradients, marks.as_ref())?;
         let (report, loss) = (Tensor::cat(reports, 0), Tensor::cat(losses, 0).sum());
         let report = mesh.summed_over_data(report)?;
-        Ok(LeftOnGpu { gradients: exchange.reduce_on_devices(gradients)?, report, loss, layers })
+        Ok(LeftOnGpu { gradients, report, loss, layers })
     }
 
     fn batch(&self, index: usize, pad_token_id: i32) -> Seq2SeqBatch {

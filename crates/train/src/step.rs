@@ -7,7 +7,9 @@ use burn::tensor::{DType, Device, Tensor};
 use switchyard_config::RunPlan;
 use switchyard_config::plan::RoutingSemantics;
 use switchyard_data::HostBatch;
-use switchyard_kernels::{DeferredGradients, Place, Values, WorkStream, place_of, with_values};
+use switchyard_kernels::{
+    DeferredGradients, GradientMarks, Place, Values, WorkStream, place_of, with_values,
+};
 use switchyard_model::moe::{LayerMetrics, RouterOutput};
 use switchyard_model::{Capacity, ForwardContext, LossOutput, Seq2SeqBatch, SwitchTransformer};
 use switchyard_parallel::{Gradients, Mesh, OwnerExchange, SumFormats};
@@ -399,7 +401,16 @@ impl Learner {
         let loss_scale = Tensor::full([1], 1.0 / denominators.targets, (&device, DType::F32));
         let (first_row, groups) = (micro.first_row, denominators.groups);
         let mesh = &self.mesh;
-        let pass = Pass { plan, mesh, step, first_row, loss_scale: &loss_scale, groups, deferred: None };
+        let pass = Pass {
+            plan,
+            mesh,
+            step,
+            first_row,
+            loss_scale: &loss_scale,
+            groups,
+            deferred: None,
+            marks: None,
+        };
         let take = |name: &str, gradient| self.exchange.sums().add(sums, name, gradient);
         let (output, loss) = pass.run(self.model(), &batch, take);
         self.mesh.wait_for_device("a step", &device)?;
@@ -451,6 +462,7 @@ pub(crate) fn training_context<'a>(
         router_jitter_noise: plan.routing.router_jitter_noise,
         loss_scale: None,
         deferred: None,
+        marks: None,
         seed: plan.seed,
         step: step as u32,
         first_row,
@@ -472,6 +484,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) groups: f64,
     /// Where gradients of experts may wait.
     pub(crate) deferred: Option<&'a DeferredGradients>,
+    /// Gets marks of how far the backward pass is, unless it recomputes.
+    pub(crate) marks: Option<&'a GradientMarks>,
 }
 
 impl Pass<'_> {
@@ -486,6 +500,7 @@ impl Pass<'_> {
         let context = ForwardContext {
             loss_scale: Some(self.loss_scale),
             deferred: self.deferred,
+            marks: self.marks.filter(|_| !plan.trainer.recompute_activations),
             ..training_context(plan, self.mesh, self.step, self.first_row)
         };
         if plan.trainer.recompute_activations {
@@ -494,7 +509,7 @@ impl Pass<'_> {
         }
         let output = model.loss(batch, plan.trainer.z_loss, &context);
         let loss = self.total_loss(&output);
-        model.take_gradients(&mut loss.clone().backward(), &mut take);
+        model.take_marked_gradients(&mut loss.clone().backward(), self.marks, &mut take);
         (output, loss)
     }
 

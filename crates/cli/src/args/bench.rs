@@ -135,6 +135,9 @@ pub(crate) struct BenchStepArguments {
     /// On a GPU, let the host ask for every kernel of every step instead of recording a step as a CUDA graph.
     #[arg(long)]
     pub no_cuda_graph: bool,
+    /// Between GPUs, send gradients beside the backward pass instead of after it.
+    #[arg(long)]
+    pub overlap_gradients: bool,
     #[command(flatten)]
     pub mesh: MeshArguments,
     /// Print a JSON object.

@@ -67,6 +67,11 @@ pub(crate) fn mark(device: &Device) -> Option<switchyard_cuda::Mark> {
     Some(started(switchyard_cuda::Mark::after(gpu::queue_of(place(device)?)?)))
 }
 
+/// A mark behind the work on a tensor; `None` where that is not on a GPU.
+pub(crate) fn mark_behind(tensor: &tch::Tensor) -> Option<switchyard_cuda::Mark> {
+    Some(started(switchyard_cuda::Mark::after(gpu::queue(tensor)?)))
+}
+
 /// [`crate::device_zeros`].
 pub(crate) fn zeros(device: &Device, len: usize, format: DeviceFormat) -> Option<update::DeviceValues> {
     let zeros = tch::Tensor::zeros([len as i64], (update::kind_of(format), place(device)?));

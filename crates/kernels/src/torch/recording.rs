@@ -11,14 +11,14 @@ use std::thread::{self, ThreadId};
 use burn::backend::LibTorch;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
 use burn_tch::TchTensor;
-use switchyard_cuda::{CudaError, PinnedIntegers, PinnedWords, Stream};
+use switchyard_cuda::{CudaError, Mark, PinnedIntegers, PinnedWords, Queue, Stream};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::device::GPU_FAILED;
 use crate::optimizer::UpdateOutcome;
 use crate::torch::gpu::{at, fill_noise_step, gpu, in_process, queue, started};
 use crate::torch::place;
-use crate::torch::update::{CONTROL_WORDS, DeviceOptimizer, outcome_of};
+use crate::torch::update::{CONTROL_WORDS, DeviceOptimizer, DeviceValues, outcome_of};
 
 /// Bytes of a message of the functions in graph.cpp.
 const MESSAGE: usize = 512;
@@ -73,8 +73,38 @@ pub(crate) fn watched<R>(work: impl FnOnce() -> R) -> (R, Option<&'static str>) 
 /// What went to the GPU's default stream before is done first, and what goes there later waits.
 #[derive(Debug)]
 pub struct WorkStream {
-    guard: *mut c_void,
+    _guard: StreamGuard,
     index: usize,
+}
+
+/// What a stream of this thread is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Role {
+    Work,
+    Beside,
+}
+
+/// While it lives, LibTorch puts this thread's work for a GPU on a stream.
+#[derive(Debug)]
+struct StreamGuard(*mut c_void);
+
+impl StreamGuard {
+    fn new(stream: Stream, index: usize) -> Self {
+        let create = in_process::<CreateGuard>(b"aoti_torch_create_cuda_stream_guard\0");
+        let mut guard = ptr::null_mut();
+        // SAFETY: the stream lives as long as the process; `guard` takes one pointer.
+        let code = unsafe { create(stream.0.cast(), index as i32, &raw mut guard) };
+        assert_eq!(code, 0, "LibTorch takes streams of others");
+        Self(guard)
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        let delete = in_process::<DeleteGuard>(b"aoti_torch_delete_cuda_stream_guard\0");
+        // SAFETY: the guard was made in `new`, in this thread: it cannot be sent to others.
+        unsafe { delete(self.0) };
+    }
 }
 
 type CreateGuard = unsafe extern "C" fn(*mut c_void, i32, *mut *mut c_void) -> i32;
@@ -87,13 +117,8 @@ impl WorkStream {
     /// When the GPU fails.
     pub fn on(device: &Device) -> Option<Self> {
         let index = index_of(device)?;
-        let stream = work_stream(index).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
-        let create = in_process::<CreateGuard>(b"aoti_torch_create_cuda_stream_guard\0");
-        let mut guard = ptr::null_mut();
-        // SAFETY: the stream lives as long as the process; `guard` takes one pointer.
-        let code = unsafe { create(stream.0.cast(), index as i32, &raw mut guard) };
-        assert_eq!(code, 0, "LibTorch takes streams of others");
-        Some(Self { guard, index })
+        let stream = stream_of(index, Role::Work).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
+        Some(Self { _guard: StreamGuard::new(stream, index), index })
     }
 
     /// Integers, at first 0, at one place of the GPU's memory.
@@ -139,7 +164,7 @@ impl WorkStream {
         let mut graph = ptr::null_mut();
         // SAFETY: `graph` takes one pointer.
         ask(|error| unsafe { switchyard_torch_graph_new(&raw mut graph, error) })?;
-        let stream = work_stream(self.index).map_err(|error| error.to_string())?;
+        let stream = stream_of(self.index, Role::Work).map_err(|error| error.to_string())?;
         let recording = Recording { graph, index: self.index, stream, thread: thread::current().id() };
         // SAFETY: the graph was just made.
         ask(|error| unsafe { switchyard_torch_graph_begin(recording.graph, error) })?;
@@ -150,21 +175,48 @@ impl WorkStream {
     }
 }
 
-impl Drop for WorkStream {
-    fn drop(&mut self) {
-        let delete = in_process::<DeleteGuard>(b"aoti_torch_delete_cuda_stream_guard\0");
-        // SAFETY: the guard was made in `on`, in this thread: it cannot be sent to others.
-        unsafe { delete(self.guard) };
+/// While it lives, this thread's work for a GPU goes to a second stream.
+#[derive(Debug)]
+pub(crate) struct SideStream {
+    guard: StreamGuard,
+    index: usize,
+    side: Stream,
+    main: Stream,
+}
+
+impl SideStream {
+    /// Beside the work on `values`, if they are on a GPU.
+    pub(crate) fn beside(values: &DeviceValues) -> Option<Self> {
+        let tensor = values.clone().into_tensor().tensor;
+        let (main, tch::Device::Cuda(index)) = (queue(&tensor)?.stream, tensor.device()) else { return None };
+        let side = stream_of(index, Role::Beside).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
+        Some(Self { guard: StreamGuard::new(side, index), index, side, main })
+    }
+
+    /// Lets its work from here on wait for a mark.
+    pub(crate) fn wait_for(&self, mark: &Mark) {
+        started(mark.holds(self.queue(self.side)));
+    }
+
+    /// Ends it; the work of the first stream from here on waits for what it was asked for.
+    pub(crate) fn join(self) {
+        let end = started(Mark::after(self.queue(self.side)));
+        started(end.holds(self.queue(self.main)));
+        drop(self.guard);
+    }
+
+    fn queue(&self, stream: Stream) -> Queue<'static> {
+        Queue { gpu: started(gpu(self.index)), stream }
     }
 }
 
 /// This thread's stream of a GPU, made when first asked for and kept until the process ends: nobody else may
 /// use a stream that records.
-fn work_stream(index: usize) -> Result<Stream, CudaError> {
+fn stream_of(index: usize, role: Role) -> Result<Stream, CudaError> {
     thread_local! {
-        static STREAMS: RefCell<HashMap<usize, Stream>> = RefCell::default();
+        static STREAMS: RefCell<HashMap<(usize, Role), Stream>> = RefCell::default();
     }
-    STREAMS.with_borrow_mut(|streams| match streams.entry(index) {
+    STREAMS.with_borrow_mut(|streams| match streams.entry((index, role)) {
         Entry::Occupied(made) => Ok(*made.get()),
         Entry::Vacant(place) => Ok(*place.insert(gpu(index)?.new_stream()?)),
     })

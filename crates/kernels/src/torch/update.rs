@@ -11,10 +11,11 @@ use switchyard_cuda::{
 };
 use tch::{Device, Kind, no_grad};
 
+use crate::device_work::DeviceMark;
 use crate::host::{DeviceFormat, Values};
 use crate::optimizer::{DeviceTensor, OptimizerRules, UpdateOutcome};
 use crate::torch::gpu::{at, format, queue, room, started};
-use crate::torch::{floats, is_here};
+use crate::torch::{floats, is_here, mark_behind};
 
 /// Values on a GPU, or wherever LibTorch has them; a clone is the same memory.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,11 +38,18 @@ impl DeviceValues {
     /// When its values do not lie row by row.
     pub fn shared<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
         let values = Self::of(tensor)?;
-        assert!(
-            floats(tensor.clone()).tensor.data_ptr() == values.0.tensor.data_ptr(),
-            "parameters lie row by row"
-        );
+        assert!(values.lie_in(tensor), "parameters lie row by row");
         Some(values)
+    }
+
+    /// A mark behind the work on them.
+    pub fn mark(&self) -> DeviceMark {
+        DeviceMark::behind(mark_behind(&self.0.tensor))
+    }
+
+    /// Whether they are the memory of `tensor` itself.
+    pub fn lie_in<const D: usize>(&self, tensor: &Tensor<D>) -> bool {
+        is_here(&tensor.device()) && floats(tensor.clone()).tensor.data_ptr() == self.0.tensor.data_ptr()
     }
 
     /// How many there are.

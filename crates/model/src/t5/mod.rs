@@ -11,4 +11,4 @@ pub use block::{Block, BlockCache, BlockInputs, DecoderCache};
 pub use feed_forward::DenseLayer;
 pub(crate) use feed_forward::kernel_activation;
 pub use relative_bias::{bucket, relative_bias};
-pub use stack::Stack;
+pub use stack::{Stack, block_number};

@@ -3,13 +3,35 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use switchyard_config::{ModelConfig, StackKind};
-use switchyard_kernels::{dropout, rms_norm};
+use switchyard_kernels::{dropout, mark_gradients, rms_norm};
 
 use crate::context::{ForwardContext, Site};
 use crate::init::ParameterFactory;
 use crate::moe::RouterOutput;
 use crate::t5::block::{Block, BlockCache, BlockInputs};
 use crate::t5::relative_bias::relative_bias;
+
+/// The number of a stack's first block where all blocks are numbered, the encoder's first.
+fn first_block(stack: StackKind, model: &ModelConfig) -> usize {
+    match stack {
+        StackKind::Encoder => 0,
+        StackKind::Decoder => model.layers(StackKind::Encoder),
+    }
+}
+
+/// The last block before which nothing uses a parameter, all numbered, the encoder's first; `None` for parameters that
+/// serve several blocks. Its gradient is complete when a backward pass comes past the beginning of that block.
+pub fn block_number(parameter: &str, model: &ModelConfig) -> Option<usize> {
+    [StackKind::Encoder, StackKind::Decoder].into_iter().find_map(|stack| {
+        let (first, layers) = (first_block(stack, model), model.layers(stack));
+        let within = parameter.strip_prefix(stack.name())?.strip_prefix('.')?;
+        if within == "final_norm" {
+            return (first + layers).checked_sub(1);
+        }
+        let layer: usize = within.strip_prefix("block.")?.split('.').next()?.parse().ok()?;
+        (layer < layers).then_some(first + layer)
+    })
+}
 
 /// Parameters of the encoder or the decoder.
 #[derive(Module, Debug)]
@@ -82,10 +104,39 @@ impl Stack {
         let mut routers = Vec::new();
         for (layer, block) in self.block.iter().enumerate() {
             let cache = caches.as_deref_mut().map(|caches| &mut caches[layer]);
+            if let Some(marks) = context.marks {
+                let place = first_block(inputs.stack, context.model) + layer;
+                hidden_nd = mark_gradients(hidden_nd, marks, place);
+            }
             let (next_nd, router) = block.forward(layer, hidden_nd, inputs, cache, context);
             hidden_nd = next_nd;
             routers.extend(router);
         }
         (self.finish(hidden_nd, inputs, context), routers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use switchyard_config::parameters::parameters;
+    use switchyard_config::preset;
+
+    use super::*;
+
+    #[test]
+    fn parameters_of_a_block_have_its_number_and_shared_ones_none() {
+        let model = preset("tiny").expect("a preset");
+        let (encoder, decoder) = (model.layers(StackKind::Encoder), model.layers(StackKind::Decoder));
+        let number = |name: &str| block_number(name, &model);
+        assert_eq!(number("encoder.block.1.self_attention.q"), Some(1));
+        assert_eq!(number("decoder.block.1.self_attention.q"), Some(encoder + 1));
+        assert_eq!(number("encoder.final_norm"), Some(encoder - 1));
+        assert_eq!(number("decoder.final_norm"), Some(encoder + decoder - 1));
+        assert_eq!(number(&format!("decoder.block.{decoder}.self_attention.q")), None);
+        let shared: Vec<String> = (parameters(&model).into_iter().map(|spec| spec.name))
+            .filter(|name| number(name).is_none())
+            .collect();
+        assert!(shared.iter().all(|name| !name.contains("block")), "{shared:?}");
+        assert!(shared.contains(&"encoder.relative_bias".to_owned()), "{shared:?}");
     }
 }

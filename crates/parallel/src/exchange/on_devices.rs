@@ -1,10 +1,11 @@
 //! The same ways from device to device: put on the stream of the ranks' work, not waited for.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use switchyard_comm::{CommError, DeviceCommunicator, Piece, ReduceOp};
 use switchyard_config::partition::Part;
-use switchyard_kernels::{DeviceFormat, DeviceValues, Values};
+use switchyard_kernels::{DeviceFormat, DeviceMark, DeviceValues, GradientMarks, SideWork, Values};
 
 use super::{Bucket, Lane, Leg, OwnerExchange};
 use crate::on_devices::{slice, stream};
@@ -17,21 +18,42 @@ impl OwnerExchange {
     /// Sums of the gradients of all holders, of the matrices that this rank owns: what
     /// [`reduce`](Self::reduce) adds to nothing, where all of it lies on the ranks' devices.
     ///
-    /// Every rank has gradients of the same parameters in the same formats.
+    /// Every rank has gradients of the same parameters in the same formats. With the `marks` of the backward pass that
+    /// has been asked for, they travel beside it, bucket by bucket in the order in which it has them.
     ///
     /// # Errors
     /// As every collective.
     ///
     /// # Panics
     /// When a gradient is not on the device, or the ranks have none.
-    pub fn reduce_on_devices(&self, mut local: Gradients) -> Result<Gradients, CommError> {
+    pub fn reduce_on_devices(
+        &self,
+        mut local: Gradients,
+        marks: Option<&GradientMarks>,
+    ) -> Result<Gradients, CommError> {
         let mut owned = Gradients::new();
-        for lane in [&self.dense, &self.expert] {
-            if lane.group.size() > 1 {
-                lane.reduce_on_devices(&local, self, &mut owned)?;
-            } else {
-                lane.keep(&mut local, &self.sums, &mut owned);
+        let (lanes, alone): (Vec<&Lane>, Vec<&Lane>) =
+            [&self.dense, &self.expert].into_iter().partition(|lane| lane.group.size() > 1);
+        alone.into_iter().for_each(|lane| lane.keep(&mut local, &self.sums, &mut owned));
+        let Some(any) = local.values().next().map(on_device) else { return Ok(owned) };
+        let turns = turns(&lanes, marks.map(|marks| (marks, Arc::new(any.mark()))));
+        let first = turns.first().and_then(|turn| turn.behind.as_ref());
+        let side = first.map(|mark| SideWork::behind(mark, any));
+        let rooms: Vec<_> = lanes.iter().map(|lane| SumRoom::new(&lane.buckets, &local, self)).collect();
+        for Turn { lane, bucket, behind, .. } in turns {
+            if let (Some(side), Some(mark)) = (&side, &behind) {
+                side.wait_for(mark);
             }
+            let group = &lanes[lane].group;
+            let devices = group.on_devices().expect(HAVE_DEVICES);
+            for message in bucket.gradients_on_devices(devices, group.rank(), &local)? {
+                rooms[lane].add(&message);
+            }
+        }
+        owned.extend(rooms.into_iter().flat_map(SumRoom::into_gradients));
+        // Before the gradients' memory goes to others.
+        if let Some(side) = side {
+            side.join();
         }
         Ok(owned)
     }
@@ -69,23 +91,35 @@ impl OwnerExchange {
     }
 }
 
-impl Lane {
-    fn reduce_on_devices(
-        &self,
-        local: &Gradients,
-        exchange: &OwnerExchange,
-        owned: &mut Gradients,
-    ) -> Result<(), CommError> {
-        let devices = self.group.on_devices().expect(HAVE_DEVICES);
-        let room = SumRoom::new(&self.buckets, local, exchange);
-        for bucket in &self.buckets {
-            for message in bucket.gradients_on_devices(devices, self.group.rank(), local)? {
-                room.add(&message);
-            }
-        }
-        owned.extend(room.into_gradients());
-        Ok(())
-    }
+/// A bucket of one of several lanes.
+struct Turn<'a> {
+    lane: usize,
+    bucket: &'a Bucket,
+    /// What the backward pass comes past when it has all gradients of the bucket, where it left marks.
+    behind: Option<Arc<DeviceMark>>,
+}
+
+/// All buckets, in the order in which a backward pass that left marks has their gradients, the last mark being its
+/// end. Every rank has the same order: what a bucket has on any of them counts.
+fn turns<'a>(lanes: &[&'a Lane], marked: Option<(&GradientMarks, Arc<DeviceMark>)>) -> Vec<Turn<'a>> {
+    let buckets =
+        |(lane, of_lane): (usize, &&'a Lane)| of_lane.buckets.iter().map(move |bucket| (lane, bucket));
+    let all = lanes.iter().enumerate().flat_map(buckets);
+    let Some((marks, end)) = marked else {
+        return all.map(|(lane, bucket)| Turn { lane, bucket, behind: None }).collect();
+    };
+    let mut numbered: Vec<_> = all
+        .map(|(lane, bucket)| {
+            let number = |(name, block): (&String, &Option<usize>)| marks.number(name, (*block)?);
+            // No parameter may be without.
+            let last =
+                bucket.parameters.iter().map(number).try_fold(0, |last, number| Some(last.max(number?)));
+            let behind = last.map_or_else(|| Arc::clone(&end), |number| marks.mark(number));
+            (last.unwrap_or(usize::MAX), Turn { lane, bucket, behind: Some(behind) })
+        })
+        .collect();
+    numbered.sort_by_key(|(number, _)| *number);
+    numbered.into_iter().map(|(_, turn)| turn).collect()
 }
 
 /// Values that go from one rank to another as one.
@@ -312,7 +346,8 @@ mod tests {
     use switchyard_config::parameters::{ParameterSpec, parameters};
     use switchyard_config::partition::held_part;
     use switchyard_config::{HierarchicalAllToAll, MeshShape, ModelConfig, preset};
-    use switchyard_kernels::{Place, place_of, test_device};
+    use switchyard_kernels::{Place, mark_gradients, place_of, test_device};
+    use switchyard_model::block_number;
     use switchyard_random::{Philox, unit_f32};
 
     use super::*;
@@ -379,11 +414,58 @@ mod tests {
         }
         let mut expected = Gradients::new();
         exchange.reduce(local.clone(), 1, &mut expected).expect("it works");
-        let found = exchange.reduce_on_devices(local).expect("it works");
-        assert!(found.keys().eq(expected.keys()));
-        for (name, values) in found {
-            assert!(values.into_host() == expected[&name].clone().into_host(), "{name}");
+        for marks in [None, Some(backward_pass(model))] {
+            let found = exchange.reduce_on_devices(local.clone(), marks.as_ref()).expect("it works");
+            assert!(found.keys().eq(expected.keys()));
+            for (name, values) in found {
+                assert!(values.into_host() == expected[&name].clone().into_host(), "{name}");
+            }
         }
+    }
+
+    /// Marks of a backward pass through the blocks of both stacks, of which the decoder's first comes last.
+    fn backward_pass(model: &ModelConfig) -> GradientMarks {
+        let marks = GradientMarks::default();
+        let mut x = Tensor::<1>::ones([1], &test_device().autodiff()).require_grad();
+        let first = model.num_layers;
+        for place in [first].into_iter().chain(0..first).chain(first + 1..first + model.num_decoder_layers) {
+            x = mark_gradients(x, &marks, place);
+        }
+        let _ = x.sum().backward();
+        marks
+    }
+
+    #[test]
+    fn buckets_travel_in_the_order_of_the_backward_pass() {
+        on_ranks(MESHES[3], 64, false, |model, _, exchange| {
+            let marks = backward_pass(model);
+            let end = Arc::new(DeviceMark::after(&test_device()));
+            let bucket = |names: &[&str]| Bucket {
+                parameters: names.iter().map(|&name| (name.to_owned(), block_number(name, model))).collect(),
+                ..Bucket::default()
+            };
+            let group = Arc::clone(&exchange.dense.group);
+            let buckets = vec![
+                bucket(&["embedding", "decoder.block.1.self_attention.q"]),
+                bucket(&["decoder.block.0.self_attention.q"]),
+                bucket(&["encoder.block.1.self_attention.q", "decoder.block.1.self_attention.q"]),
+                bucket(&["decoder.final_norm", "decoder.block.1.self_attention.k"]),
+                bucket(&["encoder.block.0.self_attention.q", "encoder.final_norm"]),
+            ];
+            let lane = Lane { group, buckets };
+            let order = |marks: &GradientMarks| {
+                let turns = turns(&[&lane], Some((marks, Arc::clone(&end))));
+                let place = |turn: &Turn<'_>| {
+                    let at = lane.buckets.iter().position(|bucket| std::ptr::eq(bucket, turn.bucket));
+                    (at.unwrap(), Arc::ptr_eq(turn.behind.as_ref().unwrap(), &end))
+                };
+                turns.iter().map(place).collect::<Vec<_>>()
+            };
+            assert_eq!(order(&marks), [(3, false), (2, false), (4, false), (1, false), (0, true)]);
+            marks.note_late("encoder.block.1.self_attention.q");
+            assert_eq!(order(&marks), [(3, false), (4, false), (1, false), (0, true), (2, true)]);
+            assert!(turns(&[&lane], None).iter().all(|turn| turn.behind.is_none()));
+        });
     }
 
     fn brings_new_values_to_all(model: &ModelConfig, mesh: &Mesh, exchange: &OwnerExchange) {

@@ -88,7 +88,8 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
          [routing]\ncapacity_factor = {:?}\n\
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
          batch_rows = {rows}\nmicro_batch_rows = {micro_rows}\n\
-         [trainer]\nrecompute_activations = {}\ncuda_graph = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n",
+         [trainer]\nrecompute_activations = {}\ncuda_graph = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n\
+         [comm]\noverlap_gradients = {}\n",
         arguments.preset,
         arguments.precision,
         arguments.allow_tf32,
@@ -100,6 +101,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         !arguments.no_cuda_graph,
         arguments.mesh.expert_parallel_size,
         arguments.mesh.tensor_parallel_size,
+        arguments.overlap_gradients,
         rows = arguments.rows,
         micro_rows = arguments.rows / parts,
     );
