@@ -227,7 +227,7 @@ same_keys! {
 }
 
 same_keys! {
-    CommTable in "comm" <=> CommPlan { timeout_s, deterministic, hierarchical_all_to_all, overlap_gradients }
+    CommTable in "comm" <=> CommPlan { timeout_s, deterministic, hierarchical_all_to_all, overlap }
 }
 
 same_keys! {

@@ -27,7 +27,7 @@ pub use error::{ConfigError, ErrorKind};
 pub use flops::step_flops;
 pub use mesh::{Coordinates, MeshShape, ranks_of_each_machine};
 pub use model::{Activation, Initialization, ModelConfig, StackKind};
-pub use plan::{HierarchicalAllToAll, RunPlan};
+pub use plan::{ExchangeOverlap, HierarchicalAllToAll, RunPlan};
 pub use presets::{PresetError, preset, preset_names};
 pub use provenance::{Origin, Place, Provenance, SourceFile};
 pub use reference::reference;

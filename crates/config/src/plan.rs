@@ -268,9 +268,22 @@ pub struct CommPlan {
     /// How tokens travel between machines; plans of earlier versions do not say.
     #[serde(default)]
     pub hierarchical_all_to_all: HierarchicalAllToAll,
-    /// Send gradients while the backward pass goes on; plans of earlier versions do not say.
+    /// What goes on while gradients and values travel between GPUs; plans of earlier versions do not say.
     #[serde(default)]
-    pub overlap_gradients: bool,
+    pub overlap: ExchangeOverlap,
+}
+
+/// What goes on while gradients and values travel between GPUs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExchangeOverlap {
+    /// Nothing.
+    Nothing,
+    /// What comes before and after an exchange, for other buckets.
+    #[default]
+    Exchanges,
+    /// The backward pass.
+    Backward,
 }
 
 /// Whether tokens travel between machines in one message a machine, by way of the ranks inside it.

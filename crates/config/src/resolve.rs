@@ -127,7 +127,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "comm.timeout_s",
     "comm.deterministic",
     "comm.hierarchical_all_to_all",
-    "comm.overlap_gradients",
+    "comm.overlap",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_every",

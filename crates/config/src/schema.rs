@@ -10,14 +10,15 @@ use crate::keys::DefaultValue::{Derived, Required, Value};
 use crate::keys::{KeyType, Table, choice_keys, list, table};
 use crate::model::{Activation, Initialization};
 use crate::plan::{
-    AccumulationDtype, CapacityRounding, HierarchicalAllToAll, Objective, OnCheckpointError, OnCorrupt,
-    OptimizerKind, PrecisionMode, RouterKind, RoutingSemantics, ScheduleKind, TextDocument,
+    AccumulationDtype, CapacityRounding, ExchangeOverlap, HierarchicalAllToAll, Objective, OnCheckpointError,
+    OnCorrupt, OptimizerKind, PrecisionMode, RouterKind, RoutingSemantics, ScheduleKind, TextDocument,
 };
 
 choice_keys!(
     AccumulationDtype,
     Activation,
     CapacityRounding,
+    ExchangeOverlap,
     HierarchicalAllToAll,
     Initialization,
     Objective,
@@ -313,10 +314,11 @@ table! {
         /// after machine, as many on each, and more than one; `always` refuses ranks that stand otherwise; `never`.
         /// Nothing is computed otherwise.
         hierarchical_all_to_all: HierarchicalAllToAll = Value("\"auto\""),
-        /// Between GPUs: let gradients travel to their owners while the backward pass goes on, bucket by bucket as
-        /// soon as it has them. For steps of one micro-batch without recomputation; others send them at the end.
-        /// Nothing is computed otherwise. Two GPUs with NVLink gain nothing by it.
-        overlap_gradients: bool = Value("false"),
+        /// What goes on between GPUs while gradients travel to their owners and new values back: `exchanges`: those of
+        /// the next bucket are brought together and those of the one before are taken in; `backward`: the rest of
+        /// the backward pass, of steps of one micro-batch without recomputation; `nothing`. Nothing is computed
+        /// otherwise.
+        overlap: ExchangeOverlap = Value("\"exchanges\""),
     }
 }
 

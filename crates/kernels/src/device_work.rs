@@ -47,6 +47,16 @@ impl DeviceMark {
         Self { on_gpu, ..Self::of_host() }
     }
 
+    /// Lets what this thread asks of the device of some values from here on wait until the mark is past; the host does
+    /// not.
+    pub fn holds(&self, values: &DeviceValues) {
+        #[cfg(feature = "libtorch")]
+        if let Some(mark) = &self.on_gpu {
+            crate::torch::hold(mark, values);
+        }
+        let _ = values;
+    }
+
     /// Whether the device has come past; does not wait.
     pub fn is_past(&self) -> bool {
         #[cfg(feature = "libtorch")]
@@ -68,7 +78,8 @@ impl DeviceMark {
 
 /// While it lives, what this thread asks of the device of some values is done beside what it had asked for before.
 ///
-/// Values that were there before and are used meanwhile must live until [`join`](Self::join).
+/// Values that were there before and are used meanwhile must live until other work has
+/// [waited](DeviceMark::holds) for its end.
 #[derive(Debug)]
 #[must_use = "work goes beside other work while it lives"]
 pub struct SideWork {
@@ -86,25 +97,17 @@ impl SideWork {
             #[cfg(feature = "libtorch")]
             on_gpu,
         };
-        side.wait_for(mark);
+        mark.holds(values);
         side
     }
 
-    /// Lets what is asked for from here on wait for a mark.
-    pub fn wait_for(&self, mark: &DeviceMark) {
-        #[cfg(feature = "libtorch")]
-        if let (Some(side), Some(mark)) = (&self.on_gpu, &mark.on_gpu) {
-            side.wait_for(mark);
-        }
-        let _ = mark;
-    }
-
-    /// Ends it: what is asked for afterwards waits for it.
-    pub fn join(self) {
+    /// Ends it; the mark is behind all of it.
+    pub fn leave(self) -> DeviceMark {
         #[cfg(feature = "libtorch")]
         if let Some(side) = self.on_gpu {
-            side.join();
+            return DeviceMark::behind(Some(side.leave()));
         }
+        DeviceMark::of_host()
     }
 }
 

@@ -302,10 +302,23 @@ struct DeviceTravel {
 impl DeviceTravel {
     /// As many values for every expert and sender, brought to the others' places.
     fn go(&self, direction: Direction, values: &DeviceValues) -> DeviceValues {
+        let (senders, local) = (self.all_to_all.group().size(), self.local);
+        let slots = values.len() / (senders * local);
+        if local == 1 || slice(values).bytes() >= senders * local * PIECE_BYTES {
+            return self.exchange(direction, local, values);
+        }
+        match direction {
+            Direction::ToExperts => self.exchange(direction, 1, values).swapped([senders, local, slots]),
+            Direction::ToTokens => self.exchange(direction, 1, &values.swapped([local, senders, slots])),
+        }
+    }
+
+    /// The same for as many values for each of `experts` of every rank; of one, they go by rank at both ends.
+    fn exchange(&self, direction: Direction, experts: usize, values: &DeviceValues) -> DeviceValues {
         let moved = values.room(values.len());
         let staging = values.room(self.all_to_all.staged(values.len()));
         let places = [values, &staging, &moved].map(slice);
-        let exchanged = self.all_to_all.exchange_on_devices((direction, self.local), places, stream(values));
+        let exchanged = self.all_to_all.exchange_on_devices((direction, experts), places, stream(values));
         self.failure.keep(exchanged.map(|()| moved), || values.zeros(values.len()))
     }
 }
@@ -333,6 +346,10 @@ impl DeviceMap for DeviceTravel {
         Some(self.go(self.direction.reverse(), gradient))
     }
 }
+
+/// What a sender has for one expert goes as a piece of its own if it has as many bytes, so that nothing is copied.
+/// Smaller pieces take NCCL longer than it takes to bring those of all experts of a rank into one.
+const PIECE_BYTES: usize = 4 << 20;
 
 const ON_DEVICES: &str = "made for values that LibTorch has";
 

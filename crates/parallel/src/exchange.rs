@@ -6,6 +6,8 @@
 
 mod on_devices;
 
+pub use on_devices::Overlap;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;

@@ -16,7 +16,7 @@ mod sums;
 
 pub use bench::{device_time, measure_collectives};
 pub use dispatcher::AllToAllDispatcher;
-pub use exchange::{Owned, OwnerExchange, Unit};
+pub use exchange::{Overlap, Owned, OwnerExchange, Unit};
 pub use failure::Failure;
 pub use mesh::{Agreement, Mesh, agree, gather_text};
 pub use on_devices::{WorldError, devices_of, world_on};

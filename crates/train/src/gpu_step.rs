@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Device, Tensor};
 use switchyard_comm::CommError;
-use switchyard_config::RunPlan;
+use switchyard_config::{ExchangeOverlap, RunPlan};
 use switchyard_data::HostBatch;
 use switchyard_kernels::optimizer::UpdateOutcome;
 use switchyard_kernels::{
@@ -14,7 +14,7 @@ use switchyard_kernels::{
 };
 use switchyard_model::moe::LayerMetrics;
 use switchyard_model::{Seq2SeqBatch, SwitchTransformer};
-use switchyard_parallel::{Gradients, Mesh, OwnerExchange};
+use switchyard_parallel::{Gradients, Mesh, Overlap, OwnerExchange};
 
 use crate::report::MicroLoss;
 use crate::step::{Pass, StepInputs, add_layers, sparse_layers};
@@ -103,6 +103,14 @@ impl Shape {
     fn of(batch: &HostBatch) -> Self {
         let (inputs, targets) = (batch.input_ids.len(), batch.target_ids.len());
         Self { first_row: batch.first_row, rows: batch.rows, inputs, targets }
+    }
+}
+
+/// What may go on while something travels.
+fn overlap_of(plan: &RunPlan) -> Overlap<'static> {
+    match plan.comm.overlap {
+        ExchangeOverlap::Nothing => Overlap::Nothing,
+        ExchangeOverlap::Exchanges | ExchangeOverlap::Backward => Overlap::Exchanges,
     }
 }
 
@@ -302,7 +310,8 @@ impl GpuStep {
         let mut sum = |values: &DeviceValues| summed = exchange.sum_over_ranks(values);
         optimizer.update(gradients, loss, clip, recording, Some(&mut sum));
         summed?;
-        exchange.spread_on_devices(|name| optimizer.values(name), &model.device_parameters())?;
+        let held = model.device_parameters();
+        exchange.spread_on_devices(|name| optimizer.values(name), &held, overlap_of(plan))?;
         Ok(left)
     }
 
@@ -319,7 +328,7 @@ impl GpuStep {
         let several = self.shapes.len() > 1;
         let deferred = several.then(DeferredGradients::default);
         // Sums over micro-batches are complete at the end.
-        let marks = (plan.comm.overlap_gradients && !several).then(GradientMarks::default);
+        let marks = (plan.comm.overlap == ExchangeOverlap::Backward && !several).then(GradientMarks::default);
         for index in 0..self.shapes.len() {
             let batch = self.batch(index, plan.model.pad_token_id as i32);
             let (first_row, groups) = (self.shapes[index].first_row, now.denominators.groups);
@@ -343,7 +352,8 @@ impl GpuStep {
         mesh.check()?;
         // What a group of ranks exchanges is done in the order in which it was asked for: gradients that need not
         // wait for the end of the backward pass come first.
-        let gradients = exchange.reduce_on_devices(gradients, marks.as_ref())?;
+        let overlap = marks.as_ref().map_or_else(|| overlap_of(plan), Overlap::BackwardPass);
+        let gradients = exchange.reduce_on_devices(gradients, overlap)?;
         let (report, loss) = (Tensor::cat(reports, 0), Tensor::cat(losses, 0).sum());
         let report = mesh.summed_over_data(report)?;
         Ok(LeftOnGpu { gradients, report, loss, layers })

@@ -1,8 +1,9 @@
 //! Arguments of `switchyard bench`.
 
+use std::fmt;
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::{MeshArguments, TokensTravel, count, count_from, mebibytes};
 
@@ -135,14 +136,35 @@ pub(crate) struct BenchStepArguments {
     /// On a GPU, let the host ask for every kernel of every step instead of recording a step as a CUDA graph.
     #[arg(long)]
     pub no_cuda_graph: bool,
-    /// Between GPUs, send gradients beside the backward pass instead of after it.
-    #[arg(long)]
-    pub overlap_gradients: bool,
+    /// What goes on while gradients and new values travel between GPUs.
+    #[arg(long, value_name = "WHAT", default_value = "exchanges")]
+    pub overlap: Overlap,
     #[command(flatten)]
     pub mesh: MeshArguments,
     /// Print a JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// What goes on while gradients and values travel between GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Overlap {
+    /// Nothing.
+    Nothing,
+    /// Those of the next bucket are brought together, those of the one before taken in.
+    Exchanges,
+    /// For gradients, the rest of the backward pass.
+    Backward,
+}
+
+impl fmt::Display for Overlap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "nothing",
+            Self::Exchanges => "exchanges",
+            Self::Backward => "backward",
+        })
+    }
 }
 
 /// Sizes of operations.

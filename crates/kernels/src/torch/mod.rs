@@ -72,6 +72,13 @@ pub(crate) fn mark_behind(tensor: &tch::Tensor) -> Option<switchyard_cuda::Mark>
     Some(started(switchyard_cuda::Mark::after(gpu::queue(tensor)?)))
 }
 
+/// Lets further work on values wait for a mark.
+pub(crate) fn hold(mark: &switchyard_cuda::Mark, values: &update::DeviceValues) {
+    if let Some(queue) = gpu::queue(&values.clone().into_tensor().tensor) {
+        started(mark.holds(queue));
+    }
+}
+
 /// [`crate::device_zeros`].
 pub(crate) fn zeros(device: &Device, len: usize, format: DeviceFormat) -> Option<update::DeviceValues> {
     let zeros = tch::Tensor::zeros([len as i64], (update::kind_of(format), place(device)?));

@@ -181,32 +181,23 @@ pub(crate) struct SideStream {
     guard: StreamGuard,
     index: usize,
     side: Stream,
-    main: Stream,
 }
 
 impl SideStream {
     /// Beside the work on `values`, if they are on a GPU.
     pub(crate) fn beside(values: &DeviceValues) -> Option<Self> {
         let tensor = values.clone().into_tensor().tensor;
-        let (main, tch::Device::Cuda(index)) = (queue(&tensor)?.stream, tensor.device()) else { return None };
+        let tch::Device::Cuda(index) = tensor.device() else { return None };
         let side = stream_of(index, Role::Beside).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
-        Some(Self { guard: StreamGuard::new(side, index), index, side, main })
+        Some(Self { guard: StreamGuard::new(side, index), index, side })
     }
 
-    /// Lets its work from here on wait for a mark.
-    pub(crate) fn wait_for(&self, mark: &Mark) {
-        started(mark.holds(self.queue(self.side)));
-    }
-
-    /// Ends it; the work of the first stream from here on waits for what it was asked for.
-    pub(crate) fn join(self) {
-        let end = started(Mark::after(self.queue(self.side)));
-        started(end.holds(self.queue(self.main)));
-        drop(self.guard);
-    }
-
-    fn queue(&self, stream: Stream) -> Queue<'static> {
-        Queue { gpu: started(gpu(self.index)), stream }
+    /// Ends it; the mark is behind its work.
+    pub(crate) fn leave(self) -> Mark {
+        let Self { guard, index, side } = self;
+        let end = started(Mark::after(Queue { gpu: started(gpu(index)), stream: side }));
+        drop(guard);
+        end
     }
 }
 

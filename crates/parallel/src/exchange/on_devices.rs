@@ -18,8 +18,7 @@ impl OwnerExchange {
     /// Sums of the gradients of all holders, of the matrices that this rank owns: what
     /// [`reduce`](Self::reduce) adds to nothing, where all of it lies on the ranks' devices.
     ///
-    /// Every rank has gradients of the same parameters in the same formats. With the `marks` of the backward pass that
-    /// has been asked for, they travel beside it, bucket by bucket in the order in which it has them.
+    /// Every rank has gradients of the same parameters in the same formats.
     ///
     /// # Errors
     /// As every collective.
@@ -29,32 +28,46 @@ impl OwnerExchange {
     pub fn reduce_on_devices(
         &self,
         mut local: Gradients,
-        marks: Option<&GradientMarks>,
+        overlap: Overlap<'_>,
     ) -> Result<Gradients, CommError> {
         let mut owned = Gradients::new();
         let (lanes, alone): (Vec<&Lane>, Vec<&Lane>) =
             [&self.dense, &self.expert].into_iter().partition(|lane| lane.group.size() > 1);
         alone.into_iter().for_each(|lane| lane.keep(&mut local, &self.sums, &mut owned));
         let Some(any) = local.values().next().map(on_device) else { return Ok(owned) };
-        let turns = turns(&lanes, marks.map(|marks| (marks, Arc::new(any.mark()))));
-        let first = turns.first().and_then(|turn| turn.behind.as_ref());
-        let side = first.map(|mark| SideWork::behind(mark, any));
-        let rooms: Vec<_> = lanes.iter().map(|lane| SumRoom::new(&lane.buckets, &local, self)).collect();
-        for Turn { lane, bucket, behind, .. } in turns {
-            if let (Some(side), Some(mark)) = (&side, &behind) {
-                side.wait_for(mark);
+        let rooms = || lanes.iter().map(|lane| SumRoom::new(&lane.buckets, &local, self)).collect::<Vec<_>>();
+        let rank = |turn: &Turn<'_>| lanes[turn.lane].group.rank();
+        let devices = |turn: &Turn<'_>| lanes[turn.lane].group.on_devices().expect(HAVE_DEVICES);
+        let rooms = match overlap {
+            Overlap::BackwardPass(marks) => {
+                let turns = turns(&lanes, Some((marks, Arc::new(any.mark()))));
+                let Some(first) = turns.first() else { return Ok(owned) };
+                let side = SideWork::behind(first.behind.as_ref().expect("there are marks"), any);
+                let rooms = rooms();
+                for turn in &turns {
+                    turn.behind.iter().for_each(|mark| mark.holds(any));
+                    let cargo = turn.bucket.packed_gradients(rank(turn), &local);
+                    cargo.travel(devices(turn), any)?;
+                    rooms[turn.lane].add_all(&cargo.arrived);
+                }
+                // Before the gradients' memory goes to others.
+                side.leave().holds(any);
+                rooms
             }
-            let group = &lanes[lane].group;
-            let devices = group.on_devices().expect(HAVE_DEVICES);
-            for message in bucket.gradients_on_devices(devices, group.rank(), &local)? {
-                rooms[lane].add(&message);
+            Overlap::Nothing | Overlap::Exchanges => {
+                let (turns, rooms) = (turns(&lanes, None), rooms());
+                let land = |turn: &Turn<'_>, cargo: Cargo<'_>| rooms[turn.lane].add_all(&cargo.arrived);
+                overlap.travel(
+                    &turns,
+                    any,
+                    devices,
+                    |turn| turn.bucket.packed_gradients(rank(turn), &local),
+                    land,
+                )?;
+                rooms
             }
-        }
+        };
         owned.extend(rooms.into_iter().flat_map(SumRoom::into_gradients));
-        // Before the gradients' memory goes to others.
-        if let Some(side) = side {
-            side.join();
-        }
         Ok(owned)
     }
 
@@ -80,13 +93,64 @@ impl OwnerExchange {
         &self,
         owned: impl Fn(&str) -> DeviceValues,
         held: &BTreeMap<String, DeviceValues>,
+        overlap: Overlap<'_>,
     ) -> Result<(), CommError> {
-        for lane in [&self.dense, &self.expert].into_iter().filter(|lane| lane.group.size() > 1) {
-            let devices = lane.group.on_devices().expect(HAVE_DEVICES);
-            for bucket in &lane.buckets {
-                bucket.spread_on_devices(devices, &owned, held)?;
+        let lanes: Vec<&Lane> =
+            [&self.dense, &self.expert].into_iter().filter(|lane| lane.group.size() > 1).collect();
+        let Some(any) = held.values().next() else { return Ok(()) };
+        let devices = |turn: &Turn<'_>| lanes[turn.lane].group.on_devices().expect(HAVE_DEVICES);
+        let land =
+            |_: &Turn<'_>, cargo: Cargo<'_>| cargo.arrived.iter().for_each(|message| message.land(held));
+        let turns = turns(&lanes, None);
+        overlap.travel(&turns, any, devices, |turn| turn.bucket.packed_values(&owned, held), land)
+    }
+}
+
+/// What goes on while gradients and values travel between devices.
+#[derive(Debug, Clone, Copy)]
+pub enum Overlap<'a> {
+    /// Nothing.
+    Nothing,
+    /// Those of the next bucket are brought together, and those of the one before are taken in.
+    Exchanges,
+    /// For gradients, the rest of the backward pass, which has been asked for and leaves these marks: each bucket
+    /// travels when it has all of it. For values, as [`Exchanges`](Self::Exchanges).
+    BackwardPass(&'a GradientMarks),
+}
+
+impl Overlap<'_> {
+    /// Lets what `pack` makes of each turn travel; `land` takes in what has arrived.
+    fn travel<'a, 'd>(
+        self,
+        turns: &'a [Turn<'a>],
+        any: &DeviceValues,
+        devices: impl Fn(&Turn<'a>) -> &'d dyn DeviceCommunicator,
+        pack: impl Fn(&Turn<'a>) -> Cargo<'a>,
+        land: impl Fn(&Turn<'a>, Cargo<'a>),
+    ) -> Result<(), CommError> {
+        if matches!(self, Self::Nothing) {
+            for turn in turns {
+                let cargo = pack(turn);
+                cargo.travel(devices(turn), any)?;
+                land(turn, cargo);
             }
+            return Ok(());
         }
+        let mut under_way: Option<(&Turn<'a>, Cargo<'a>, DeviceMark)> = None;
+        // What travels keeps its memory until the work that comes next has waited for it.
+        let arrive = |(turn, cargo, there): (&Turn<'a>, Cargo<'a>, DeviceMark)| {
+            there.holds(any);
+            land(turn, cargo);
+        };
+        for turn in turns {
+            let cargo = pack(turn);
+            let side = SideWork::behind(&any.mark(), any);
+            let travelled = cargo.travel(devices(turn), any);
+            let there = side.leave();
+            travelled?;
+            under_way.replace((turn, cargo, there)).into_iter().for_each(&arrive);
+        }
+        under_way.into_iter().for_each(arrive);
         Ok(())
     }
 }
@@ -134,6 +198,35 @@ impl Message<'_> {
     fn piece(&self) -> Piece {
         Piece { peer: self.peer, values: slice(&self.values) }
     }
+
+    /// Writes new values where they belong.
+    fn land(&self, held: &BTreeMap<String, DeviceValues>) {
+        let mut from = 0;
+        for leg in &self.legs {
+            let (there, len) = (&held[&leg.name], leg.held.len());
+            let new = self.values.part(from..from + len);
+            there.write_part(&[there.len()], [&[leg.held.start], &[len]], &new, false);
+            from += len;
+        }
+    }
+}
+
+/// What of a bucket goes to others and what comes, of this rank too.
+struct Cargo<'a> {
+    sent: Vec<Message<'a>>,
+    arrived: Vec<Message<'a>>,
+    /// This rank, if what arrives from it is there already.
+    here: Option<usize>,
+}
+
+impl Cargo<'_> {
+    /// Asks for the exchange, on the stream of work on `any`.
+    fn travel(&self, devices: &dyn DeviceCommunicator, any: &DeviceValues) -> Result<(), CommError> {
+        let sends: Vec<Piece> = self.sent.iter().map(Message::piece).collect();
+        let others = self.arrived.iter().filter(|message| Some(message.peer) != self.here);
+        let receives: Vec<Piece> = others.map(Message::piece).collect();
+        devices.exchange(&sends, &receives, stream(any))
+    }
 }
 
 /// Legs that travel together since their values have one format.
@@ -146,13 +239,9 @@ fn by_format<'a>(
 }
 
 impl Bucket {
-    /// What all holders have of the gradients that this rank owns, in the order of their ranks.
-    fn gradients_on_devices<'a>(
-        &'a self,
-        devices: &dyn DeviceCommunicator,
-        own_rank: usize,
-        local: &Gradients,
-    ) -> Result<Vec<Message<'a>>, CommError> {
+    /// Gradients for their owners, and room for what all holders have of those that this rank owns, in the order of
+    /// their ranks.
+    fn packed_gradients<'a>(&'a self, own_rank: usize, local: &Gradients) -> Cargo<'a> {
         let there = |leg: &&Leg| leg.adds && local.contains_key(&leg.name);
         let here = |leg: &Leg| on_device(&local[&leg.name]);
         let messages_with = |peer: usize, legs: &'a [Leg], values: &dyn Fn(&[&Leg]) -> DeviceValues| {
@@ -170,21 +259,15 @@ impl Bucket {
             let values: &dyn Fn(&[&Leg]) -> DeviceValues = if holder == own_rank { &packed } else { &room };
             arrived.extend(messages_with(holder, legs, values));
         }
-        let sends: Vec<Piece> = sent.iter().map(Message::piece).collect();
-        let others = arrived.iter().filter(|message| message.peer != own_rank);
-        let receives: Vec<Piece> = others.map(Message::piece).collect();
-        if let Some(any) = local.values().next() {
-            devices.exchange(&sends, &receives, stream(on_device(any)))?;
-        }
-        Ok(arrived)
+        Cargo { sent, arrived, here: Some(own_rank) }
     }
 
-    fn spread_on_devices(
-        &self,
-        devices: &dyn DeviceCommunicator,
+    /// New values for their holders, and room for those that this rank holds.
+    fn packed_values<'a>(
+        &'a self,
         owned: &impl Fn(&str) -> DeviceValues,
         held: &BTreeMap<String, DeviceValues>,
-    ) -> Result<(), CommError> {
+    ) -> Cargo<'a> {
         let travels = |leg: &&Leg| !leg.stays;
         let format = |leg: &Leg| held[&leg.name].format();
         let mut sent: Vec<Message<'_>> = Vec::new();
@@ -210,19 +293,7 @@ impl Bucket {
                 arrived.push(Message { peer, legs, values });
             }
         }
-        let Some(any) = held.values().next() else { return Ok(()) };
-        let pieces = |messages: &[Message<'_>]| messages.iter().map(Message::piece).collect::<Vec<_>>();
-        devices.exchange(&pieces(&sent), &pieces(&arrived), stream(any))?;
-        for Message { legs, values, .. } in &arrived {
-            let mut from = 0;
-            for leg in legs {
-                let (there, len) = (&held[&leg.name], leg.held.len());
-                let new = values.part(from..from + len);
-                there.write_part(&[there.len()], [&[leg.held.start], &[len]], &new, false);
-                from += len;
-            }
-        }
-        Ok(())
+        Cargo { sent, arrived, here: None }
     }
 }
 
@@ -272,6 +343,10 @@ impl<'a> SumRoom<'a> {
         let sums =
             any.into_iter().flat_map(|any| rooms.iter().map(|([sum, _], len)| any.room_as(*sum, *len)));
         Self { sums: sums.collect(), places }
+    }
+
+    fn add_all(&self, messages: &[Message<'_>]) {
+        messages.iter().for_each(|message| self.add(message));
     }
 
     /// Adds what a holder has sent, or begins sums with it.
@@ -414,8 +489,9 @@ mod tests {
         }
         let mut expected = Gradients::new();
         exchange.reduce(local.clone(), 1, &mut expected).expect("it works");
-        for marks in [None, Some(backward_pass(model))] {
-            let found = exchange.reduce_on_devices(local.clone(), marks.as_ref()).expect("it works");
+        let marks = backward_pass(model);
+        for overlap in [Overlap::Nothing, Overlap::Exchanges, Overlap::BackwardPass(&marks)] {
+            let found = exchange.reduce_on_devices(local.clone(), overlap).expect("it works");
             assert!(found.keys().eq(expected.keys()));
             for (name, values) in found {
                 assert!(values.into_host() == expected[&name].clone().into_host(), "{name}");
@@ -494,7 +570,8 @@ mod tests {
             let (unit, (spec, _, whole)) = (&exchange.units()[name], &wholes[name]);
             whole.part_of(&spec.shape, [&unit.part.start, &unit.part.shape]).copied()
         };
-        exchange.spread_on_devices(owned, &held).expect("it works");
+        let overlap = if mesh.shape().expert == 1 { Overlap::Nothing } else { Overlap::Exchanges };
+        exchange.spread_on_devices(owned, &held, overlap).expect("it works");
         for (name, (spec, part, whole)) in &wholes {
             let expected = whole.part_of(&spec.shape, [&part.start, &part.shape]);
             assert!(held[name].to_host() == expected.to_host(), "{name}");

@@ -89,7 +89,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
          batch_rows = {rows}\nmicro_batch_rows = {micro_rows}\n\
          [trainer]\nrecompute_activations = {}\ncuda_graph = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n\
-         [comm]\noverlap_gradients = {}\n",
+         [comm]\noverlap = \"{}\"\n",
         arguments.preset,
         arguments.precision,
         arguments.allow_tf32,
@@ -101,7 +101,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         !arguments.no_cuda_graph,
         arguments.mesh.expert_parallel_size,
         arguments.mesh.tensor_parallel_size,
-        arguments.overlap_gradients,
+        arguments.overlap,
         rows = arguments.rows,
         micro_rows = arguments.rows / parts,
     );
