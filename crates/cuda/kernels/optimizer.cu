@@ -129,7 +129,7 @@ template <> struct Parameters<true> {
     return __uint_as_float(i % 2 ? (high & 0xffff0000u) + u32(int(low) >> 16)
                                  : (high << 16) + u32(int(low << 16) >> 16));
   }
-  // A value halfway below an even one rounds down to it, and is the only one whose rest has 17 bits.
+  // A value halfway between an even one and the next away from zero rounds to the even one: its rest alone has 17 bits.
   static __device__ __forceinline__ float kept(float x) {
     u32 bits = __float_as_uint(x);
     return x != x ? __uint_as_float(0x7fc00000u) : __uint_as_float(bits - ((bits & 0x1ffffu) == 0x8000u));

@@ -42,7 +42,7 @@ impl Mark {
     pub fn holds(&self, queue: Queue<'_>) -> Result<(), CudaError> {
         queue.gpu.bind()?;
         let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: the event lives as long as this value, which the driver outlives for its waits.
+        // SAFETY: the event lives as long as this value; a wait that was asked for needs it no more.
         unsafe { result::stream::wait_event(queue.stream.0, self.event, flags) }
             .map_err(failed("waiting for work on another stream"))
     }

@@ -1,8 +1,8 @@
 //! Updates of many tensors in a few launches: Adafactor and AdamW in float32.
 //!
 //! A parameter that the model has in bfloat16 is kept there and in a rest of 16 bits, which together are its
-//! float32 value: what the model has is that value rounded. A value halfway below an even bfloat16 is kept as
-//! the next smaller float32, since its rest would have 17 bits.
+//! float32 value: what the model has is that value rounded. A value halfway between an even bfloat16 and
+//! the next away from zero is kept as the next float32 towards zero, since its rest would have 17 bits.
 //!
 //! [`UpdatePlan`] cuts the tensors into tiles and lists the work once; the list lies in device memory. A step
 //! is then [`gradient_squares`], [`prepare_update`] and [`update`], with a sum over ranks between the first

@@ -160,6 +160,9 @@ impl SwitchTransformer {
     }
 
     /// Calls `take` with the name and values of every gradient that was put off; then none is.
+    ///
+    /// # Panics
+    /// When one is not of a parameter of this model.
     pub fn take_deferred_gradients(&self, deferred: &DeferredGradients, take: impl FnMut(&str, Values)) {
         struct Take<F>(BTreeMap<u64, DeviceValues>, F);
         impl<F: FnMut(&str, Values)> OnParameter for Take<F> {
@@ -169,7 +172,9 @@ impl SwitchTransformer {
                 }
             }
         }
-        Module::visit(self, &mut Named::new(Take(deferred.take(), take)));
+        let mut visitor = Named::new(Take(deferred.take(), take));
+        Module::visit(self, &mut visitor);
+        assert!(visitor.on.0.is_empty(), "gradients wait by the numbers of the model's own parameters");
     }
 
     /// The parameters that are on a GPU, by name: what is written into them is what the model then has.

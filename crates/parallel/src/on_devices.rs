@@ -62,8 +62,9 @@ pub(crate) fn slice(values: &DeviceValues) -> DeviceSlice {
         DeviceFormat::Bf16 => ElementType::Bf16,
         DeviceFormat::I32 => ElementType::I32,
     };
-    // SAFETY: the values own their memory. LibTorch gives it to others in the order of the stream, and nobody
-    // else writes to values that an operation has not handed on yet.
+    // SAFETY: the values own their memory. LibTorch gives it to others in the order of the stream it was asked for on;
+    // work beside that keeps the values until that stream waits for it. Nobody else writes to values that an
+    // operation has not handed on yet.
     unsafe { DeviceSlice::from_raw_parts(values.address(), values.len(), element) }
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Device, Tensor};
 use switchyard_comm::CommError;
+use switchyard_config::parameters::ParameterKind;
 use switchyard_config::{ExchangeOverlap, RunPlan};
 use switchyard_data::HostBatch;
 use switchyard_kernels::optimizer::UpdateOutcome;
@@ -326,9 +327,12 @@ impl GpuStep {
         let (mut gradients, mut layers) = (Gradients::new(), Vec::new());
         let (mut losses, mut reports) = (Vec::new(), Vec::new());
         let several = self.shapes.len() > 1;
-        let deferred = several.then(DeferredGradients::default);
-        // Sums over micro-batches are complete at the end.
-        let marks = (plan.comm.overlap == ExchangeOverlap::Backward && !several).then(GradientMarks::default);
+        let sum_bytes = plan.precision.sum_bytes(ParameterKind::ExpertIn, plan.accumulation);
+        let deferred =
+            (several && !plan.comm.deterministic).then(|| DeferredGradients::instead_of_sums(sum_bytes));
+        // Sums over micro-batches, and gradients of blocks that run again, are complete at the end.
+        let at_once = !several && !plan.trainer.recompute_activations;
+        let marks = (plan.comm.overlap == ExchangeOverlap::Backward && at_once).then(GradientMarks::default);
         for index in 0..self.shapes.len() {
             let batch = self.batch(index, plan.model.pad_token_id as i32);
             let (first_row, groups) = (self.shapes[index].first_row, now.denominators.groups);

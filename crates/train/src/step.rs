@@ -155,7 +155,7 @@ impl Learner {
 
     /// The model, for changing single parameters.
     ///
-    /// Weights in bfloat16 come back from their masters at the next update.
+    /// Weights in bfloat16 come back from their masters at the next update, but on a GPU, where they become these.
     pub fn model_mut(&mut self) -> &mut SwitchTransformer {
         self.leave_gpu();
         self.model.as_mut().expect("every method that takes the model puts it back")
@@ -484,7 +484,7 @@ pub(crate) struct Pass<'a> {
     pub(crate) groups: f64,
     /// Where gradients of experts may wait.
     pub(crate) deferred: Option<&'a DeferredGradients>,
-    /// Gets marks of how far the backward pass is, unless it recomputes.
+    /// Gets marks of how far the backward pass is.
     pub(crate) marks: Option<&'a GradientMarks>,
 }
 
@@ -500,7 +500,7 @@ impl Pass<'_> {
         let context = ForwardContext {
             loss_scale: Some(self.loss_scale),
             deferred: self.deferred,
-            marks: self.marks.filter(|_| !plan.trainer.recompute_activations),
+            marks: self.marks,
             ..training_context(plan, self.mesh, self.step, self.first_row)
         };
         if plan.trainer.recompute_activations {

@@ -41,7 +41,7 @@ fn kept(value: f32) -> f32 {
 fn split(value: f32) -> (u16, i16) {
     let upper = bf16::from_f32(value).to_bits();
     let rest = value.to_bits().wrapping_sub(u32::from(upper) << 16).cast_signed();
-    (upper, rest.try_into().expect("no value lies halfway below an even one"))
+    (upper, rest.try_into().expect("no value lies halfway above an even one"))
 }
 
 impl Tensor {

@@ -14,8 +14,12 @@ use crate::torch::products::Products;
 use crate::torch::update::DeviceValues;
 
 /// Gradients of experts' matrices on a GPU, put off; a clone is the same.
-#[derive(Debug, Clone, Default)]
-pub struct DeferredGradients(Arc<Mutex<BTreeMap<u64, Deferred>>>);
+#[derive(Debug, Clone)]
+pub struct DeferredGradients {
+    waiting: Arc<Mutex<BTreeMap<u64, Deferred>>>,
+    /// Bytes of a value of a sum over micro-batches.
+    sum_bytes: usize,
+}
 
 /// Where the gradients of one stack of experts wait.
 #[derive(Debug, Clone)]
@@ -34,18 +38,15 @@ struct Deferred {
     factors: Vec<[TchTensor; 2]>,
 }
 
-/// Bytes of a value of a sum over micro-batches.
-const SUM_BYTES: usize = 4;
-
 /// Bytes of the factors of a micro-batch.
 fn kept(factors: &[TchTensor; 2]) -> usize {
     factors.iter().map(|factor| factor.tensor.numel() * factor.tensor.kind().elt_size_in_bytes()).sum()
 }
 
-/// Bytes of the sum of a gradient.
-fn replaced([left, right]: &[TchTensor; 2]) -> usize {
+/// Values of the sum of a gradient.
+fn summed([left, right]: &[TchTensor; 2]) -> usize {
     let ([matrices, _, inner], [_, _, cols]) = (sizes(&left.tensor), sizes(&right.tensor));
-    matrices * inner * cols * SUM_BYTES
+    matrices * inner * cols
 }
 
 fn sizes(stack: &Tensor) -> [usize; 3] {
@@ -67,6 +68,11 @@ impl Deferred {
 }
 
 impl DeferredGradients {
+    /// None yet; they are put off as long as that needs no more memory than sums of so many bytes a value.
+    pub fn instead_of_sums(sum_bytes: usize) -> Self {
+        Self { waiting: Arc::default(), sum_bytes }
+    }
+
     /// Where the gradients of a stack of experts wait: of the output matrices, and of all input matrices, whose
     /// numbers these are.
     pub fn of(&self, output: u64, inputs: impl IntoIterator<Item = u64>) -> Deferral {
@@ -77,8 +83,8 @@ impl DeferredGradients {
     pub fn is_full(&self) -> bool {
         let all = self.lock();
         let with_another = |one: &Deferred| one.factors.first().map_or(0, kept) * (one.factors.len() + 1);
-        let sum = |one: &Deferred| one.factors.first().map_or(0, replaced);
-        all.values().map(with_another).sum::<usize>() > all.values().map(sum).sum()
+        let sum = |one: &Deferred| one.factors.first().map_or(0, summed);
+        all.values().map(with_another).sum::<usize>() > self.sum_bytes * all.values().map(sum).sum::<usize>()
     }
 
     /// The sums of what waits, by the numbers of the parameters; then nothing does.
@@ -89,11 +95,19 @@ impl DeferredGradients {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Deferred>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Deferral {
+    /// Whether the factors of two micro-batches are no larger than sums of the gradients would be. Factors in float32
+    /// never are worth it: their products take longer than the writing.
+    pub(crate) fn is_worth_while(&self, factors: &[[TchTensor; 2]]) -> bool {
+        let kept: usize = factors.iter().map(kept).sum();
+        let narrow = factors.iter().flatten().all(|factor| factor.tensor.kind() == Kind::BFloat16);
+        narrow && 2 * kept <= self.all.sum_bytes * factors.iter().map(summed).sum::<usize>()
+    }
+
     /// Keeps the factors of a micro-batch's gradients, in the order of the parameters.
     pub(crate) fn keep(&self, products: Products, factors: Vec<[TchTensor; 2]>) {
         let mut all = self.all.lock();
@@ -102,14 +116,6 @@ impl Deferral {
             all.entry(parameter).or_insert_with(deferred).factors.push(factors);
         }
     }
-}
-
-/// Whether the factors of two micro-batches are no larger than sums of the gradients would be. Factors in float32
-/// never are worth it: their products take longer than the writing.
-pub(crate) fn is_smaller_than_sums(factors: &[[TchTensor; 2]]) -> bool {
-    let kept: usize = factors.iter().map(kept).sum();
-    let narrow = factors.iter().flatten().all(|factor| factor.tensor.kind() == Kind::BFloat16);
-    narrow && 2 * kept <= factors.iter().map(replaced).sum()
 }
 
 #[cfg(test)]
@@ -124,7 +130,7 @@ mod tests {
 
     #[test]
     fn one_product_is_the_sum_over_micro_batches() {
-        let all = DeferredGradients::default();
+        let all = DeferredGradients::instead_of_sums(4);
         let deferral = all.of(7, [3]);
         let parts: Vec<[[TchTensor; 2]; 2]> = (0..3).map(|i| [factors(i, 2), factors(10 + i, 2)]).collect();
         for part in &parts {
@@ -144,13 +150,16 @@ mod tests {
         }
     }
 
-    /// A sum has 2 x 6 x 10 x 4 bytes, the factors of a row 2 x 16 x 2.
+    /// A sum has 2 x 6 x 10 x 4 bytes, or half as many, the factors of a row 2 x 16 x 2.
     #[test]
     fn factors_are_kept_while_they_are_smaller_than_sums() {
-        assert!(is_smaller_than_sums(&[factors(0, 3)]) && !is_smaller_than_sums(&[factors(0, 4)]));
+        let all = DeferredGradients::instead_of_sums(4);
+        let worth_while = |all: &DeferredGradients, rows| all.of(0, []).is_worth_while(&[factors(0, rows)]);
+        assert!(worth_while(&all, 3) && !worth_while(&all, 4));
+        let narrow = DeferredGradients::instead_of_sums(2);
+        assert!(worth_while(&narrow, 1) && !worth_while(&narrow, 2));
         let wide = factors(0, 1).map(|factor| TchTensor::new(factor.tensor.to_kind(Kind::Float)));
-        assert!(!is_smaller_than_sums(&[wide]));
-        let all = DeferredGradients::default();
+        assert!(!all.of(0, []).is_worth_while(&[wide]));
         let keep = || all.of(0, []).keep(Products { apart: false }, vec![factors(0, 2)]);
         for _ in 0..2 {
             keep();

@@ -21,7 +21,6 @@ use crate::host::Held;
 use crate::noise::{Factor, TokenNoise, TokenPlace};
 use crate::operation::{Operation, given};
 use crate::torch::composed::{Graph, composed};
-use crate::torch::deferred::is_smaller_than_sums;
 use crate::torch::gpu::{at, at_optional, format, in_pieces, narrow, noise_key, queue, started, token_noise};
 use crate::torch::products::Products;
 use crate::torch::{contiguous, exchanged, uploaded, wide};
@@ -346,7 +345,7 @@ impl FeedForward {
     fn of_weights(&self, factors: Vec<[TchTensor; 2]>) -> Vec<Option<TchTensor>> {
         let (matrices, products) = (factors.len(), self.products());
         match &self.deferral {
-            Some(deferral) if is_smaller_than_sums(&factors) => {
+            Some(deferral) if deferral.is_worth_while(&factors) => {
                 deferral.keep(products, factors);
                 vec![None; matrices]
             }

@@ -247,11 +247,12 @@ struct Kept {
 }
 
 impl Kept {
-    /// The float32 values.
+    /// The float32 values, in main memory: joining them takes several times their room.
     fn master(&self) -> tch::Tensor {
-        let values = self.values.0.tensor.view([-1]);
+        let host = |tensor: &tch::Tensor| tensor.view([-1]).to(Device::Cpu);
+        let values = host(&self.values.0.tensor);
         match &self.rest {
-            Some(rest) => joined(&values, rest),
+            Some(rest) => joined(&values, &host(rest)),
             None => values,
         }
     }
@@ -260,12 +261,19 @@ impl Kept {
 /// What float32 values have beyond themselves rounded to bfloat16: their bits less those of the rounded values in
 /// the upper half of 32. int16
 ///
-/// Values halfway below an even bfloat16 would need 17 bits and are taken for the next smaller float32.
+/// Values halfway between an even bfloat16 and the next away from zero would need 17 bits and are taken for the next
+/// float32 towards zero.
 fn rest_of(master: &tch::Tensor) -> tch::Tensor {
     let bits = master.view_dtype(Kind::Int);
     let halfway = bits.bitwise_and(0x1_ffff).eq(0x8000).to_kind(Kind::Int);
     let kept: tch::Tensor = bits - halfway;
     ((kept + 0x8000).bitwise_and(0xffff) - 0x8000).to_kind(Kind::Int16)
+}
+
+/// [`rest_of`] what is `rounded` in the model, 0 where that is something else.
+fn rest_beside(rounded: &tch::Tensor, master: &tch::Tensor) -> tch::Tensor {
+    let known = master.to_kind(Kind::BFloat16).view([-1]).eq_tensor(&rounded.view([-1]));
+    rest_of(&master.view([-1])) * known.to_kind(Kind::Int16)
 }
 
 /// The float32 values of which these are the rounded ones and the rests.
@@ -303,7 +311,7 @@ struct Planned {
 
 impl DeviceOptimizer {
     /// For parameters on a GPU, with the state that they have in main memory; `None` when they are elsewhere.
-    /// Parameters in bfloat16 must be their masters rounded.
+    /// A parameter in bfloat16 that is not its master rounded has been changed since, and becomes the master.
     ///
     /// Of `rules` what changes from step to step does not count.
     pub fn new(rules: OptimizerRules, tensors: Vec<DeviceTensor<'_>>, updates: u64) -> Option<Self> {
@@ -319,7 +327,9 @@ impl DeviceOptimizer {
                 (None, None) => panic!("{name} is kept beside the model, or in it"),
             };
             let has_master = master.is_some();
-            let rest = master.filter(|_| kind == Kind::BFloat16).map(|master| no_grad(|| rest_of(&master)));
+            let rest = master
+                .filter(|_| kind == Kind::BFloat16)
+                .map(|master| no_grad(|| rest_beside(&values.0.tensor, &master)));
             let moments = moments.map(|moment| moment.map(upload));
             (name, Kept { shape, values, rest, has_master, moments })
         });
@@ -541,6 +551,14 @@ mod tests {
         let rest = rest_of(&tch::Tensor::from_slice(&values));
         let upper = tch::Tensor::from_slice(&values).to_kind(Kind::BFloat16);
         let found: Vec<f32> = joined(&upper, &rest).try_into().unwrap();
+        assert!(rest_beside(&upper, &tch::Tensor::from_slice(&values)).equal(&rest));
+        let changed = &upper * 2.0;
+        let beside: Vec<f32> =
+            joined(&changed, &rest_beside(&changed, &tch::Tensor::from_slice(&values))).try_into().unwrap();
+        for ((beside, value), found) in beside.into_iter().zip(&values).zip(&found) {
+            let twice = bf16::round(*value).widen() * 2.0;
+            assert_eq!(beside, if twice == bf16::round(*value).widen() { *found } else { twice }, "{value}");
+        }
         assert_eq!(DeviceValues(TchTensor::new(upper)).to_host(), Values::Bf16(rounded.clone()));
         for ((found, value), rounded) in found.iter().zip(&values).zip(rounded) {
             let halfway = value.to_bits() & 0x1_ffff == 0x8000;

@@ -19,8 +19,11 @@ fn first_block(stack: StackKind, model: &ModelConfig) -> usize {
     }
 }
 
-/// The last block before which nothing uses a parameter, all numbered, the encoder's first; `None` for parameters that
-/// serve several blocks. Its gradient is complete when a backward pass comes past the beginning of that block.
+/// The block, all numbered and the encoder's first, with whose beginning a backward pass has the gradient of a parameter;
+/// `None` for parameters that serve several blocks.
+///
+/// A backward pass goes from what was computed behind more operations to what was behind fewer. Keys and values of the
+/// encoder's output are behind the encoder alone, so their gradients come after those of all decoder blocks.
 pub fn block_number(parameter: &str, model: &ModelConfig) -> Option<usize> {
     [StackKind::Encoder, StackKind::Decoder].into_iter().find_map(|stack| {
         let (first, layers) = (first_block(stack, model), model.layers(stack));
@@ -28,8 +31,12 @@ pub fn block_number(parameter: &str, model: &ModelConfig) -> Option<usize> {
         if within == "final_norm" {
             return (first + layers).checked_sub(1);
         }
-        let layer: usize = within.strip_prefix("block.")?.split('.').next()?.parse().ok()?;
-        (layer < layers).then_some(first + layer)
+        let (layer, part) = within.strip_prefix("block.")?.split_once('.')?;
+        let layer = layer.parse().ok().filter(|&layer: &usize| layer < layers)?;
+        if matches!(part, "cross_attention.k" | "cross_attention.v") {
+            return first.checked_sub(1);
+        }
+        Some(first + layer)
     })
 }
 
@@ -130,6 +137,8 @@ mod tests {
         let number = |name: &str| block_number(name, &model);
         assert_eq!(number("encoder.block.1.self_attention.q"), Some(1));
         assert_eq!(number("decoder.block.1.self_attention.q"), Some(encoder + 1));
+        assert_eq!(number("decoder.block.1.cross_attention.q"), Some(encoder + 1));
+        assert_eq!(number("decoder.block.1.cross_attention.v"), Some(encoder - 1));
         assert_eq!(number("encoder.final_norm"), Some(encoder - 1));
         assert_eq!(number("decoder.final_norm"), Some(encoder + decoder - 1));
         assert_eq!(number(&format!("decoder.block.{decoder}.self_attention.q")), None);

@@ -2,16 +2,19 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use switchyard_kernels::test_device;
 
 use burn::tensor::Tensor;
-use switchyard_config::ModelConfig;
 use switchyard_config::plan::RoutingConfig;
-use switchyard_kernels::{Columns, DispatchPlan, TokenNoise, VocabularyShard, int_tensor};
+use switchyard_config::{ModelConfig, StackKind};
+use switchyard_kernels::{
+    Columns, DispatchPlan, GradientMarks, LinearMap, TokenNoise, VocabularyShard, int_tensor, linear_map,
+};
 use switchyard_model::generate::greedy;
 use switchyard_model::{
     Capacity, Dispatched, ForwardContext, LocalDispatcher, SenderCounts, SwitchTransformer, TensorParallel,
-    TokenDispatcher, WholeTensors,
+    TokenDispatcher, WholeTensors, block_number,
 };
 
 use super::{paper_routing, random_batch, random_ids, small_model, values};
@@ -50,6 +53,104 @@ impl TensorParallel for Part {
 
     fn columns(&self, local: usize) -> Columns {
         WholeTensors.columns(local)
+    }
+}
+
+/// Notes at which place of the forward pass each product began, and which marks its backward pass finds.
+#[derive(Debug, Clone, Default)]
+struct Watched {
+    marks: GradientMarks,
+    /// Rows of each product's input, in the order of the forward pass.
+    rows: Arc<Mutex<Vec<usize>>>,
+    /// Numbers of products in the order of the backward pass, and the blocks whose mark was there before.
+    passed: Arc<Mutex<Vec<(usize, Vec<usize>)>>>,
+}
+
+#[derive(Debug)]
+struct Probe(Watched, usize);
+
+impl LinearMap for Probe {
+    fn forward(&self, _: &[f32]) -> Option<Vec<f32>> {
+        None
+    }
+
+    fn backward(&self, _: &[f32]) -> Option<Vec<f32>> {
+        let passed = (0..9).filter(|&block| self.0.marks.number("any", block).is_some()).collect();
+        self.0.passed.lock().unwrap().push((self.1, passed));
+        None
+    }
+}
+
+impl TensorParallel for Watched {
+    fn splits(&self) -> bool {
+        false
+    }
+
+    fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2> {
+        let (shape, mut rows) = (x_nd.dims(), self.rows.lock().unwrap());
+        rows.push(shape[0]);
+        linear_map(x_nd, Arc::new(Probe(self.clone(), rows.len() - 1)), shape)
+    }
+
+    fn copy_in_gates(&self, gates: Tensor<1>) -> Tensor<1> {
+        gates
+    }
+
+    fn reduce_out(&self, x_nd: Tensor<2>) -> Tensor<2> {
+        x_nd
+    }
+
+    fn vocabulary(&self, vocab_size: usize) -> Range<usize> {
+        WholeTensors.vocabulary(vocab_size)
+    }
+
+    fn vocabulary_shard(&self, vocab_size: usize) -> Option<VocabularyShard> {
+        WholeTensors.vocabulary_shard(vocab_size)
+    }
+
+    fn gather_vocabulary(&self, logits_nv: Tensor<2>) -> Tensor<2> {
+        logits_nv
+    }
+
+    fn columns(&self, local: usize) -> Columns {
+        WholeTensors.columns(local)
+    }
+}
+
+/// The mark of a parameter's block is behind its gradient: the backward pass of what its product reads comes first.
+#[test]
+fn marks_are_behind_the_gradients_of_their_blocks() {
+    let (config, routing) = (small_model(), paper_routing());
+    let watched = Watched::default();
+    let context = ForwardContext {
+        marks: Some(&watched.marks),
+        tensor_parallel: &watched,
+        ..ForwardContext::evaluation(&config, &routing)
+    };
+    let model = SwitchTransformer::new(&config, 3, &test_device().autodiff());
+    let output = model.loss(&random_batch(2, 8, 4, 40), 0.0, &context);
+    let _ = output.cross_entropy.loss_sum.backward();
+    let (rows, passed) = (watched.rows.lock().unwrap(), watched.passed.lock().unwrap());
+    let first_of_decoder = rows.iter().position(|&rows| rows == 8).unwrap();
+    let of_block = [
+        first_of_decoder / config.layers(StackKind::Encoder),
+        (rows.len() - first_of_decoder) / config.layers(StackKind::Decoder),
+    ];
+    assert_eq!(passed.len(), rows.len());
+    for (product, passed) in passed.iter() {
+        let name = if *product < first_of_decoder {
+            format!("encoder.block.{}.self_attention.q", product / of_block[0])
+        } else {
+            let block = (product - first_of_decoder) / of_block[1];
+            let part = if rows[*product] == 16 { "cross_attention.k" } else { "self_attention.q" };
+            format!("decoder.block.{block}.{part}")
+        };
+        // The head comes behind the last block.
+        let Some(block) = block_number(&name, &config) else {
+            assert_eq!(*product, rows.len() - 1, "{name}");
+            continue;
+        };
+        assert!(!passed.contains(&block), "{name}: the mark of block {block} comes before its gradient");
     }
 }
 

@@ -44,14 +44,16 @@ impl OwnerExchange {
                 let Some(first) = turns.first() else { return Ok(owned) };
                 let side = SideWork::behind(first.behind.as_ref().expect("there are marks"), any);
                 let rooms = rooms();
-                for turn in &turns {
+                let travelled = turns.iter().try_for_each(|turn| {
                     turn.behind.iter().for_each(|mark| mark.holds(any));
                     let cargo = turn.bucket.packed_gradients(rank(turn), &local);
                     cargo.travel(devices(turn), any)?;
                     rooms[turn.lane].add_all(&cargo.arrived);
-                }
-                // Before the gradients' memory goes to others.
+                    Ok(())
+                });
+                // Before the gradients' memory goes to others, also after an error.
                 side.leave().holds(any);
+                travelled?;
                 rooms
             }
             Overlap::Nothing | Overlap::Exchanges => {
@@ -147,7 +149,10 @@ impl Overlap<'_> {
             let side = SideWork::behind(&any.mark(), any);
             let travelled = cargo.travel(devices(turn), any);
             let there = side.leave();
-            travelled?;
+            if travelled.is_err() {
+                there.holds(any);
+                return travelled;
+            }
             under_way.replace((turn, cargo, there)).into_iter().for_each(&arrive);
         }
         under_way.into_iter().for_each(arrive);
