@@ -62,9 +62,18 @@ struct Watched {
     marks: GradientMarks,
     /// Rows of each product's input, in the order of the forward pass.
     rows: Arc<Mutex<Vec<usize>>>,
-    /// Numbers of products in the order of the backward pass, and the blocks whose mark was there before.
-    passed: Arc<Mutex<Vec<(usize, Vec<usize>)>>>,
+    /// In the order of the backward pass.
+    products: Arc<Mutex<Vec<Product>>>,
 }
+
+/// A product by its number in the forward pass, and the blocks whose marks its backward pass found.
+#[derive(Debug)]
+struct Product {
+    number: usize,
+    passed: Vec<usize>,
+}
+
+const UNPOISONED: &str = "no test thread panics while it holds this";
 
 #[derive(Debug)]
 struct Probe(Watched, usize);
@@ -76,7 +85,7 @@ impl LinearMap for Probe {
 
     fn backward(&self, _: &[f32]) -> Option<Vec<f32>> {
         let passed = (0..9).filter(|&block| self.0.marks.number("any", block).is_some()).collect();
-        self.0.passed.lock().unwrap().push((self.1, passed));
+        self.0.products.lock().expect(UNPOISONED).push(Product { number: self.1, passed });
         None
     }
 }
@@ -87,7 +96,7 @@ impl TensorParallel for Watched {
     }
 
     fn copy_in(&self, x_nd: Tensor<2>) -> Tensor<2> {
-        let (shape, mut rows) = (x_nd.dims(), self.rows.lock().unwrap());
+        let (shape, mut rows) = (x_nd.dims(), self.rows.lock().expect(UNPOISONED));
         rows.push(shape[0]);
         linear_map(x_nd, Arc::new(Probe(self.clone(), rows.len() - 1)), shape)
     }
@@ -130,24 +139,25 @@ fn marks_are_behind_the_gradients_of_their_blocks() {
     let model = SwitchTransformer::new(&config, 3, &test_device().autodiff());
     let output = model.loss(&random_batch(2, 8, 4, 40), 0.0, &context);
     let _ = output.cross_entropy.loss_sum.backward();
-    let (rows, passed) = (watched.rows.lock().unwrap(), watched.passed.lock().unwrap());
+    let (rows, products) =
+        (watched.rows.lock().expect(UNPOISONED), watched.products.lock().expect(UNPOISONED));
     let first_of_decoder = rows.iter().position(|&rows| rows == 8).unwrap();
     let of_block = [
         first_of_decoder / config.layers(StackKind::Encoder),
         (rows.len() - first_of_decoder) / config.layers(StackKind::Decoder),
     ];
-    assert_eq!(passed.len(), rows.len());
-    for (product, passed) in passed.iter() {
-        let name = if *product < first_of_decoder {
-            format!("encoder.block.{}.self_attention.q", product / of_block[0])
+    assert_eq!(products.len(), rows.len());
+    for Product { number, passed } in products.iter() {
+        let name = if *number < first_of_decoder {
+            format!("encoder.block.{}.self_attention.q", number / of_block[0])
         } else {
-            let block = (product - first_of_decoder) / of_block[1];
-            let part = if rows[*product] == 16 { "cross_attention.k" } else { "self_attention.q" };
+            let block = (number - first_of_decoder) / of_block[1];
+            let part = if rows[*number] == 16 { "cross_attention.k" } else { "self_attention.q" };
             format!("decoder.block.{block}.{part}")
         };
         // The head comes behind the last block.
         let Some(block) = block_number(&name, &config) else {
-            assert_eq!(*product, rows.len() - 1, "{name}");
+            assert_eq!(*number, rows.len() - 1, "{name}");
             continue;
         };
         assert!(!passed.contains(&block), "{name}: the mark of block {block} comes before its gradient");
