@@ -5,8 +5,9 @@
 //! bound the memory of the exchange.
 
 mod on_devices;
+mod overlap;
 
-pub use on_devices::Overlap;
+pub use overlap::Overlap;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;

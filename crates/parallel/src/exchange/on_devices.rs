@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use switchyard_comm::{CommError, DeviceCommunicator, Piece, ReduceOp};
 use switchyard_config::partition::Part;
-use switchyard_kernels::{DeviceFormat, DeviceMark, DeviceValues, GradientMarks, SideWork, Values};
+use switchyard_kernels::{DeviceFormat, DeviceValues, SideWork, Values};
 
+use super::overlap::{Overlap, Turn, turns};
 use super::{Bucket, Lane, Leg, OwnerExchange};
 use crate::on_devices::{slice, stream};
 use crate::sums::Gradients;
@@ -108,89 +109,6 @@ impl OwnerExchange {
     }
 }
 
-/// What goes on while gradients and values travel between devices.
-#[derive(Debug, Clone, Copy)]
-pub enum Overlap<'a> {
-    /// Nothing.
-    Nothing,
-    /// Those of the next bucket are brought together, and those of the one before are taken in.
-    Exchanges,
-    /// For gradients, the rest of the backward pass, which has been asked for and leaves these marks: each bucket
-    /// travels when it has all of it. For values, as [`Exchanges`](Self::Exchanges).
-    BackwardPass(&'a GradientMarks),
-}
-
-impl Overlap<'_> {
-    /// Lets what `pack` makes of each turn travel; `land` takes in what has arrived.
-    fn travel<'a, 'd>(
-        self,
-        turns: &'a [Turn<'a>],
-        any: &DeviceValues,
-        devices: impl Fn(&Turn<'a>) -> &'d dyn DeviceCommunicator,
-        pack: impl Fn(&Turn<'a>) -> Cargo<'a>,
-        land: impl Fn(&Turn<'a>, Cargo<'a>),
-    ) -> Result<(), CommError> {
-        if matches!(self, Self::Nothing) {
-            for turn in turns {
-                let cargo = pack(turn);
-                cargo.travel(devices(turn), any)?;
-                land(turn, cargo);
-            }
-            return Ok(());
-        }
-        let mut under_way: Option<(&Turn<'a>, Cargo<'a>, DeviceMark)> = None;
-        // What travels keeps its memory until the work that comes next has waited for it.
-        let arrive = |(turn, cargo, there): (&Turn<'a>, Cargo<'a>, DeviceMark)| {
-            there.holds(any);
-            land(turn, cargo);
-        };
-        for turn in turns {
-            let cargo = pack(turn);
-            let side = SideWork::behind(&any.mark(), any);
-            let travelled = cargo.travel(devices(turn), any);
-            let there = side.leave();
-            if travelled.is_err() {
-                there.holds(any);
-                return travelled;
-            }
-            under_way.replace((turn, cargo, there)).into_iter().for_each(&arrive);
-        }
-        under_way.into_iter().for_each(arrive);
-        Ok(())
-    }
-}
-
-/// A bucket of one of several lanes.
-struct Turn<'a> {
-    lane: usize,
-    bucket: &'a Bucket,
-    /// What the backward pass comes past when it has all gradients of the bucket, where it left marks.
-    behind: Option<Arc<DeviceMark>>,
-}
-
-/// All buckets, in the order in which a backward pass that left marks has their gradients, the last mark being its
-/// end. Every rank has the same order: what a bucket has on any of them counts.
-fn turns<'a>(lanes: &[&'a Lane], marked: Option<(&GradientMarks, Arc<DeviceMark>)>) -> Vec<Turn<'a>> {
-    let buckets =
-        |(lane, of_lane): (usize, &&'a Lane)| of_lane.buckets.iter().map(move |bucket| (lane, bucket));
-    let all = lanes.iter().enumerate().flat_map(buckets);
-    let Some((marks, end)) = marked else {
-        return all.map(|(lane, bucket)| Turn { lane, bucket, behind: None }).collect();
-    };
-    let mut numbered: Vec<_> = all
-        .map(|(lane, bucket)| {
-            let number = |(name, block): (&String, &Option<usize>)| marks.number(name, (*block)?);
-            // No parameter may be without.
-            let last =
-                bucket.parameters.iter().map(number).try_fold(0, |last, number| Some(last.max(number?)));
-            let behind = last.map_or_else(|| Arc::clone(&end), |number| marks.mark(number));
-            (last.unwrap_or(usize::MAX), Turn { lane, bucket, behind: Some(behind) })
-        })
-        .collect();
-    numbered.sort_by_key(|(number, _)| *number);
-    numbered.into_iter().map(|(_, turn)| turn).collect()
-}
-
 /// Values that go from one rank to another as one.
 struct Message<'a> {
     peer: usize,
@@ -217,7 +135,7 @@ impl Message<'_> {
 }
 
 /// What of a bucket goes to others and what comes, of this rank too.
-struct Cargo<'a> {
+pub(super) struct Cargo<'a> {
     sent: Vec<Message<'a>>,
     arrived: Vec<Message<'a>>,
     /// This rank, if what arrives from it is there already.
@@ -226,7 +144,11 @@ struct Cargo<'a> {
 
 impl Cargo<'_> {
     /// Asks for the exchange, on the stream of work on `any`.
-    fn travel(&self, devices: &dyn DeviceCommunicator, any: &DeviceValues) -> Result<(), CommError> {
+    pub(super) fn travel(
+        &self,
+        devices: &dyn DeviceCommunicator,
+        any: &DeviceValues,
+    ) -> Result<(), CommError> {
         let sends: Vec<Piece> = self.sent.iter().map(Message::piece).collect();
         let others = self.arrived.iter().filter(|message| Some(message.peer) != self.here);
         let receives: Vec<Piece> = others.map(Message::piece).collect();
@@ -426,7 +348,7 @@ mod tests {
     use switchyard_config::parameters::{ParameterSpec, parameters};
     use switchyard_config::partition::held_part;
     use switchyard_config::{HierarchicalAllToAll, MeshShape, ModelConfig, preset};
-    use switchyard_kernels::{Place, mark_gradients, place_of, test_device};
+    use switchyard_kernels::{DeviceMark, GradientMarks, Place, mark_gradients, place_of, test_device};
     use switchyard_model::block_number;
     use switchyard_random::{Philox, unit_f32};
 
@@ -550,6 +472,12 @@ mod tests {
     }
 
     fn brings_new_values_to_all(model: &ModelConfig, mesh: &Mesh, exchange: &OwnerExchange) {
+        for overlap in [Overlap::Nothing, Overlap::Exchanges] {
+            brings_new_values(model, mesh, exchange, overlap);
+        }
+    }
+
+    fn brings_new_values(model: &ModelConfig, mesh: &Mesh, exchange: &OwnerExchange, overlap: Overlap<'_>) {
         let mut held = BTreeMap::new();
         let mut wholes = BTreeMap::new();
         for (number, spec) in (0..).zip(parameters(model)) {
@@ -575,7 +503,6 @@ mod tests {
             let (unit, (spec, _, whole)) = (&exchange.units()[name], &wholes[name]);
             whole.part_of(&spec.shape, [&unit.part.start, &unit.part.shape]).copied()
         };
-        let overlap = if mesh.shape().expert == 1 { Overlap::Nothing } else { Overlap::Exchanges };
         exchange.spread_on_devices(owned, &held, overlap).expect("it works");
         for (name, (spec, part, whole)) in &wholes {
             let expected = whole.part_of(&spec.shape, [&part.start, &part.shape]);
