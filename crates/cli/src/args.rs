@@ -10,6 +10,7 @@ use switchyard_comm::Choice;
 use switchyard_config::HierarchicalAllToAll;
 use switchyard_config::plan::ParallelPlan;
 use switchyard_kernels::DeviceName;
+use switchyard_parallel::TokenTravel;
 
 pub(crate) use self::bench::{
     BenchCheckpointArguments, BenchCommand, BenchGemmArguments, BenchLayerArguments, BenchStepArguments,
@@ -173,12 +174,13 @@ pub(crate) enum TokensTravel {
     Never,
 }
 
-impl From<TokensTravel> for HierarchicalAllToAll {
+impl From<TokensTravel> for TokenTravel {
     fn from(way: TokensTravel) -> Self {
-        match way {
-            TokensTravel::Auto => Self::Auto,
-            TokensTravel::Never => Self::Never,
-        }
+        let hierarchical = match way {
+            TokensTravel::Auto => HierarchicalAllToAll::Auto,
+            TokensTravel::Never => HierarchicalAllToAll::Never,
+        };
+        Self { hierarchical, ..Self::default() }
     }
 }
 

@@ -84,7 +84,7 @@ impl Job {
     ) -> anyhow::Result<Arc<Mesh>> {
         let shape = MeshShape::of_model(model, &sizes.plan(), self.ranks()).map_err(report::in_options);
         let (world, shape) = (self.communicator_on(device)?, self.agree(shape)?);
-        Ok(Arc::new(Mesh::new(world, shape, false, sizes.hierarchical_all_to_all.into())?))
+        Ok(Arc::new(Mesh::new(world, shape, sizes.hierarchical_all_to_all.into())?))
     }
 
     /// How much the terminal is told by this rank.

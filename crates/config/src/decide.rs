@@ -227,7 +227,9 @@ same_keys! {
 }
 
 same_keys! {
-    CommTable in "comm" <=> CommPlan { timeout_s, deterministic, hierarchical_all_to_all, overlap }
+    CommTable in "comm" <=> CommPlan {
+        timeout_s, deterministic, hierarchical_all_to_all, dispatch_chunks, overlap
+    }
 }
 
 same_keys! {

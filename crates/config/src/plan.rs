@@ -268,6 +268,10 @@ pub struct CommPlan {
     /// How tokens travel between machines; plans of earlier versions do not say.
     #[serde(default)]
     pub hierarchical_all_to_all: HierarchicalAllToAll,
+    /// Chunks in which tokens travel between GPUs while experts compute others, 0 for all before and after; plans of
+    /// earlier versions do not say.
+    #[serde(default)]
+    pub dispatch_chunks: usize,
     /// What goes on while gradients and values travel between GPUs; plans of earlier versions do not say.
     #[serde(default)]
     pub overlap: ExchangeOverlap,

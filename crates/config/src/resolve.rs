@@ -127,6 +127,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "comm.timeout_s",
     "comm.deterministic",
     "comm.hierarchical_all_to_all",
+    "comm.dispatch_chunks",
     "comm.overlap",
     "checkpoint.every_steps",
     "checkpoint.keep_last",

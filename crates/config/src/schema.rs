@@ -314,6 +314,11 @@ table! {
         /// after machine, as many on each, and more than one; `always` refuses ranks that stand otherwise; `never`.
         /// Nothing is computed otherwise.
         hierarchical_all_to_all: HierarchicalAllToAll = Value("\"auto\""),
+        /// Chunks in which tokens travel between GPUs to their experts and back, so that those of one travel while the
+        /// experts compute another: as many parts of each rank's experts, or of the slots of its only one. Gradients of
+        /// the experts' weights are computed while the last travels back. 0: tokens travel at once, before and after
+        /// the experts. Nothing is computed otherwise.
+        dispatch_chunks: usize = Value("1"),
         /// What goes on between GPUs while gradients travel to their owners and new values back: `exchanges`: those of
         /// the next bucket are brought together and those of the one before are taken in; `backward`: the rest of
         /// the backward pass, of steps of one micro-batch without recomputation; `nothing`. Nothing is computed

@@ -76,6 +76,15 @@ impl DeviceMark {
     }
 }
 
+/// What is done beside other work; one kind does not wait for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SideKind {
+    /// Gradients and new values travel.
+    Exchange,
+    /// Tokens travel to their experts and back.
+    Tokens,
+}
+
 /// While it lives, what this thread asks of the device of some values is done beside what it had asked for before.
 ///
 /// Values that were there before and are used meanwhile must live until other work has
@@ -88,11 +97,12 @@ pub struct SideWork {
 }
 
 impl SideWork {
-    /// Behind `mark`, where the values are. In main memory work is done when it is asked for.
-    pub fn behind(mark: &DeviceMark, values: &DeviceValues) -> Self {
+    /// Behind `mark` and earlier work of the same `kind`, where the values are. In main memory work is done when it
+    /// is asked for.
+    pub fn behind(mark: &DeviceMark, values: &DeviceValues, kind: SideKind) -> Self {
         #[cfg(feature = "libtorch")]
-        let on_gpu = crate::torch::recording::SideStream::beside(values);
-        let _ = values;
+        let on_gpu = crate::torch::recording::SideStream::beside(values, kind);
+        let _ = (values, kind);
         let side = Self {
             #[cfg(feature = "libtorch")]
             on_gpu,

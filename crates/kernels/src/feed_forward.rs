@@ -17,7 +17,10 @@ use crate::expert_rows::ExpertRows;
 use crate::gemm::{Multiply, Threads, View, ViewMut, Write, matmul};
 use crate::host::{self, by_format};
 use crate::noise::{Columns, Factor, NoiseKey, TokenNoise};
+#[cfg(feature = "libtorch")]
+use crate::operation::apply_in_torch;
 use crate::operation::{Operand, Operation, apply, given};
+use crate::slot_travel::SlotWay;
 
 /// Weights of a dense layer.
 #[derive(Debug)]
@@ -84,17 +87,45 @@ pub fn feed_forward(
 /// does not depend on where the expert lives; `rows.places` must be there for it.
 ///
 /// With a `deferral` gradients of the weights may go there instead of into automatic differentiation.
+///
+/// With a `way`, which only values of LibTorch have, `dispatched` are this rank's slots at the experts of all ranks,
+/// `[num_experts, slots, d_model]`; they go there, and the outputs of all come back. `rows` tells what is at the
+/// experts of this rank, a segment for each sender.
 pub fn expert_feed_forward(
     dispatched: Tensor<3>,
     weights: ExpertWeights,
     activation: Activation,
     dropout: HiddenDropout,
     rows: ExpertRows,
+    way: Option<SlotWay>,
     deferral: Option<Deferral>,
 ) -> Tensor<3> {
     let gated = weights.wi_gate.is_some();
     let layer = FeedForward { activation, dropout, threads: threads(&rows), rows, gated, deferral };
-    run(layer, dispatched, weights, None)
+    match way {
+        None => run(layer, dispatched, weights, None),
+        Some(way) => run_travelling(layer, way, dispatched, weights),
+    }
+}
+
+#[cfg(feature = "libtorch")]
+fn run_travelling(layer: FeedForward, way: SlotWay, sent: Tensor<3>, weights: ExpertWeights) -> Tensor<3> {
+    let [experts, _, _] = weights.wi.dims();
+    let [all, slots, _] = sent.dims();
+    layer.rows.check(experts, all / experts * slots);
+    assert_eq!(all, experts * layer.rows.segments, "every sender has slots at the experts of all");
+    let operation = crate::torch::travelling::TravellingExperts { layer, way };
+    let (x, wi, wo) = (Operand::from(sent), Operand::from(weights.wi), Operand::from(weights.wo));
+    let [out] = match weights.wi_gate.map(Operand::from) {
+        Some(gate) => apply_in_torch(operation, [x, wo, wi, gate]),
+        None => apply_in_torch(operation, [x, wo, wi]),
+    };
+    out.into_tensor()
+}
+
+#[cfg(not(feature = "libtorch"))]
+fn run_travelling(_: FeedForward, _: SlotWay, _: Tensor<3>, _: ExpertWeights) -> Tensor<3> {
+    unreachable!("no values lie on devices that could bring them to each other")
 }
 
 fn run(
@@ -114,7 +145,7 @@ fn run(
     out.into_tensor()
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct FeedForward {
     pub(crate) activation: Activation,
     pub(crate) dropout: HiddenDropout,
@@ -127,7 +158,7 @@ pub(crate) struct FeedForward {
     )]
     pub(crate) deferral: Option<Deferral>,
     /// Who shares a product.
-    threads: Threads,
+    pub(crate) threads: Threads,
 }
 
 /// Experts for each thread that make it not worth while to share their products.

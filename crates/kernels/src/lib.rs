@@ -43,6 +43,7 @@ mod projection;
 mod route;
 mod router_logits;
 mod seed;
+mod slot_travel;
 #[cfg(feature = "libtorch")]
 mod torch;
 mod vocabulary;
@@ -54,7 +55,7 @@ pub use device::{
     DeviceError, DeviceMemory, DeviceName, Place, allow_tf32, bind_device, device_memory, devices,
     gpu_failure, gpus, place_of, test_device,
 };
-pub use device_work::{DeviceMark, SideWork, device_zeros};
+pub use device_work::{DeviceMark, SideKind, SideWork, device_zeros};
 pub use dispatch::{combine, dispatch};
 pub use element::{Element, bf16};
 pub use embedding::{embedding, embedding_and_table, embedding_shard, embedding_two};
@@ -80,6 +81,7 @@ pub use projection::{add, project, project_onto, project_three, project_two};
 pub use route::{RouteOptions, Routing, route_expert_choice, route_top1, route_top2};
 pub use router_logits::router_logits;
 pub use seed::with_gradient;
+pub use slot_travel::{SlotChunk, SlotTravel, SlotWay};
 #[cfg(feature = "libtorch")]
 pub use torch::deferred::{Deferral, DeferredGradients};
 #[cfg(feature = "libtorch")]

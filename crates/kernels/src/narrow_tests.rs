@@ -200,7 +200,10 @@ fn experts_some_without_tokens() {
         };
         let dropout = HiddenDropout { rate: 0.0, key: noise().key, columns: None };
         let slots = l.leaf([3, 6, 12], 1);
-        vec![expert_feed_forward(slots, weights, Activation::Relu, dropout, rows, None).reshape([18, 12])]
+        vec![
+            expert_feed_forward(slots, weights, Activation::Relu, dropout, rows, None, None)
+                .reshape([18, 12]),
+        ]
     });
 }
 

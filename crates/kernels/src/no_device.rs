@@ -118,6 +118,11 @@ impl DeviceValues {
         match self.0 {}
     }
 
+    /// Puts values in the place of these in another order.
+    pub fn write_swapped(&self, _: [usize; 3], _: &Self) {
+        match self.0 {}
+    }
+
     /// Where the first value lies.
     pub fn address(&self) -> u64 {
         match self.0 {}

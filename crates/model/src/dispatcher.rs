@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use switchyard_kernels::{DispatchPlan, ExpertRows, TokenNoise, combine, dispatch};
+use switchyard_kernels::{DispatchPlan, ExpertRows, SlotWay, TokenNoise, combine, dispatch};
 
 /// Moves tokens into expert slots and expert outputs back.
 ///
@@ -24,7 +24,7 @@ pub trait TokenDispatcher: Send + Sync {
     /// Brings expert outputs back, weighted by the gates.
     ///
     /// # Shapes
-    /// `outputs_lcd`: `[l, c, d]` as dispatched with these `counts`; `gates`: one a slot of the plan. Returns
+    /// `outputs_lcd`: shaped as what was dispatched with these `counts`; `gates`: one a slot of the plan. Returns
     /// `[n, d]`, added to `residual_nd` if given; a dropped token gets exactly 0.
     fn combine(
         &self,
@@ -44,11 +44,13 @@ pub trait TokenDispatcher: Send + Sync {
 #[derive(Debug)]
 pub struct Dispatched {
     /// `[l, c, d]`, where `l` experts live on this device and `c` counts the slots of all senders;
-    /// unused slots are 0.
+    /// unused slots are 0. Those that have a [`way`](Self::way) before them are still here: `[num_experts, c, d]`.
     pub slots_lcd: Tensor<3>,
     /// Which of the slots hold a token: not what the plan says, which is the sender's.
     pub rows: ExpertRows,
-    /// What the way back needs to know.
+    /// How they get to their experts and outputs back, where that goes on beside the experts' work.
+    pub way: Option<SlotWay>,
+    /// What the way back needs to know, where outputs do not come back by themselves.
     pub counts: SenderCounts,
 }
 
@@ -67,7 +69,7 @@ impl TokenDispatcher for LocalDispatcher {
 
     fn dispatch(&self, tokens_nd: Tensor<2>, plan: &DispatchPlan, noise: Option<TokenNoise>) -> Dispatched {
         let (slots_lcd, rows) = (dispatch(tokens_nd, plan), ExpertRows::local(plan, noise));
-        Dispatched { slots_lcd, rows, counts: SenderCounts::default() }
+        Dispatched { slots_lcd, rows, way: None, counts: SenderCounts::default() }
     }
 
     fn combine(

@@ -2,12 +2,14 @@
 //!
 //! Owns which way they take; knows of experts only that each rank has as many.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use switchyard_comm::{
     Buffer, BufferMut, CommError, Communicator, DeviceCommunicator, DeviceSlice, DeviceStream, Element, Piece,
 };
 use switchyard_config::{HierarchicalAllToAll, ranks_of_each_machine};
+use switchyard_kernels::SlotChunk;
 
 #[cfg(test)]
 mod tests;
@@ -78,27 +80,22 @@ impl AllToAll {
         self.by_machine.as_ref().map_or(0, |by_machine| by_machine.staged(len))
     }
 
-    /// Brings as many values for every rank and each of its `experts` from device to device: from `sent` by
-    /// rank, `[p, l]`, to `received` by expert, `[l, p]`, or in the other direction the reverse. `staging` has
-    /// room for the values on the way.
+    /// Brings as many values for every rank and each of its experts from device to device, from the grid of one
+    /// side to that of the other. `staging` has room for the values on the way.
     ///
     /// # Panics
-    /// When the group has no devices, or the values are not as many for every rank and expert.
+    /// When the group has no devices, or the grids have not as much room for every rank and expert.
     pub(crate) fn exchange_on_devices(
         &self,
-        (direction, experts): (Direction, usize),
-        [sent, staging, received]: [DeviceSlice; 3],
+        direction: Direction,
+        at_tokens: Grid,
+        staging: DeviceSlice,
+        at_experts: Grid,
         stream: DeviceStream,
     ) -> Result<(), CommError> {
-        let ranks = self.group.size();
-        assert!(sent.len().is_multiple_of(ranks * experts), "as many values for every rank and expert");
-        assert_eq!(sent.len(), received.len(), "as many come as go");
-        let (at_tokens, at_experts) = match direction {
-            Direction::ToExperts => (sent, received),
-            Direction::ToTokens => (received, sent),
-        };
-        let at_tokens = Grid { values: at_tokens, ranks, experts, by_expert: false };
-        let at_experts = Grid { values: at_experts, ranks, experts, by_expert: true };
+        let (ranks, experts) = (self.group.size(), at_tokens.experts);
+        assert_eq!(at_tokens.room(), [ranks, experts, at_tokens.len], "a place for every rank");
+        assert_eq!(at_tokens.room(), at_experts.room(), "as many come as go");
         if let Some(by_machine) = &self.by_machine {
             return by_machine.exchange_on_devices(direction, at_tokens, staging, at_experts, stream);
         }
@@ -162,7 +159,8 @@ impl ByMachine {
         len - len / self.across.size()
     }
 
-    /// Nothing is copied, and what goes to or comes from another machine is one piece. That takes the order that
+    /// Nothing is copied, and what goes to or comes from another machine is one piece, unless chunks of its ranks lie
+    /// apart. That takes the order that
     /// suits the side of the tokens, where all values of a machine's ranks lie together: from there first across,
     /// as DeepSeek-V3 does it (arXiv:2412.19437, section 3.2.2), and to there last.
     fn exchange_on_devices(
@@ -175,17 +173,17 @@ impl ByMachine {
     ) -> Result<(), CommError> {
         let (machines, ranks, here) = (self.across.size(), self.inside.size(), self.across.rank());
         let others = || (0..machines).filter(move |&machine| machine != here);
-        let staged = Grid { values: staging, ranks: at_tokens.ranks - ranks, ..at_tokens };
-        let whole = |grid: Grid, number: usize| {
-            let length = at_tokens.values.len() / machines;
-            grid.values.part(number * length..(number + 1) * length)
+        let sizes = [at_tokens.ranks - ranks, at_tokens.experts];
+        let staged = Grid::by_rank(staging.part(0..sizes[0] * sizes[1] * at_tokens.len), sizes);
+        // Ranks of a machine whose values lie apart at the tokens have a piece each.
+        let together = if at_tokens.is_dense() { ranks } else { 1 };
+        let of_machine = |grid: Grid, peer: usize, number: usize| {
+            let starts = (number * ranks..(number + 1) * ranks).step_by(together);
+            starts.map(move |rank| Piece { peer, values: grid.of_ranks(rank..rank + together) })
         };
-        let of_machines: Vec<Piece> =
-            others().map(|peer| Piece { peer, values: whole(at_tokens, peer) }).collect();
-        let of_staging: Vec<Piece> = others()
-            .enumerate()
-            .map(|(number, peer)| Piece { peer, values: whole(staged, number) })
-            .collect();
+        let of_machines: Vec<Piece> = others().flat_map(|peer| of_machine(at_tokens, peer, peer)).collect();
+        let of_staging: Vec<Piece> =
+            others().enumerate().flat_map(|(number, peer)| of_machine(staged, peer, number)).collect();
         let handed = |place: usize, machine: usize, expert: usize| {
             if machine == here {
                 return at_tokens.of(here * ranks + place, expert);
@@ -226,21 +224,79 @@ impl ByMachine {
     }
 }
 
-/// As many values for every rank and expert: by rank, then expert, or the reverse.
+/// As many values for every rank and each of some experts, at equal distances.
 #[derive(Debug, Clone, Copy)]
-struct Grid {
+pub(crate) struct Grid {
     values: DeviceSlice,
     ranks: usize,
     /// Experts of a rank.
     experts: usize,
-    by_expert: bool,
+    /// Values for one expert of one rank.
+    len: usize,
+    /// Where the first are.
+    first: usize,
+    /// From a rank to the next.
+    of_rank: usize,
+    /// From an expert to the next.
+    of_expert: usize,
 }
 
 impl Grid {
+    /// `[ranks, experts, len]`
+    pub(crate) fn by_rank(values: DeviceSlice, [ranks, experts]: [usize; 2]) -> Self {
+        let len = values.len() / (ranks * experts);
+        Self { values, ranks, experts, len, first: 0, of_rank: experts * len, of_expert: len }
+    }
+
+    /// `[experts, ranks, len]`
+    pub(crate) fn by_expert(values: DeviceSlice, [ranks, experts]: [usize; 2]) -> Self {
+        let len = values.len() / (ranks * experts);
+        Self { values, ranks, experts, len, first: 0, of_rank: len, of_expert: ranks * len }
+    }
+
+    /// Those of a chunk in `[ranks, experts, slots, width]`.
+    pub(crate) fn chunk_by_rank(
+        values: DeviceSlice,
+        [ranks, experts, slots]: [usize; 3],
+        chunk: &SlotChunk,
+    ) -> Self {
+        let of_slot = values.len() / (ranks * experts * slots).max(1);
+        Self {
+            values,
+            ranks,
+            experts: chunk.experts.len(),
+            len: chunk.slots.len() * of_slot,
+            first: (chunk.experts.start * slots + chunk.slots.start) * of_slot,
+            of_rank: experts * slots * of_slot,
+            of_expert: slots * of_slot,
+        }
+    }
+
+    /// The experts of a rank, whose values lie together, as one.
+    pub(crate) fn as_one_expert(self) -> Self {
+        assert_eq!(self.of_expert, self.len, "the values of a rank lie together");
+        Self { experts: 1, len: self.experts * self.len, ..self }
+    }
+
+    fn room(&self) -> [usize; 3] {
+        [self.ranks, self.experts, self.len]
+    }
+
     fn of(&self, rank: usize, expert: usize) -> DeviceSlice {
-        let length = self.values.len() / (self.ranks * self.experts);
-        let place = if self.by_expert { expert * self.ranks + rank } else { rank * self.experts + expert };
-        self.values.part(place * length..(place + 1) * length)
+        let start = self.first + rank * self.of_rank + expert * self.of_expert;
+        self.values.part(start..start + self.len)
+    }
+
+    /// Whether the values of a rank follow those of the one before.
+    fn is_dense(&self) -> bool {
+        self.of_expert == self.len && self.of_rank == self.experts * self.len
+    }
+
+    /// Those of some ranks, one behind the other.
+    fn of_ranks(&self, ranks: Range<usize>) -> DeviceSlice {
+        assert!(self.of_expert == self.len || self.experts == 1, "the values of a rank lie together");
+        let start = self.first + ranks.start * self.of_rank;
+        self.values.part(start..start + ranks.len() * self.experts * self.len)
     }
 }
 

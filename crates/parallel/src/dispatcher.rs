@@ -6,13 +6,14 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 use switchyard_comm::{Buffer, BufferMut, CommError, Communicator, Element, ReduceOp};
 use switchyard_config::HierarchicalAllToAll;
+use switchyard_config::plan::CommPlan;
 use switchyard_kernels::{
-    DeviceMap, DeviceValues, DispatchPlan, ExpertRows, LinearMap, TokenNoise, TokenPlace, WeightGradients,
-    bf16, combine, dispatch, integers, linear_map,
+    DeviceMap, DeviceValues, DispatchPlan, ExpertRows, LinearMap, SlotChunk, SlotTravel, SlotWay, TokenNoise,
+    TokenPlace, WeightGradients, bf16, combine, dispatch, integers, linear_map,
 };
 use switchyard_model::{Dispatched, SenderCounts, TokenDispatcher};
 
-use crate::all_to_all::{AllToAll, Direction};
+use crate::all_to_all::{AllToAll, Direction, Grid};
 use crate::failure::Failure;
 use crate::on_devices::{slice, stream};
 
@@ -29,12 +30,34 @@ pub struct AllToAllDispatcher {
     all_to_all: Arc<AllToAll>,
     failure: Failure,
     deterministic: bool,
+    chunks: usize,
+}
+
+/// How tokens travel to their experts.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TokenTravel {
+    /// Tokens of each sender stay apart at the experts, and so do their gradients of the weights, for sums in the
+    /// order of the global batch.
+    pub deterministic: bool,
+    /// Whether they travel machine by machine where the ranks stand so; who insists on it asks
+    /// [`MeshShape::check_machines`](switchyard_config::MeshShape::check_machines) first.
+    pub hierarchical: HierarchicalAllToAll,
+    /// Chunks that travel from device to device while the experts compute others; 0 for all at once, before and after
+    /// the experts.
+    pub chunks: usize,
+}
+
+impl From<&CommPlan> for TokenTravel {
+    fn from(plan: &CommPlan) -> Self {
+        let CommPlan {
+            deterministic, hierarchical_all_to_all: hierarchical, dispatch_chunks: chunks, ..
+        } = *plan;
+        Self { deterministic, hierarchical, chunks }
+    }
 }
 
 impl AllToAllDispatcher {
-    /// Over `group`; errors of what is dispatched go to `failure`. `deterministic` keeps the tokens of each
-    /// sender apart, and their gradients of the weights. `hierarchical` says whether tokens travel machine by
-    /// machine where the ranks stand so.
+    /// Over `group`; errors of what is dispatched go to `failure`.
     ///
     /// # Collective
     /// Over `group`.
@@ -43,10 +66,11 @@ impl AllToAllDispatcher {
     pub fn new(
         group: Arc<dyn Communicator>,
         failure: Failure,
-        deterministic: bool,
-        hierarchical: HierarchicalAllToAll,
+        travel: TokenTravel,
     ) -> Result<Self, CommError> {
-        Ok(Self { all_to_all: Arc::new(AllToAll::new(group, hierarchical)?), failure, deterministic })
+        let TokenTravel { deterministic, hierarchical, chunks } = travel;
+        let all_to_all = Arc::new(AllToAll::new(group, hierarchical)?);
+        Ok(Self { all_to_all, failure, deterministic, chunks })
     }
 
     /// Whether tokens travel machine by machine.
@@ -104,7 +128,8 @@ impl AllToAllDispatcher {
         plan.is_on_devices().then(|| {
             let (all_to_all, failure) = (Arc::clone(&self.all_to_all), self.failure.clone());
             let local = plan.num_experts / all_to_all.group().size();
-            Arc::new(DeviceTravel { all_to_all, failure, direction, local })
+            let slots = plan.slots_per_expert;
+            Arc::new(DeviceTravel { all_to_all, failure, direction, local, slots })
         })
     }
 
@@ -117,8 +142,8 @@ impl AllToAllDispatcher {
             first_expert: self.group().rank() * there.local,
             segments: self.group().size(),
             // No peer sends more than its slots, but what arrives becomes an index.
-            used: there.go(there.direction, &used).clamped(0, slots).into(),
-            places: places.map(|places| there.go(there.direction, &places).into()),
+            used: there.told(&used).clamped(0, slots).into(),
+            places: places.map(|places| there.told(&places).into()),
             weight_gradients,
         }
     }
@@ -150,8 +175,13 @@ impl TokenDispatcher for AllToAllDispatcher {
         let local = plan.num_experts / senders;
         if let Some(there) = self.on_devices(plan, Direction::ToExperts) {
             let rows = self.rows_on_devices(&there, &ExpertRows::local(plan, noise), slots);
-            let slots_lcd = linear_map(dispatch(tokens_nd, plan), there, [local, senders * slots, d]);
-            return Dispatched { slots_lcd, rows, counts: SenderCounts::default() };
+            let (sent_ecd, counts) = (dispatch(tokens_nd, plan), SenderCounts::default());
+            if self.chunks == 0 {
+                let slots_lcd = linear_map(sent_ecd, there, [local, senders * slots, d]);
+                return Dispatched { slots_lcd, rows, way: None, counts };
+            }
+            let way = SlotWay::new(there, self.chunks, [local, slots], rows.weight_gradients);
+            return Dispatched { slots_lcd: sent_ecd, rows, way: Some(way), counts };
         }
         let counts = self.counts(plan);
         let there = self.travel(Direction::ToExperts, self.layout(&counts, slots, d));
@@ -168,7 +198,7 @@ impl TokenDispatcher for AllToAllDispatcher {
             places: noise.map(|noise| self.places(plan, noise, &counts).into()),
             weight_gradients,
         };
-        Dispatched { slots_lcd, rows, counts }
+        Dispatched { slots_lcd, rows, way: None, counts }
     }
 
     fn combine(
@@ -182,6 +212,7 @@ impl TokenDispatcher for AllToAllDispatcher {
         let [_, _, d] = outputs_lcd.dims();
         let slots = plan.slots_per_expert;
         let back: Arc<dyn LinearMap> = match self.on_devices(plan, Direction::ToTokens) {
+            Some(_) if self.chunks > 0 => return combine(outputs_lcd, gates, plan, residual_nd),
             Some(back) => back,
             None => self.travel(Direction::ToTokens, self.layout(counts, slots, d)),
         };
@@ -286,7 +317,7 @@ impl LinearMap for Travel {
     }
 }
 
-/// One way of the slots from device to device; the gradient takes the other.
+/// The way of the slots from device to device.
 ///
 /// What a rank has for its own tokens goes by expert of all ranks, `[senders, l]`; at the experts it stands by
 /// expert, then sender, `[l, senders]`.
@@ -294,32 +325,82 @@ impl LinearMap for Travel {
 struct DeviceTravel {
     all_to_all: Arc<AllToAll>,
     failure: Failure,
+    /// That of the values, if all travel at once; their gradients take the other.
     direction: Direction,
     /// Experts of a rank.
     local: usize,
+    /// Slots of a sender at an expert.
+    slots: usize,
 }
 
 impl DeviceTravel {
-    /// As many values for every expert and sender, brought to the others' places.
+    /// All values, brought to the others' places.
     fn go(&self, direction: Direction, values: &DeviceValues) -> DeviceValues {
-        let (senders, local) = (self.all_to_all.group().size(), self.local);
-        let slots = values.len() / (senders * local);
-        if local == 1 || slice(values).bytes() >= senders * local * PIECE_BYTES {
-            return self.exchange(direction, local, values);
+        let moved = values.room(values.len());
+        let (at_tokens, at_experts) = match direction {
+            Direction::ToExperts => (values, &moved),
+            Direction::ToTokens => (&moved, values),
+        };
+        self.bring(direction, self.slots, &self.all(self.slots), at_tokens, at_experts);
+        moved
+    }
+
+    /// Integers that say something of the slots, as many for every expert, brought to the experts.
+    fn told(&self, integers: &DeviceValues) -> DeviceValues {
+        // What is lost on the way must not become an index.
+        let told = integers.zeros(integers.len());
+        let of_expert = integers.len() / (self.all_to_all.group().size() * self.local);
+        self.bring(Direction::ToExperts, of_expert, &self.all(of_expert), integers, &told);
+        told
+    }
+
+    fn all(&self, slots: usize) -> SlotChunk {
+        SlotChunk { experts: 0..self.local, slots: 0..slots }
+    }
+
+    /// Brings a chunk of `slots` slots of every rank's experts to the other side.
+    fn bring(
+        &self,
+        direction: Direction,
+        slots: usize,
+        chunk: &SlotChunk,
+        at_tokens: &DeviceValues,
+        at_experts: &DeviceValues,
+    ) {
+        let (senders, experts) = (self.all_to_all.group().size(), chunk.experts.len());
+        let of_tokens = Grid::chunk_by_rank(slice(at_tokens), [senders, self.local, slots], chunk);
+        if experts == 1 || slice(at_experts).bytes() >= senders * experts * PIECE_BYTES {
+            let of_experts = Grid::by_expert(slice(at_experts), [senders, experts]);
+            return self.exchange(direction, of_tokens, of_experts, at_experts);
         }
-        match direction {
-            Direction::ToExperts => self.exchange(direction, 1, values).swapped([senders, local, slots]),
-            Direction::ToTokens => self.exchange(direction, 1, &values.swapped([local, senders, slots])),
+        let of_expert = at_experts.len() / (senders * experts);
+        let by_rank = match direction {
+            Direction::ToExperts => at_experts.room(at_experts.len()),
+            Direction::ToTokens => at_experts.swapped([experts, senders, of_expert]),
+        };
+        let as_one = Grid::by_rank(slice(&by_rank), [senders, 1]);
+        self.exchange(direction, of_tokens.as_one_expert(), as_one, at_experts);
+        if direction == Direction::ToExperts {
+            at_experts.write_swapped([senders, experts, of_expert], &by_rank);
         }
     }
 
-    /// The same for as many values for each of `experts` of every rank; of one, they go by rank at both ends.
-    fn exchange(&self, direction: Direction, experts: usize, values: &DeviceValues) -> DeviceValues {
-        let moved = values.room(values.len());
-        let staging = values.room(self.all_to_all.staged(values.len()));
-        let places = [values, &staging, &moved].map(slice);
-        let exchanged = self.all_to_all.exchange_on_devices((direction, experts), places, stream(values));
-        self.failure.keep(exchanged.map(|()| moved), || values.zeros(values.len()))
+    fn exchange(&self, direction: Direction, at_tokens: Grid, at_experts: Grid, like: &DeviceValues) {
+        let staging = like.room(self.all_to_all.staged(like.len()));
+        let (staging, stream) = (slice(&staging), stream(like));
+        let exchanged =
+            self.all_to_all.exchange_on_devices(direction, at_tokens, staging, at_experts, stream);
+        self.failure.keep(exchanged, || ());
+    }
+}
+
+impl SlotTravel for DeviceTravel {
+    fn to_experts(&self, chunk: &SlotChunk, sent: &DeviceValues, there: &DeviceValues) {
+        self.bring(Direction::ToExperts, self.slots, chunk, sent, there);
+    }
+
+    fn to_tokens(&self, chunk: &SlotChunk, there: &DeviceValues, sent: &DeviceValues) {
+        self.bring(Direction::ToTokens, self.slots, chunk, sent, there);
     }
 }
 

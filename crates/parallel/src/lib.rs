@@ -15,7 +15,7 @@ mod split_tensors;
 mod sums;
 
 pub use bench::{device_time, measure_collectives};
-pub use dispatcher::AllToAllDispatcher;
+pub use dispatcher::{AllToAllDispatcher, TokenTravel};
 pub use exchange::{Overlap, Owned, OwnerExchange, Unit};
 pub use failure::Failure;
 pub use mesh::{Agreement, Mesh, agree, gather_text};

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use switchyard_comm::{CommError, Communicator, ReduceOp, Solo};
-use switchyard_config::{Coordinates, HierarchicalAllToAll, MeshShape};
+use switchyard_config::{Coordinates, MeshShape};
 use switchyard_kernels::{DeviceMark, DeviceValues};
 use switchyard_model::{LocalDispatcher, TensorParallel, TokenDispatcher, WholeTensors};
 
-use crate::dispatcher::AllToAllDispatcher;
+use crate::dispatcher::{AllToAllDispatcher, TokenTravel};
 use crate::failure::Failure;
 use crate::on_devices::{slice, stream};
 use crate::split_tensors::SplitTensors;
@@ -45,17 +45,12 @@ impl Mesh {
 
     /// Cuts `world` into the groups of `shape`, which has as many ranks.
     ///
-    /// `deterministic` keeps the gradients of experts apart by the rank that sent the tokens, for
-    /// sums in the order of the global batch. `hierarchical` says whether tokens travel machine by machine
-    /// where the ranks stand so; who insists on it asks [`MeshShape::check_machines`] first.
-    ///
     /// # Errors
     /// When the ranks cannot agree.
     pub fn new(
         world: Arc<dyn Communicator>,
         shape: MeshShape,
-        deterministic: bool,
-        hierarchical: HierarchicalAllToAll,
+        travel: TokenTravel,
     ) -> Result<Self, CommError> {
         if world.size() == 1 {
             return Ok(Self::solo());
@@ -69,8 +64,7 @@ impl Mesh {
         let (dispatcher, is_hierarchical): (Box<dyn TokenDispatcher>, bool) = match shape.expert {
             1 => (Box::new(LocalDispatcher), false),
             _ => {
-                let dispatcher =
-                    AllToAllDispatcher::new(expert, failure.clone(), deterministic, hierarchical)?;
+                let dispatcher = AllToAllDispatcher::new(expert, failure.clone(), travel)?;
                 let is_hierarchical = dispatcher.is_hierarchical();
                 (Box::new(dispatcher), is_hierarchical)
             }
@@ -292,7 +286,7 @@ mod tests {
         let ranks = switchyard_comm::threads(shape.ranks(), Duration::from_secs(10)).into_iter();
         let ranks = ranks.map(|world| {
             std::thread::spawn(move || {
-                ask(&Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk"))
+                ask(&Mesh::new(world, shape, TokenTravel::default()).expect("ranks that talk"))
             })
         });
         ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect()

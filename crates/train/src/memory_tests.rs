@@ -5,10 +5,10 @@ use std::thread;
 use std::time::Duration;
 
 use burn::tensor::Device;
-use switchyard_config::{HierarchicalAllToAll, MemorySummary, MeshShape, RunPlan, rank_memory, resolve_str};
+use switchyard_config::{MemorySummary, MeshShape, RunPlan, rank_memory, resolve_str};
 use switchyard_data::HostBatch;
 use switchyard_kernels::{Values, ValuesMut};
-use switchyard_parallel::{Gradients, Mesh, SumFormats};
+use switchyard_parallel::{Gradients, Mesh, SumFormats, TokenTravel};
 
 use crate::step::{Learner, device_batch, training_context};
 
@@ -129,9 +129,8 @@ fn every_rank_of_a_mesh_has_what_is_foreseen() {
             .map(|world| {
                 let plan = plan.clone();
                 thread::spawn(move || {
-                    let mesh = Arc::new(
-                        Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk"),
-                    );
+                    let mesh =
+                        Arc::new(Mesh::new(world, shape, TokenTravel::default()).expect("ranks that talk"));
                     held(&mut Learner::new(&plan, &Device::flex().autodiff(), mesh))
                 })
             })

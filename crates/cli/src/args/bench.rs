@@ -139,6 +139,9 @@ pub(crate) struct BenchStepArguments {
     /// What goes on while gradients and new values travel between GPUs.
     #[arg(long, value_name = "WHAT", default_value = "exchanges")]
     pub overlap: Overlap,
+    /// Chunks in which tokens travel between GPUs while the experts compute others; 0: all before and after them.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub dispatch_chunks: usize,
     #[command(flatten)]
     pub mesh: MeshArguments,
     /// Print a JSON object.

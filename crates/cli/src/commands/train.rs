@@ -9,7 +9,6 @@ use burn::tensor::Device;
 use switchyard_checkpoint::hf::{self, StoredDtype};
 use switchyard_checkpoint::open_model;
 use switchyard_comm::Choice;
-use switchyard_config::plan::CommPlan;
 use switchyard_config::{ConfigError, MemorySummary, MeshShape, Resolved, RunPlan, rank_memory, resolve};
 use switchyard_data::DataSet;
 use switchyard_kernels::{DeviceName, allow_tf32, device_memory};
@@ -82,9 +81,7 @@ fn train_together(
     let machines = job.communicator().machines();
     job.agree(shape.check_machines(plan, machines, &resolved.provenance).map_err(Into::into))?;
     let device = job.device(device)?;
-    let CommPlan { deterministic, hierarchical_all_to_all, .. } = plan.comm;
-    let mesh =
-        Arc::new(Mesh::new(job.communicator_on(&device)?, shape, deterministic, hierarchical_all_to_all)?);
+    let mesh = Arc::new(Mesh::new(job.communicator_on(&device)?, shape, (&plan.comm).into())?);
     job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let root = arguments.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&plan.name));
     let opened = job.agree(resume(&arguments.resume).and_then(|resume| {

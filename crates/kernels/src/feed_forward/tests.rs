@@ -120,6 +120,7 @@ fn experts_equal_the_composed_reference_on_the_slots_that_hold_a_token() {
             dropout(rate),
             ExpertRows::local(&plan, Some(noise())),
             None,
+            None,
         );
         let of = |t: &Tensor<3>, expert: usize| t.clone().slice(expert..expert + 1).squeeze_dim::<2>(0);
         let experts = held.iter().enumerate().map(|(expert, tokens)| {
@@ -146,7 +147,8 @@ fn an_expert_without_tokens_stays_zero() {
     let weights = ExpertWeights { wi: random([2, 4, 5]), wi_gate: None, wo: random([2, 5, 4]) };
     let (wi, wo) = (weights.wi.clone(), weights.wo.clone());
     let rows = ExpertRows::local(&plan, Some(noise()));
-    let out = expert_feed_forward(random([2, 3, 4]), weights, Activation::Relu, dropout(0.5), rows, None);
+    let out =
+        expert_feed_forward(random([2, 3, 4]), weights, Activation::Relu, dropout(0.5), rows, None, None);
     let gradients = out.clone().square().sum().backward();
     let idle = |t: Tensor<3>| t.slice(1..2).abs().max().into_scalar::<f32>();
     assert_eq!(idle(out), 0.0);
@@ -178,7 +180,7 @@ fn slots_of_several_senders_equal_the_composed_reference() {
     for (kind, gated, rate) in cases() {
         let x: Tensor<3> = random([2, 6, 6]);
         let weights = ExpertWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
-        let fused = expert_feed_forward(x.clone(), weights, kind, dropout(rate), rows.clone(), None);
+        let fused = expert_feed_forward(x.clone(), weights, kind, dropout(rate), rows.clone(), None, None);
         let of = |t: &Tensor<3>, expert: usize| t.clone().slice(expert..expert + 1).squeeze_dim::<2>(0);
         let experts = (0..2).map(|expert| {
             // All slots by the reference, then 0 where nothing is: the mask multiplies the outputs.
@@ -243,7 +245,7 @@ fn run_segments(
     let x = leaf(&chosen(x), [2, slots, d]);
     let [wi, gate, wo] = [(0, [2, d, f]), (1, [2, d, f]), (2, [2, f, d])].map(|(i, s)| leaf(&weights[i], s));
     let stack = ExpertWeights { wi: wi.clone(), wi_gate: gated.then(|| gate.clone()), wo: wo.clone() };
-    let out = expert_feed_forward(x.clone(), stack, kind, dropout(rate), rows, None);
+    let out = expert_feed_forward(x.clone(), stack, kind, dropout(rate), rows, None, None);
     let upstream = Tensor::<1>::from_data(chosen(upstream).as_slice(), &device).reshape([2, slots, d]);
     let gradients = (out.clone() * upstream).sum().backward();
     let leaves = if gated { vec![x, wi, gate, wo] } else { vec![x, wi, wo] };
@@ -302,7 +304,7 @@ fn experts_of_one_token_drop_different_activations() {
     };
     let rows = ExpertRows::local(&plan, Some(noise()));
     let x = Tensor::ones([2, 1, 64], &device);
-    let out = expert_feed_forward(x, weights, Activation::Relu, dropout(0.5), rows, None);
+    let out = expert_feed_forward(x, weights, Activation::Relu, dropout(0.5), rows, None, None);
     let [first, second] = [0, 1].map(|expert| out.clone().slice(expert..expert + 1).into_data());
     assert_ne!(first, second);
 }

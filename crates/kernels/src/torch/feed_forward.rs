@@ -76,7 +76,7 @@ fn activated(activation: Activation, x: &Tensor) -> Tensor {
 
 impl FeedForward {
     /// Inputs in the order of the operation; weights have one matrix for each gradient.
-    fn composed(&self, inputs: &[&Tensor]) -> Tensor {
+    pub(crate) fn composed(&self, inputs: &[&Tensor]) -> Tensor {
         let [x, wo, wi, others @ ..] = inputs else { panic!("a layer has three tensors at least") };
         let (gate, residual) =
             if self.gated { (others.first(), others.get(1)) } else { (None, others.first()) };
@@ -138,7 +138,7 @@ impl FeedForward {
     }
 
     /// The inputs with each expert's matrices as often as they get gradients.
-    fn repeated<const N: usize>(&self, inputs: &[TchTensor; N]) -> [TchTensor; N] {
+    pub(crate) fn repeated<const N: usize>(&self, inputs: &[TchTensor; N]) -> [TchTensor; N] {
         let parts = self.rows.gradients() as i64;
         let weights = if self.gated { 1..4 } else { 1..3 };
         std::array::from_fn(|i| {
@@ -161,17 +161,36 @@ pub(crate) enum Saved {
 #[derive(Debug)]
 pub(crate) struct Kept {
     x: TchTensor,
-    wo: TchTensor,
-    wi: Vec<TchTensor>,
+    /// Output matrices, then input matrices.
+    weights: Vec<TchTensor>,
     /// `x wi` of every input matrix; of an ungated ReLU layer the hidden values instead.
     projected: Vec<TchTensor>,
     rows: DeviceRows,
     has_residual: bool,
 }
 
+/// Hidden values on the way back.
+#[derive(Debug)]
+pub(crate) struct HiddenRoom {
+    /// What the activation was computed of; of an ungated ReLU layer its values.
+    before: Vec<Tensor>,
+    /// The values that were multiplied with the output matrices.
+    values: Tensor,
+    /// Of what the activation was computed of.
+    gradients: Vec<Tensor>,
+}
+
+impl HiddenRoom {
+    /// A part of each.
+    pub(crate) fn part(&self, of: impl Fn(&Tensor) -> Tensor) -> Self {
+        let parts = |all: &[Tensor]| all.iter().map(&of).collect();
+        Self { before: parts(&self.before), values: of(&self.values), gradients: parts(&self.gradients) }
+    }
+}
+
 /// What kernels read of the rows.
 #[derive(Debug)]
-struct DeviceRows {
+pub(crate) struct DeviceRows {
     /// Absent where every slot holds a token.
     used: Option<TchTensor>,
     /// Absent without dropout, and where slots hold the tokens in order.
@@ -179,9 +198,18 @@ struct DeviceRows {
 }
 
 /// Whether the kernels have hidden values as wide as these matrices make them.
-fn has_kernel(inputs: &[TchTensor]) -> bool {
+pub(crate) fn has_kernel(inputs: &[TchTensor]) -> bool {
     let [x, _, wi, ..] = inputs else { return false };
     in_pieces(wi.tensor.size()[2] as usize, format(&x.tensor))
+}
+
+/// Room for what every input matrix makes of `slots` slots of each expert.
+pub(crate) fn projected_room(slots: usize, wi: &[TchTensor]) -> Vec<Tensor> {
+    let room = |wi: &Tensor| {
+        let [experts, _, d_ff] = wi.size().try_into().expect("a stack of matrices");
+        Tensor::empty([experts, slots as i64, d_ff], (wi.kind(), wi.device()))
+    };
+    wi.iter().map(|wi| room(&wi.tensor)).collect()
 }
 
 fn transposed(matrices: &Tensor) -> Tensor {
@@ -189,12 +217,12 @@ fn transposed(matrices: &Tensor) -> Tensor {
 }
 
 impl FeedForward {
-    fn products(&self) -> Products {
+    pub(crate) fn products(&self) -> Products {
         Products { apart: self.rows.weight_gradients == WeightGradients::PerSegment }
     }
 
     /// Rows of slots as one matrix for each gradient of an expert's weights.
-    fn by_gradient(&self, slots: &Tensor) -> Tensor {
+    pub(crate) fn by_gradient(&self, slots: &Tensor) -> Tensor {
         let (size, parts) = (slots.size(), self.rows.gradients() as i64);
         slots.view([size[0] * parts, size[1] / parts, size[2]])
     }
@@ -204,7 +232,7 @@ impl FeedForward {
         TchTensor::from_existing(self.by_gradient(&slots.tensor), slots.storage.clone())
     }
 
-    fn device_rows(&self, x: &Tensor) -> DeviceRows {
+    pub(crate) fn device_rows(&self, x: &Tensor) -> DeviceRows {
         let segment_rows = x.size()[1] / self.rows.segments as i64;
         let used = match &self.rows.used.0 {
             Held::Torch(used) => Some(TchTensor::from_existing(narrow(&used.tensor), used.storage.clone())),
@@ -270,79 +298,112 @@ impl FeedForward {
         }
         let residual = inputs.next();
         let (products, rows) = (self.products(), self.device_rows(&x.tensor));
-        let pointwise = self.pointwise(&x.tensor, &wi[0].tensor, &rows);
-        let x_by_gradient = self.by_gradient(&x.tensor);
-        let within_product = self.keeps_activated() && self.dropout.rate == 0.0;
-        let relu = within_product.then(|| products.relu(&x_by_gradient, &wi[0].tensor)).flatten();
-        let (projected, hidden) = match relu {
-            Some(hidden) => {
-                // SAFETY: the hidden values have the sizes of `pointwise`.
-                started(unsafe { clear_empty_rows(queue, at(&hidden), pointwise) });
-                (vec![hidden.shallow_clone()], hidden)
-            }
-            None => self.activated(queue, &x_by_gradient, &wi, pointwise, tracked),
-        };
+        let slots = x.tensor.size()[1] as usize;
+        let projected: Vec<Tensor> =
+            projected_room(slots, &wi).iter().map(|all| self.by_gradient(all)).collect();
+        let hidden = self.hidden_into(queue, &x.tensor, &wi, &rows, &projected, tracked);
         let out = match &residual {
             Some(residual) => products.onto(&self.by_gradient(&residual.tensor), &hidden, &wo.tensor),
             None => products.of(&hidden, &wo.tensor),
         };
         let out = TchTensor::new(out.view_as(&x.tensor));
+        let weights = std::iter::once(wo).chain(wi).collect();
         let projected = projected.into_iter().map(TchTensor::new).collect();
-        (out, Kept { x, wo, wi, projected, rows, has_residual: residual.is_some() })
+        (out, Kept { x, weights, projected, rows, has_residual: residual.is_some() })
     }
 
-    /// What every input matrix makes of `x`, and the hidden values, which may lie in the same place.
-    fn activated(
+    /// Writes what every input matrix makes of `x`, `[experts, slots, d_model]`, to `projected`, or of an ungated ReLU
+    /// layer the hidden values. Returns these, which may lie in the same place.
+    pub(crate) fn hidden_into(
         &self,
         queue: Queue<'_>,
         x: &Tensor,
         wi: &[TchTensor],
-        pointwise: Hidden,
+        rows: &DeviceRows,
+        projected: &[Tensor],
         tracked: bool,
-    ) -> (Vec<Tensor>, Tensor) {
-        let projected: Vec<Tensor> = wi.iter().map(|wi| self.products().of(x, &wi.tensor)).collect();
+    ) -> Tensor {
+        let pointwise = self.pointwise(x, &wi[0].tensor, rows);
+        let (x, products) = (self.by_gradient(x), self.products());
+        let within_product = self.keeps_activated() && self.dropout.rate == 0.0;
+        if within_product && products.relu_into(&projected[0], &x, &wi[0].tensor) {
+            // SAFETY: the hidden values have the sizes of `pointwise`.
+            started(unsafe { clear_empty_rows(queue, at(&projected[0]), pointwise) });
+            return projected[0].shallow_clone();
+        }
+        wi.iter().zip(projected).for_each(|(wi, out)| products.into(out, &x, &wi.tensor));
         let in_place = self.keeps_activated() || !tracked;
         let hidden = if in_place { projected[0].shallow_clone() } else { projected[0].empty_like() };
         // SAFETY: all tensors have the sizes of `pointwise`; the hidden values may be written where they are read.
         started(unsafe {
             activate(queue, at(&projected[0]), at_optional(projected.get(1)), at(&hidden), pointwise)
         });
-        (projected, hidden)
+        hidden
     }
 
     /// Gradients of `x`, `wo` and every `wi`; those of weights are left out if they wait.
     fn launch_backward(&self, kept: &Kept, gradient: &TchTensor) -> Vec<Option<TchTensor>> {
-        let Kept { x, wo, wi, projected, rows, .. } = kept;
+        let Kept { x, weights, projected, rows, .. } = kept;
         let gradient = contiguous(gradient);
         let queue = queue(&gradient.tensor).expect("kernels were chosen on a GPU");
-        let products = self.products();
-        let pointwise = self.pointwise(&x.tensor, &wi[0].tensor, rows);
-        let (before, linear) = (&projected[0].tensor, projected.get(1).map(|linear| &linear.tensor));
-        let hidden = if self.keeps_activated() {
-            projected[0].clone()
-        } else {
-            let hidden = before.empty_like();
-            // SAFETY: as in the forward pass.
-            started(unsafe { activate(queue, at(before), at_optional(linear), at(&hidden), pointwise) });
-            TchTensor::new(hidden)
-        };
-        let gradient = self.part_by_gradient(&gradient);
-        let of_hidden = products.of(&gradient.tensor, &transposed(&wo.tensor));
-        let (of_hidden, of_linear) = self.through_activation(queue, of_hidden, before, linear, pointwise);
+        let (hidden, of_x) = (self.hidden_room(projected), x.tensor.empty_like());
+        self.through(queue, &gradient.tensor, weights, rows, &hidden, &of_x);
+        let of_weights = self.of_weights(self.weight_factors(x, &gradient, hidden));
+        std::iter::once(Some(TchTensor::new(of_x))).chain(of_weights).collect()
+    }
 
-        let mut of_x = products.of(&of_hidden, &transposed(&wi[0].tensor));
-        let rows_of_x = self.part_by_gradient(x);
-        let mut factors = vec![[hidden, gradient], [rows_of_x.clone(), TchTensor::new(of_hidden)]];
-        if let Some(of_linear) = of_linear {
-            products.add_to(&mut of_x, &of_linear, &transposed(&wi[1].tensor));
-            factors.push([rows_of_x, TchTensor::new(of_linear)]);
+    /// Room for the backward pass through hidden values, whose `projected` it reads.
+    pub(crate) fn hidden_room(&self, projected: &[TchTensor]) -> HiddenRoom {
+        let before: Vec<Tensor> = projected.iter().map(|all| all.tensor.shallow_clone()).collect();
+        let values = if self.keeps_activated() { before[0].shallow_clone() } else { before[0].empty_like() };
+        let gradients = before.iter().map(Tensor::empty_like).collect();
+        HiddenRoom { before, values, gradients }
+    }
+
+    /// The way of `gradient` through a layer of these `weights`, output matrices first: fills `hidden`, and writes the
+    /// gradient of its input to `of_x`. Both are `[experts, slots, d_model]`.
+    pub(crate) fn through(
+        &self,
+        queue: Queue<'_>,
+        gradient: &Tensor,
+        weights: &[TchTensor],
+        rows: &DeviceRows,
+        hidden: &HiddenRoom,
+        of_x: &Tensor,
+    ) {
+        let HiddenRoom { before, values, gradients } = hidden;
+        let (products, pointwise) = (self.products(), self.pointwise(gradient, &weights[1].tensor, rows));
+        if !self.keeps_activated() {
+            // SAFETY: as in the forward pass.
+            started(unsafe {
+                activate(queue, at(&before[0]), at_optional(before.get(1)), at(values), pointwise)
+            });
         }
-        let of_x = Some(TchTensor::new(of_x.view_as(&x.tensor)));
-        std::iter::once(of_x).chain(self.of_weights(factors)).collect()
+        products.into(&gradients[0], &self.by_gradient(gradient), &transposed(&weights[0].tensor));
+        self.through_activation(queue, before, gradients, pointwise);
+        let mut of_x = self.by_gradient(of_x);
+        products.into(&of_x, &gradients[0], &transposed(&weights[1].tensor));
+        if let Some(of_linear) = gradients.get(1) {
+            products.add_to(&mut of_x, of_linear, &transposed(&weights[2].tensor));
+        }
+    }
+
+    /// The factors of the gradients of the weights, that of `wo` first.
+    pub(crate) fn weight_factors(
+        &self,
+        x: &TchTensor,
+        gradient: &TchTensor,
+        hidden: HiddenRoom,
+    ) -> Vec<[TchTensor; 2]> {
+        let rows_of_x = self.part_by_gradient(x);
+        let of_output = [TchTensor::new(hidden.values), self.part_by_gradient(gradient)];
+        let of_inputs =
+            hidden.gradients.into_iter().map(|gradient| [rows_of_x.clone(), TchTensor::new(gradient)]);
+        std::iter::once(of_output).chain(of_inputs).collect()
     }
 
     /// Gradients of the weights by their factors, that of `wo` first; `None` for those that wait.
-    fn of_weights(&self, factors: Vec<[TchTensor; 2]>) -> Vec<Option<TchTensor>> {
+    pub(crate) fn of_weights(&self, factors: Vec<[TchTensor; 2]>) -> Vec<Option<TchTensor>> {
         let (matrices, products) = (factors.len(), self.products());
         match &self.deferral {
             Some(deferral) if deferral.is_worth_while(&factors) => {
@@ -357,29 +418,27 @@ impl FeedForward {
         }
     }
 
-    /// Turns the gradient of the hidden values into those of the activated and of the linear factor.
+    /// Turns the gradient of the hidden values, the first of `gradients`, into that of the activated factor; writes that
+    /// of the linear one.
     fn through_activation(
         &self,
         queue: Queue<'_>,
-        of_hidden: Tensor,
-        before: &Tensor,
-        linear: Option<&Tensor>,
+        before: &[Tensor],
+        gradients: &[Tensor],
         mut pointwise: Hidden,
-    ) -> (Tensor, Option<Tensor>) {
-        let of_linear = linear.map(Tensor::empty_like);
+    ) {
         if self.keeps_activated() {
             pointwise.dropout = Some(HiddenDropout::Done(self.dropout.rate));
         }
         let addresses = ActivationGradients {
-            gradient: at(&of_hidden),
-            x: at(before),
-            linear: at_optional(linear),
-            x_gradient: at(&of_hidden),
-            linear_gradient: at_optional(of_linear.as_ref()),
+            gradient: at(&gradients[0]),
+            x: at(&before[0]),
+            linear: at_optional(before.get(1)),
+            x_gradient: at(&gradients[0]),
+            linear_gradient: at_optional(gradients.get(1)),
         };
         // SAFETY: all tensors have the sizes of `pointwise`; a gradient may be written where it is read.
         started(unsafe { activate_backward(queue, addresses, pointwise) });
-        (of_hidden, of_linear)
     }
 }
 

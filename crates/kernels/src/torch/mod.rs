@@ -23,6 +23,7 @@ mod projection;
 pub(crate) mod recording;
 mod route;
 pub(crate) mod settings;
+pub(crate) mod travelling;
 pub(crate) mod update;
 mod with_kernels;
 

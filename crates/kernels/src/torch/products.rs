@@ -97,12 +97,10 @@ impl Products {
         }
     }
 
-    /// `max(a b, 0)`, 0 for NaN too; `None` where no product does that at once.
-    pub(crate) fn relu(self, a: &Tensor, b: &Tensor) -> Option<Tensor> {
-        let planned = self.planned(a, b, None, None, Epilogue::Relu)?;
-        let out = planned.room();
-        planned.launch(&out, None);
-        Some(out)
+    /// Writes `max(a b, 0)`, 0 for NaN too, to `out`; false where no product does that at once, and nothing is written.
+    pub(crate) fn relu_into(self, out: &Tensor, a: &Tensor, b: &Tensor) -> bool {
+        let planned = self.planned(a, b, Some(out), None, Epilogue::Relu);
+        planned.inspect(|planned| planned.launch(out, None)).is_some()
     }
 
     /// The product as cuBLASLt takes it; `None` where it is not for it. `out` is new if it is not given.

@@ -15,6 +15,7 @@ use switchyard_cuda::{CudaError, Mark, PinnedIntegers, PinnedWords, Queue, Strea
 use tch::{Kind, Tensor, no_grad};
 
 use crate::device::GPU_FAILED;
+use crate::device_work::SideKind;
 use crate::optimizer::UpdateOutcome;
 use crate::torch::gpu::{at, fill_noise_step, gpu, in_process, queue, started};
 use crate::torch::place;
@@ -81,7 +82,7 @@ pub struct WorkStream {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Role {
     Work,
-    Beside,
+    Beside(SideKind),
 }
 
 /// While it lives, LibTorch puts this thread's work for a GPU on a stream.
@@ -175,7 +176,7 @@ impl WorkStream {
     }
 }
 
-/// While it lives, this thread's work for a GPU goes to a second stream.
+/// While it lives, this thread's work for a GPU goes to another stream.
 #[derive(Debug)]
 pub(crate) struct SideStream {
     guard: StreamGuard,
@@ -185,10 +186,10 @@ pub(crate) struct SideStream {
 
 impl SideStream {
     /// Beside the work on `values`, if they are on a GPU.
-    pub(crate) fn beside(values: &DeviceValues) -> Option<Self> {
+    pub(crate) fn beside(values: &DeviceValues, kind: SideKind) -> Option<Self> {
         let tensor = values.clone().into_tensor().tensor;
         let tch::Device::Cuda(index) = tensor.device() else { return None };
-        let side = stream_of(index, Role::Beside).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
+        let side = stream_of(index, Role::Beside(kind)).unwrap_or_else(|error| panic!("{GPU_FAILED}{error}"));
         Some(Self { guard: StreamGuard::new(side, index), index, side })
     }
 

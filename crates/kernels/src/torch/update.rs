@@ -160,6 +160,12 @@ impl DeviceValues {
         Self(self.sharing(&blocks.transpose(0, 1)))
     }
 
+    /// Puts values of shape `[a, b, c]` in the place of all of these, in the order of `[b, a, c]`.
+    pub fn write_swapped(&self, [a, b, c]: [usize; 3], values: &Self) {
+        let view = |all: &Self, shape: [usize; 3]| all.0.tensor.view(shape.map(|n| n as i64).as_slice());
+        no_grad(|| view(self, [b, a, c]).copy_(&view(values, [a, b, c]).transpose(0, 1)));
+    }
+
     /// The `index`-th of `b` blocks in each of the `a` rows of values of shape `[a, b, c]`.
     #[must_use]
     pub fn block(&self, [a, b, c]: [usize; 3], index: usize) -> Self {

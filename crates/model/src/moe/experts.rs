@@ -30,7 +30,7 @@ impl Experts {
         }
     }
 
-    /// Every expert on its own slots. `[l, c, d] -> [l, c, d]`
+    /// Every expert on its own slots; outputs are shaped as these. `[l, c, d] -> [l, c, d]`
     pub fn forward(&self, dispatched: Dispatched, key: NoiseKey, context: &ForwardContext<'_>) -> Tensor<3> {
         let activated = self.wi.as_ref().or(self.wi_0.as_ref()).expect("experts are gated or not");
         let weights = ExpertWeights {
@@ -45,6 +45,7 @@ impl Experts {
         let inputs =
             [Some(activated), self.wi_1.as_ref()].into_iter().flatten().map(|matrix| matrix.id.val());
         let deferral = context.deferred.map(|deferred| deferred.of(self.wo.id.val(), inputs));
-        expert_feed_forward(dispatched.slots_lcd, weights, activation, dropout, dispatched.rows, deferral)
+        let Dispatched { slots_lcd, rows, way, .. } = dispatched;
+        expert_feed_forward(slots_lcd, weights, activation, dropout, rows, way, deferral)
     }
 }

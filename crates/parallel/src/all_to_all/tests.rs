@@ -104,9 +104,53 @@ fn device_way<T: Sample>(all_to_all: &AllToAll, direction: Direction, experts: u
     };
     let mut staging = vec![T::default(); all_to_all.staged(sent.len())];
     let mut received = vec![T::default(); sent.len()];
-    let places = [slice(&mut sent), slice(&mut staging), slice(&mut received)];
-    all_to_all.exchange_on_devices((direction, experts), places, DeviceStream::DEFAULT).expect("all come");
+    let (given, staging, received_at) = (slice(&mut sent), slice(&mut staging), slice(&mut received));
+    let sizes = [size, experts];
+    let (at_tokens, at_experts) = match direction {
+        Direction::ToExperts => (Grid::by_rank(given, sizes), Grid::by_expert(received_at, sizes)),
+        Direction::ToTokens => (Grid::by_rank(received_at, sizes), Grid::by_expert(given, sizes)),
+    };
+    let stream = DeviceStream::DEFAULT;
+    all_to_all.exchange_on_devices(direction, at_tokens, staging, at_experts, stream).expect("all come");
     assert_eq!(bits(&received), bits(&expected), "{direction:?}, {experts} experts");
+}
+
+/// Checks an exchange of a chunk of `slots` slots of each of several experts: it takes what belongs to it and no more.
+fn chunk_way(all_to_all: &AllToAll, direction: Direction, chunk: &SlotChunk, [experts, slots]: [usize; 2]) {
+    const WIDTH: usize = 2;
+    let (rank, size) = (all_to_all.group().rank(), all_to_all.group().size());
+    let here = |slot: usize| slot * WIDTH..(slot + 1) * WIDTH;
+    let of_expert = |from, to, expert| message::<i32>(from, to, expert, slots * WIDTH);
+    let whole = || (0..size).flat_map(|peer| (0..experts).map(move |expert| (peer, expert)));
+    let all: Vec<i32> = whole().flat_map(|(to, expert)| of_expert(rank, to, expert)).collect();
+    let in_chunk = |(from, to): (usize, usize), expert: usize| {
+        let slots = chunk.slots.clone().flat_map(here);
+        let values = of_expert(from, to, expert);
+        slots.map(|at| values[at]).collect::<Vec<_>>()
+    };
+    let at_experts: Vec<i32> = (chunk.experts.clone())
+        .flat_map(|expert| (0..size).map(move |from| (from, expert)))
+        .flat_map(|(from, expert)| in_chunk((from, rank), expert))
+        .collect();
+    let (mut tokens, mut there) = match direction {
+        Direction::ToExperts => (all.clone(), vec![0; at_experts.len()]),
+        Direction::ToTokens => (vec![-1; all.len()], at_experts.clone()),
+    };
+    let mut staging = vec![0; all_to_all.staged(there.len())];
+    let at_tokens = Grid::chunk_by_rank(slice(&mut tokens), [size, experts, slots], chunk);
+    let by_expert = Grid::by_expert(slice(&mut there), [size, chunk.experts.len()]);
+    let stream = DeviceStream::DEFAULT;
+    let staging = slice(&mut staging);
+    all_to_all.exchange_on_devices(direction, at_tokens, staging, by_expert, stream).expect("all come");
+    assert_eq!(there, at_experts, "{direction:?}, {chunk:?}");
+    let slot_of = |at: usize| (at / WIDTH / slots % experts, at / WIDTH % slots);
+    let belongs = |at: usize| {
+        let (expert, slot) = slot_of(at);
+        direction == Direction::ToExperts || chunk.experts.contains(&expert) && chunk.slots.contains(&slot)
+    };
+    let kept = |(at, &value): (usize, &i32)| if belongs(at) { value } else { -1 };
+    let expected: Vec<i32> = all.iter().enumerate().map(kept).collect();
+    assert_eq!(tokens, expected, "{direction:?}, {chunk:?}");
 }
 
 /// Checks every type, both on the host and from device to device.
@@ -119,6 +163,11 @@ fn all_ways(all_to_all: &AllToAll) {
             device_way::<f32>(all_to_all, direction, experts, length);
             device_way::<bf16>(all_to_all, direction, experts, length);
             device_way::<i32>(all_to_all, direction, experts, length);
+        }
+    }
+    for direction in DIRECTIONS {
+        for (experts, slots, sizes) in [(0..1, 0..3, [3, 3]), (1..3, 0..3, [3, 3]), (0..1, 1..4, [1, 5])] {
+            chunk_way(all_to_all, direction, &SlotChunk { experts, slots }, sizes);
         }
     }
 }

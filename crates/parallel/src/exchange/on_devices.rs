@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use switchyard_comm::{CommError, DeviceCommunicator, Piece, ReduceOp};
 use switchyard_config::partition::Part;
-use switchyard_kernels::{DeviceFormat, DeviceValues, SideWork, Values};
+use switchyard_kernels::{DeviceFormat, DeviceValues, SideKind, SideWork, Values};
 
 use super::overlap::{Overlap, Turn, turns};
 use super::{Bucket, Lane, Leg, OwnerExchange};
@@ -43,7 +43,11 @@ impl OwnerExchange {
             Overlap::BackwardPass(marks) => {
                 let turns = turns(&lanes, Some((marks, Arc::new(any.mark()))));
                 let Some(first) = turns.first() else { return Ok(owned) };
-                let side = SideWork::behind(first.behind.as_ref().expect("there are marks"), any);
+                let side = SideWork::behind(
+                    first.behind.as_ref().expect("there are marks"),
+                    any,
+                    SideKind::Exchange,
+                );
                 let rooms = rooms();
                 let travelled = turns.iter().try_for_each(|turn| {
                     turn.behind.iter().for_each(|mark| mark.holds(any));
@@ -347,14 +351,14 @@ mod tests {
     use switchyard_comm::threads;
     use switchyard_config::parameters::{ParameterSpec, parameters};
     use switchyard_config::partition::held_part;
-    use switchyard_config::{HierarchicalAllToAll, MeshShape, ModelConfig, preset};
+    use switchyard_config::{MeshShape, ModelConfig, preset};
     use switchyard_kernels::{DeviceMark, GradientMarks, Place, mark_gradients, place_of, test_device};
     use switchyard_model::block_number;
     use switchyard_random::{Philox, unit_f32};
 
     use super::*;
     use crate::sums::SumFormats;
-    use crate::{Mesh, world_on};
+    use crate::{Mesh, TokenTravel, world_on};
 
     const MESHES: [MeshShape; 4] = [
         MeshShape { data: 4, expert: 1, tensor: 1 },
@@ -383,8 +387,7 @@ mod tests {
         let ranks = threads(shape.ranks(), Duration::from_secs(60)).into_iter().map(|world| {
             thread::spawn(move || {
                 let world = world_on(world, &test_device()).expect("nobody is asked");
-                let mesh =
-                    Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk");
+                let mesh = Mesh::new(world, shape, TokenTravel::default()).expect("ranks that talk");
                 let model = model(vocab_size);
                 let specs = parameters(&model);
                 let sums = SumFormats::narrow(specs.iter().filter(|spec| narrow && is_narrow(spec)));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use switchyard_comm::{CommError, DeviceCommunicator};
-use switchyard_kernels::{DeviceMark, DeviceValues, GradientMarks, SideWork};
+use switchyard_kernels::{DeviceMark, DeviceValues, GradientMarks, SideKind, SideWork};
 
 use super::on_devices::Cargo;
 use super::{Bucket, Lane};
@@ -46,7 +46,7 @@ impl Overlap<'_> {
         };
         for turn in turns {
             let cargo = pack(turn);
-            let side = SideWork::behind(&any.mark(), any);
+            let side = SideWork::behind(&any.mark(), any, SideKind::Exchange);
             let travelled = cargo.travel(devices(turn), any);
             let there = side.leave();
             if travelled.is_err() {

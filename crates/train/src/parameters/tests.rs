@@ -9,8 +9,8 @@ use std::time::Duration;
 use burn::tensor::Device;
 use serde_json::json;
 use switchyard_checkpoint::{Checkpoint, Contents, Pace, PendingCheckpoint, TensorPart, write_shards};
-use switchyard_config::{HierarchicalAllToAll, MeshShape, RunPlan, resolve_str};
-use switchyard_parallel::Mesh;
+use switchyard_config::{MeshShape, RunPlan, resolve_str};
+use switchyard_parallel::{Mesh, TokenTravel};
 
 use super::{Snapshot, load_parts};
 use crate::step::Learner;
@@ -47,9 +47,7 @@ fn on_ranks<T: Send + 'static>(
     let ranks = ranks.map(|(rank, world)| {
         let (plan, work) = (plan.clone(), work.clone());
         thread::spawn(move || {
-            let mesh = Arc::new(
-                Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).expect("ranks that talk"),
-            );
+            let mesh = Arc::new(Mesh::new(world, shape, TokenTravel::default()).expect("ranks that talk"));
             work(Learner::new(&plan, &Device::flex().autodiff(), mesh), rank)
         })
     });

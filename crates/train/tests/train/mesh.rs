@@ -10,7 +10,7 @@ use switchyard_config::partition::{Part, held_part, owners};
 use switchyard_config::{HierarchicalAllToAll, MeshShape, RunPlan};
 use switchyard_data::Share;
 use switchyard_kernels::{ValuesMut, test_device};
-use switchyard_parallel::{Mesh, world_on};
+use switchyard_parallel::{Mesh, TokenTravel, world_on};
 use switchyard_train::evaluate::{Evaluation, EvaluationRules, evaluate};
 use switchyard_train::{Learner, StepOutcome};
 
@@ -65,7 +65,7 @@ fn train_on(machines: &[usize], mesh: MeshShape, sets: &[&str], steps: u64) -> T
         thread::spawn(move || {
             let world = world_on(world, &test_device()).unwrap();
             let hierarchical = plan.comm.hierarchical_all_to_all;
-            let mesh = Mesh::new(world, mesh, plan.comm.deterministic, hierarchical).unwrap();
+            let mesh = Mesh::new(world, mesh, (&plan.comm).into()).unwrap();
             assert!(mesh.is_hierarchical() || hierarchical != HierarchicalAllToAll::Always);
             train_rank(&plan, Arc::new(mesh), steps)
         })
@@ -192,7 +192,7 @@ fn the_last_bit_of_weights_moves_gradients_as_far_as_split_tensors_do() {
     let plan = plan(MeshShape::SOLO, &ADAMW);
     let specs = parameters(&plan.model);
     let world = threads(1, Duration::from_secs(60)).remove(0);
-    let mesh = Arc::new(Mesh::new(world, MeshShape::SOLO, false, HierarchicalAllToAll::Auto).unwrap());
+    let mesh = Arc::new(Mesh::new(world, MeshShape::SOLO, TokenTravel::default()).unwrap());
     let mut learner = Learner::new(&plan, &test_device().autodiff(), Arc::clone(&mesh));
     let every_other = |values: ValuesMut<'_>| {
         let ValuesMut::F32(values) = values else { panic!("float32 weights") };
@@ -270,6 +270,35 @@ fn tokens_that_travel_machine_by_machine_change_no_bit() {
                 assert_eq!(found(BY_MACHINE), found(STRAIGHT), "{shape} {precision} {sums}");
             }
         }
+    }
+}
+
+#[test]
+fn tokens_that_travel_in_chunks_change_no_bit_of_whole_experts() {
+    for (shape, machines) in [(mesh(4, 2, 1), &[0; 4]), (mesh(4, 4, 1), &[0, 0, 1, 1])] {
+        for precision in ["precision.mode=\"fp32\"", "precision.mode=\"selective\""] {
+            for sums in ["comm.deterministic=false", "comm.deterministic=true"] {
+                let found = |chunks: usize| {
+                    let chunks = format!("comm.dispatch_chunks={chunks}");
+                    train_on(machines, shape, &[ADAMW[0], "model.num_experts=8", precision, sums, &chunks], 2)
+                };
+                let expected = found(0);
+                for chunks in [1, 2, 5] {
+                    assert_eq!(found(chunks), expected, "{chunks} chunks, {shape} {precision} {sums}");
+                }
+            }
+        }
+    }
+}
+
+/// The only expert of a rank has its slots cut, so that its gradients are added up in another order.
+#[test]
+fn chunks_of_the_only_expert_compute_the_same() {
+    let sets = |chunks| [ADAMW[0], chunks];
+    let expected = train(mesh(4, 4, 1), &sets("comm.dispatch_chunks=0"), 1);
+    for chunks in ["comm.dispatch_chunks=2", "comm.dispatch_chunks=3"] {
+        let found = train(mesh(4, 4, 1), &sets(chunks), 1);
+        assert_near(&found, &expected, mesh(4, 4, 1));
     }
 }
 
@@ -358,7 +387,7 @@ fn a_step_that_is_not_finite_is_skipped_on_all_ranks_alike() {
     let ranks = threads(shape.ranks(), Duration::from_secs(60)).into_iter().map(|world| {
         let plan = plan.clone();
         thread::spawn(move || {
-            let mesh = Arc::new(Mesh::new(world, shape, false, HierarchicalAllToAll::Auto).unwrap());
+            let mesh = Arc::new(Mesh::new(world, shape, TokenTravel::default()).unwrap());
             let mut learner = Learner::new(&plan, &test_device().autodiff(), Arc::clone(&mesh));
             let share = Share { index: mesh.at().data, of: 2, micro_batch_rows: 2 };
             let micro_batches = batch(&plan, 0).micro_batches(share);

@@ -67,7 +67,7 @@ fn measure(
     });
     job.agree(fitting)?;
     let shape = MeshShape { data: ranks, expert: ranks, tensor: 1 };
-    let mesh = Mesh::new(job.communicator_on(device)?, shape, false, way.into())?;
+    let mesh = Mesh::new(job.communicator_on(device)?, shape, way.into())?;
     let x = random_matrix([tokens, d_model], 1, device);
     let mut cases: Vec<_> = experts
         .iter()

@@ -272,7 +272,7 @@ impl Bench<'_> {
             };
             let weights = ExpertWeights { wi: wi.clone(), wi_gate: None, wo: wo.clone() };
             let dropout = HiddenDropout { rate: 0.0, key: NOISE, columns: None };
-            let out = expert_feed_forward(x.clone(), weights, Activation::Relu, dropout, rows, None);
+            let out = expert_feed_forward(x.clone(), weights, Activation::Relu, dropout, rows, None, None);
             vec![out.reshape([e * c, d])]
         });
         (seconds, Work::Flops(3.0 * 2.0 * 2.0 * (e * c * d * f) as f64))

@@ -9,7 +9,7 @@ use switchyard_config::plan::PrecisionMode;
 use switchyard_config::{MemorySummary, MeshShape, Resolved, preset, rank_memory, resolve_str, step_flops};
 use switchyard_data::{HostBatch, Share};
 use switchyard_kernels::{DeviceMemory, DeviceName, allow_tf32, device_memory};
-use switchyard_parallel::Mesh;
+use switchyard_parallel::{Mesh, TokenTravel};
 use switchyard_train::Learner;
 
 use super::gemm::peak_flops;
@@ -89,7 +89,7 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
          [data]\nsources = [{{ path = \"synthetic\" }}]\ninputs_length = {}\ntargets_length = {}\n\
          batch_rows = {rows}\nmicro_batch_rows = {micro_rows}\n\
          [trainer]\nrecompute_activations = {}\ncuda_graph = {}\n[parallel]\nexpert_parallel_size = {}\ntensor_parallel_size = {}\n\
-         [comm]\noverlap = \"{}\"\n",
+         [comm]\noverlap = \"{}\"\ndispatch_chunks = {}\n",
         arguments.preset,
         arguments.precision,
         arguments.allow_tf32,
@@ -102,13 +102,15 @@ fn measure(arguments: &BenchStepArguments, device: &Device, job: &Job) -> anyhow
         arguments.mesh.expert_parallel_size,
         arguments.mesh.tensor_parallel_size,
         arguments.overlap,
+        arguments.dispatch_chunks,
         rows = arguments.rows,
         micro_rows = arguments.rows / parts,
     );
     let Resolved { plan, provenance } = job.agree(resolve_str(&text, &[]).map_err(in_options))?;
     let shape = job.agree(MeshShape::of(&plan, job.ranks(), &provenance).map_err(in_options))?;
-    let hierarchical = arguments.mesh.hierarchical_all_to_all.into();
-    let mesh = Arc::new(Mesh::new(job.communicator_on(device)?, shape, false, hierarchical)?);
+    let travel = arguments.mesh.hierarchical_all_to_all.into();
+    let travel = TokenTravel { chunks: plan.comm.dispatch_chunks, ..travel };
+    let mesh = Arc::new(Mesh::new(job.communicator_on(device)?, shape, travel)?);
     job.agree(allow_tf32(plan.allow_tf32).map_err(Into::into))?;
     let share = Share { index: mesh.at().data, of: shape.data, micro_batch_rows: plan.data.micro_batch_rows };
     let vocabulary = plan.model.vocab_size;

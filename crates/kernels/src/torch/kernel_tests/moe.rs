@@ -1,6 +1,7 @@
 //! Dense layers, and sparse ones from the router to the residual.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::*;
 
@@ -55,9 +56,111 @@ fn experts_of_several_senders_equal_the_cpus() {
                     weight_gradients: WeightGradients::Summed,
                 };
                 let dropout = HiddenDropout { rate, key: KEY, columns: None };
-                let out =
-                    expert_feed_forward(inputs.leaf([3, 16, 40], 1), weights, kind, dropout, rows, None);
+                let out = expert_feed_forward(
+                    inputs.leaf([3, 16, 40], 1),
+                    weights,
+                    kind,
+                    dropout,
+                    rows,
+                    None,
+                    None,
+                );
                 vec![out.reshape([48, 40])]
+            });
+        }
+    }
+}
+
+/// The slots of two senders, both of which this is: they only change their order on the way.
+#[derive(Debug)]
+struct Reordered {
+    /// Experts, and slots of each sender.
+    sizes: [usize; 2],
+}
+
+impl Reordered {
+    const SENDERS: usize = 2;
+
+    /// Shape of all slots, and where those of a chunk begin and end in it.
+    fn places(&self, chunk: &SlotChunk, all: &DeviceValues) -> ([usize; 4], [[usize; 4]; 2]) {
+        let [experts, slots] = self.sizes;
+        let width = all.len() / (Self::SENDERS * experts * slots);
+        let start = [0, chunk.experts.start, chunk.slots.start, 0];
+        let extent = [Self::SENDERS, chunk.experts.len(), chunk.slots.len(), width];
+        ([Self::SENDERS, experts, slots, width], [start, extent])
+    }
+}
+
+impl SlotTravel for Reordered {
+    fn to_experts(&self, chunk: &SlotChunk, sent: &DeviceValues, there: &DeviceValues) {
+        let (shape, [start, extent]) = self.places(chunk, sent);
+        let [senders, experts, slots, width] = extent;
+        there.write_swapped([senders, experts, slots * width], &sent.part_of(&shape, [&start, &extent]));
+    }
+
+    fn to_tokens(&self, chunk: &SlotChunk, there: &DeviceValues, sent: &DeviceValues) {
+        let (shape, [start, extent]) = self.places(chunk, sent);
+        let [senders, experts, slots, width] = extent;
+        sent.write_part(&shape, [&start, &extent], &there.swapped([experts, senders, slots * width]), false);
+    }
+}
+
+/// Experts whose slots come and go in chunks beside those of the CPU, which has them at hand.
+#[test]
+fn experts_whose_slots_travel_equal_the_cpus() {
+    const SLOTS: usize = 8;
+    for ((kind, gated, rate), (experts, chunks)) in
+        KINDS.into_iter().flat_map(|kind| [(3, 1), (3, 2), (1, 3)].map(|sizes| (kind, sizes)))
+    {
+        let name = format!("{kind:?}, gated {gated}, dropout {rate}, {experts} experts in {chunks} chunks");
+        for weight_gradients in [WeightGradients::Summed, WeightGradients::PerSegment] {
+            check(&name, 4.0, |inputs| {
+                let weights = ExpertWeights {
+                    wi: inputs.leaf([experts, 40, 72], 2),
+                    wi_gate: gated.then(|| inputs.leaf([experts, 40, 72], 3)),
+                    wo: inputs.leaf([experts, 72, 40], 4),
+                };
+                let total = experts * Reordered::SENDERS * SLOTS;
+                let used = [5, 8, 0, 3, 1, 7][..experts * Reordered::SENDERS].to_vec();
+                let places: Vec<TokenPlace> = (0..total as u32)
+                    .map(|slot| TokenPlace { row: slot % 5, token: slot * 7 % 11 })
+                    .collect();
+                let on_host = inputs.device == Device::flex();
+                let (used, places) = if on_host {
+                    (used.into(), places.into())
+                } else {
+                    let there = |values: Vec<i32>| {
+                        let count = values.len();
+                        let integers = int_tensor(values, [count], &inputs.device);
+                        DeviceValues::there(&crate::torch::integers(&integers))
+                    };
+                    let words = places.iter().flat_map(|place| [place.row as i32, place.token as i32]);
+                    (
+                        there(used.into_iter().map(|used: usize| used as i32).collect()).into(),
+                        there(words.collect()).into(),
+                    )
+                };
+                let rows = ExpertRows {
+                    first_expert: 2,
+                    segments: Reordered::SENDERS,
+                    used,
+                    places: Some(places),
+                    weight_gradients,
+                };
+                let dropout = HiddenDropout { rate, key: KEY, columns: None };
+                let sent = inputs.leaf([Reordered::SENDERS, experts, SLOTS * 40], 1);
+                let out = if on_host {
+                    let slots = sent.swap_dims(0, 1).reshape([experts, Reordered::SENDERS * SLOTS, 40]);
+                    let out = expert_feed_forward(slots, weights, kind, dropout, rows, None, None);
+                    out.reshape([experts, Reordered::SENDERS, SLOTS * 40]).swap_dims(0, 1)
+                } else {
+                    let slots = sent.reshape([Reordered::SENDERS * experts, SLOTS, 40]);
+                    let travel = Arc::new(Reordered { sizes: [experts, SLOTS] });
+                    let way = SlotWay::new(travel, chunks, [experts, SLOTS], weight_gradients);
+                    let out = expert_feed_forward(slots, weights, kind, dropout, rows, Some(way), None);
+                    out.reshape([Reordered::SENDERS, experts, SLOTS * 40])
+                };
+                vec![out.reshape([total, 40])]
             });
         }
     }
@@ -89,7 +192,7 @@ fn gradients_of_a_sender_have_bits_of_their_own() {
             };
             let dropout = HiddenDropout { rate: 0.0, key: KEY, columns: None };
             let weights = ExpertWeights { wi: wi.clone(), wi_gate: None, wo: wo.clone() };
-            let out = expert_feed_forward(slots(1), weights, Activation::Relu, dropout, rows, None);
+            let out = expert_feed_forward(slots(1), weights, Activation::Relu, dropout, rows, None, None);
             let gradients = (out * slots(4)).sum().backward();
             [wi, wo].map(|leaf| Values::of(leaf.grad(&gradients).expect("leaf")).into_f32())
         };
@@ -132,7 +235,7 @@ fn sparse_layers_equal_the_cpus() {
             };
             let dropout = HiddenDropout { rate: 0.25, key: KEY, columns: None };
             let slots = dispatch(x, &routing.plan);
-            let outputs = expert_feed_forward(slots, weights, Activation::Relu, dropout, rows, None);
+            let outputs = expert_feed_forward(slots, weights, Activation::Relu, dropout, rows, None, None);
             let residual = inputs.leaf([84, 40], 5);
             let out = combine(outputs, routing.gates, &routing.plan, Some(residual));
             vec![out, routing.mean_probability, routing.z.reshape([2, 1]), logits]
