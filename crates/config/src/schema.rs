@@ -318,7 +318,7 @@ table! {
         /// experts compute another: as many parts of each rank's experts, or of the slots of its only one. Gradients of
         /// the experts' weights are computed while the last travels back. 0: tokens travel at once, before and after
         /// the experts. Nothing is computed otherwise.
-        dispatch_chunks: usize = Value("1"),
+        dispatch_chunks: usize = Value("2"),
         /// What goes on between GPUs while gradients travel to their owners and new values back: `exchanges`: those of
         /// the next bucket are brought together and those of the one before are taken in; `backward`: the rest of
         /// the backward pass, of steps of one micro-batch without recomputation; `nothing`. Nothing is computed

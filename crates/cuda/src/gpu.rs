@@ -143,14 +143,25 @@ impl Gpu {
         CudaContext::device_count().map(|count| count as usize).map_err(failed("counting devices"))
     }
 
-    /// A stream that waits for the default one, and the default one for it, as long as the process lives.
+    /// A stream that waits for the default one, and the default one for it, as long as the process lives. Blocks of an
+    /// urgent one are given to multiprocessors before those of others.
     ///
     /// # Errors
     /// When the driver refuses.
-    pub fn new_stream(&self) -> Result<Stream, CudaError> {
+    pub fn new_stream(&self, urgent: bool) -> Result<Stream, CudaError> {
         let doing = "making a stream";
         self.context.bind_to_thread().map_err(failed(doing))?;
-        result::stream::create(result::stream::StreamKind::Default).map(Stream).map_err(failed(doing))
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: the context is bound to this thread, and both take one number.
+        let range = unsafe { sys::cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest) };
+        range.result().map_err(failed(doing))?;
+        let mut stream = ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_DEFAULT as u32;
+        let priority = if urgent { greatest } else { least };
+        // SAFETY: the context is bound to this thread, and `stream` takes one.
+        let made = unsafe { sys::cuStreamCreateWithPriority(&raw mut stream, flags, priority) };
+        made.result().map_err(failed(doing))?;
+        Ok(Stream(stream))
     }
 
     /// Name, capability, memory, and whether kernels can be compiled for it.

@@ -140,7 +140,7 @@ pub(crate) struct BenchStepArguments {
     #[arg(long, value_name = "WHAT", default_value = "exchanges")]
     pub overlap: Overlap,
     /// Chunks in which tokens travel between GPUs while the experts compute others; 0: all before and after them.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 2)]
     pub dispatch_chunks: usize,
     #[command(flatten)]
     pub mesh: MeshArguments,

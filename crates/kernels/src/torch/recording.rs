@@ -210,7 +210,10 @@ fn stream_of(index: usize, role: Role) -> Result<Stream, CudaError> {
     }
     STREAMS.with_borrow_mut(|streams| match streams.entry((index, role)) {
         Entry::Occupied(made) => Ok(*made.get()),
-        Entry::Vacant(place) => Ok(*place.insert(gpu(index)?.new_stream()?)),
+        Entry::Vacant(place) => {
+            // What is beside other work mostly waits for a network and takes few multiprocessors.
+            Ok(*place.insert(gpu(index)?.new_stream(role != Role::Work)?))
+        }
     })
 }
 

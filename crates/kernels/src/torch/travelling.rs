@@ -61,6 +61,15 @@ impl Part<'_> {
         self.of_experts(all).narrow(1, (senders * start) as i64, (senders * rows) as i64)
     }
 
+    /// The same, for whoever writes there.
+    fn values(&self, all: &TchTensor) -> DeviceValues {
+        let [_, rows, width] = sizes(&all.tensor);
+        let SlotChunk { experts, slots } = self.chunk;
+        let first = experts.start * rows + self.layer.rows.segments * slots.start;
+        let count = self.chunk.len(self.layer.rows.segments);
+        DeviceValues::there(all).part(first * width..(first + count) * width)
+    }
+
     /// The matrices of its experts.
     fn of_experts(&self, matrices: &Tensor) -> Tensor {
         matrices.narrow(0, self.chunk.experts.start as i64, self.chunk.experts.len() as i64)
@@ -127,8 +136,6 @@ impl TravellingExperts {
         let (arrived, returning, back) = (new(), new(), TchTensor::new(sent.tensor.empty_like()));
         let [here, home] = [sent, &back].map(DeviceValues::there);
         let parts = self.parts(slots);
-        let values =
-            |part: &Part<'_>, all: &TchTensor| DeviceValues::there(&TchTensor::new(part.of(&all.tensor)));
         let beside = |work: &dyn Fn()| -> DeviceMark {
             let side = SideWork::behind(&here.mark(), &here, SideKind::Tokens);
             work();
@@ -136,14 +143,14 @@ impl TravellingExperts {
         };
         let arrivals: Vec<DeviceMark> = parts
             .iter()
-            .map(|part| beside(&|| self.way.travel.to_experts(part.chunk, &here, &values(part, &arrived))))
+            .map(|part| beside(&|| self.way.travel.to_experts(part.chunk, &here, &part.values(&arrived))))
             .collect();
         let mut last = None;
         for (part, arrival) in parts.iter().zip(&arrivals) {
             arrival.holds(&here);
             let views = [&arrived, &returning].map(|all| part.of(&all.tensor));
             compute(part, views.each_ref());
-            last = Some(beside(&|| self.way.travel.to_tokens(part.chunk, &values(part, &returning), &home)));
+            last = Some(beside(&|| self.way.travel.to_tokens(part.chunk, &part.values(&returning), &home)));
         }
         let made = meanwhile(&arrived);
         // Memory of what has travelled may go to others from here on.
