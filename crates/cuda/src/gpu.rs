@@ -143,8 +143,8 @@ impl Gpu {
         CudaContext::device_count().map(|count| count as usize).map_err(failed("counting devices"))
     }
 
-    /// A stream that waits for the default one, and the default one for it, as long as the process lives. Blocks of an
-    /// urgent one are given to multiprocessors before those of others.
+    /// A stream, as long as the process lives. It waits for the default one, and the default one for it, but for an
+    /// urgent one: that waits for marks alone, and its blocks get multiprocessors before those of others.
     ///
     /// # Errors
     /// When the driver refuses.
@@ -156,10 +156,12 @@ impl Gpu {
         let range = unsafe { sys::cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest) };
         range.result().map_err(failed(doing))?;
         let mut stream = ptr::null_mut();
-        let flags = sys::CUstream_flags::CU_STREAM_DEFAULT as u32;
-        let priority = if urgent { greatest } else { least };
+        let (flags, priority) = match urgent {
+            true => (sys::CUstream_flags::CU_STREAM_NON_BLOCKING, greatest),
+            false => (sys::CUstream_flags::CU_STREAM_DEFAULT, least),
+        };
         // SAFETY: the context is bound to this thread, and `stream` takes one.
-        let made = unsafe { sys::cuStreamCreateWithPriority(&raw mut stream, flags, priority) };
+        let made = unsafe { sys::cuStreamCreateWithPriority(&raw mut stream, flags as u32, priority) };
         made.result().map_err(failed(doing))?;
         Ok(Stream(stream))
     }
@@ -240,6 +242,11 @@ impl Gpu {
         self.bind()?;
         // SAFETY: streams live as long as the process.
         unsafe { result::stream::synchronize(stream.0) }.map_err(failed("finishing work"))
+    }
+
+    /// Waits until all streams are through.
+    pub(crate) fn finish_all(&self) -> Result<(), CudaError> {
+        self.context.synchronize().map_err(failed("finishing work"))
     }
 
     /// Makes this the device of the thread, for CUDA's runtime too.

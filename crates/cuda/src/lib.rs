@@ -61,7 +61,7 @@ pub use noise::{Columns, Dropout, NoiseKey, TokenNoise, TokenTensor, dropout, ji
 pub use norm::{RmsNorm, RmsNormGradients, rms_norm, rms_norm_backward, rms_norm_workspace};
 pub use optimizer::{
     UpdateControl, UpdateMemory, UpdatePlan, UpdateRules, UpdatedTensor, gradient_squares, parameter_squares,
-    prepare_update, update,
+    prepare_update, update, update_means, update_part,
 };
 pub use pinned::{PinnedIntegers, PinnedWords};
 pub use product::{

@@ -6,7 +6,8 @@
 //!
 //! [`UpdatePlan`] cuts the tensors into tiles and lists the work once; the list lies in device memory. A step
 //! is then [`gradient_squares`], [`prepare_update`] and [`update`], with a sum over ranks between the first
-//! two where there are several. Nothing comes back to the host: [`UpdateControl`] has what changes from step
+//! two where there are several; or in place of the last [`update_means`] and [`update_part`] for each part, so that
+//! other work may follow the one before it. Nothing comes back to the host: [`UpdateControl`] has what changes from step
 //! to step, and where the norm is not finite everything stays as it was, in later steps
 //! too until the host has taken note.
 
@@ -204,7 +205,7 @@ pub unsafe fn parameter_squares(
     memory: UpdateMemory,
 ) -> Result<(), CudaError> {
     let at = |offset| memory.workspace.plus(offset);
-    let Items { at: items, count } = plan.updates;
+    let Items { at: items, count } = plan.all_updates();
     if count == 0 {
         return Ok(());
     }
@@ -221,11 +222,7 @@ pub unsafe fn parameter_squares(
     unsafe { queue.gpu.launch(&OPTIMIZER, "optimizer_parameter_squares", grid, queue.stream, &args) }
 }
 
-/// Updates all tensors by their gradients, as [`prepare_update`] left word. Two launches for Adafactor, one
-/// for AdamW.
-///
-/// Adafactor reads gradients twice more, and the second time most of them still lie in the second-level
-/// cache: 12 bytes a parameter travel in all, if gradients and the model are bfloat16.
+/// Updates all tensors by their gradients, as [`prepare_update`] left word: [`update_means`], then every part.
 ///
 /// # Errors
 /// When the driver refuses.
@@ -233,25 +230,98 @@ pub unsafe fn parameter_squares(
 /// # Safety
 /// As the crate's documentation demands, for the tensors of the plan too.
 pub unsafe fn update(queue: Queue<'_>, plan: &UpdatePlan, memory: UpdateMemory) -> Result<(), CudaError> {
-    if plan.updates.count == 0 {
+    // SAFETY: passed on.
+    unsafe {
+        update_means(queue, plan, memory)?;
+        (0..plan.parts()).try_for_each(|part| update_part(queue, plan, memory, part))
+    }
+}
+
+/// Brings Adafactor's means over rows and columns up to date, which [`update_part`] reads. Nothing for AdamW.
+///
+/// # Errors
+/// When the driver refuses.
+///
+/// # Safety
+/// As the crate's documentation demands, for the tensors of the plan too.
+pub unsafe fn update_means(
+    queue: Queue<'_>,
+    plan: &UpdatePlan,
+    memory: UpdateMemory,
+) -> Result<(), CudaError> {
+    let UpdateRules::Adafactor { eps, .. } = plan.rules else { return Ok(()) };
+    let Items { at: items, count } = plan.moments;
+    if count == 0 {
         return Ok(());
     }
+    let at = |offset| memory.workspace.plus(offset);
+    let args: [Arg; 6] = [
+        memory.control.into(),
+        memory.table.into(),
+        memory.table.plus(items).into(),
+        at(plan.room.sums).into(),
+        at(plan.room.segments).into(),
+        (eps as f32).into(),
+    ];
+    let grid = Grid::new(count, THREADS);
+    // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+    unsafe { queue.gpu.launch(&OPTIMIZER, "adafactor_moments", grid, queue.stream, &args) }
+}
+
+/// Updates the tensors of one part of the plan. One launch, none for a part without tensors.
+///
+/// Adafactor reads gradients twice, and the second time most of them still lie in the second-level
+/// cache: with what comes before an update, 12 bytes a parameter travel in all, if gradients and the model are bfloat16.
+///
+/// # Errors
+/// When the driver refuses.
+///
+/// # Safety
+/// As the crate's documentation demands, for the tensors of the plan too. [`update_means`] comes before.
+pub unsafe fn update_part(
+    queue: Queue<'_>,
+    plan: &UpdatePlan,
+    memory: UpdateMemory,
+    part: usize,
+) -> Result<(), CudaError> {
+    let Items { at: items, count } = plan.part(part);
+    if count == 0 {
+        return Ok(());
+    }
+    let (at, room) = (|offset| memory.workspace.plus(offset), plan.room);
+    let (items, grid) = (memory.table.plus(items), Grid::new(count, THREADS));
     match plan.rules {
         UpdateRules::Adafactor { eps, update_clip, weight_decay, parameter_scale, .. } => {
-            let numbers = [update_clip, weight_decay, parameter_scale.unwrap_or(0.0)];
-            // SAFETY: passed on.
-            unsafe { adafactor(queue, plan, memory, eps as f32, numbers, parameter_scale.is_some()) }
+            let args: [Arg; 17] = [
+                memory.control.into(),
+                memory.table.into(),
+                items.into(),
+                memory.workspace.into(),
+                at(room.sized).into(),
+                at(room.applied).into(),
+                at(room.ready).into(),
+                at(room.steps).into(),
+                at(room.parameter_squares).into(),
+                at(room.of_size_tile).into(),
+                at(room.of_apply_tile).into(),
+                at(room.segments).into(),
+                (eps as f32).into(),
+                update_clip.to_bits().into(),
+                weight_decay.to_bits().into(),
+                parameter_scale.unwrap_or(0.0).to_bits().into(),
+                u32::from(parameter_scale.is_some()).into(),
+            ];
+            // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+            unsafe { queue.gpu.launch(&OPTIMIZER, "adafactor_update", grid, queue.stream, &args) }
         }
         UpdateRules::Adamw { beta1, beta2, eps, weight_decay, parameter_scale } => {
-            let at = |offset| memory.workspace.plus(offset);
-            let Items { at: items, count } = plan.updates;
             let args: [Arg; 12] = [
                 memory.control.into(),
                 memory.table.into(),
-                memory.table.plus(items).into(),
-                at(plan.room.applied).into(),
-                at(plan.room.parameter_squares).into(),
-                at(plan.room.of_apply_tile).into(),
+                items.into(),
+                at(room.applied).into(),
+                at(room.parameter_squares).into(),
+                at(room.of_apply_tile).into(),
                 (beta1 as f32).into(),
                 (beta2 as f32).into(),
                 (eps as f32).into(),
@@ -259,57 +329,8 @@ pub unsafe fn update(queue: Queue<'_>, plan: &UpdatePlan, memory: UpdateMemory) 
                 parameter_scale.unwrap_or(0.0).to_bits().into(),
                 u32::from(parameter_scale.is_some()).into(),
             ];
-            let grid = Grid::new(count, THREADS);
-            // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
+            // SAFETY: as above.
             unsafe { queue.gpu.launch(&OPTIMIZER, "adamw_update", grid, queue.stream, &args) }
         }
     }
-}
-
-unsafe fn adafactor(
-    queue: Queue<'_>,
-    plan: &UpdatePlan,
-    memory: UpdateMemory,
-    eps: f32,
-    numbers: [f64; 3],
-    scaled: bool,
-) -> Result<(), CudaError> {
-    let at = |offset| memory.workspace.plus(offset);
-    let (room, moments, updates) = (plan.room, plan.moments, plan.updates);
-    if moments.count > 0 {
-        let args: [Arg; 6] = [
-            memory.control.into(),
-            memory.table.into(),
-            memory.table.plus(moments.at).into(),
-            at(room.sums).into(),
-            at(room.segments).into(),
-            eps.into(),
-        ];
-        let grid = Grid::new(moments.count, THREADS);
-        // SAFETY: the arguments are the kernel's; the rest is promised by the caller.
-        unsafe { queue.gpu.launch(&OPTIMIZER, "adafactor_moments", grid, queue.stream, &args)? };
-    }
-    let [update_clip, weight_decay, floor] = numbers.map(f64::to_bits);
-    let args: [Arg; 17] = [
-        memory.control.into(),
-        memory.table.into(),
-        memory.table.plus(updates.at).into(),
-        memory.workspace.into(),
-        at(room.sized).into(),
-        at(room.applied).into(),
-        at(room.ready).into(),
-        at(room.steps).into(),
-        at(room.parameter_squares).into(),
-        at(room.of_size_tile).into(),
-        at(room.of_apply_tile).into(),
-        at(room.segments).into(),
-        eps.into(),
-        update_clip.into(),
-        weight_decay.into(),
-        floor.into(),
-        u32::from(scaled).into(),
-    ];
-    let grid = Grid::new(updates.count, THREADS);
-    // SAFETY: as above.
-    unsafe { queue.gpu.launch(&OPTIMIZER, "adafactor_update", grid, queue.stream, &args) }
 }

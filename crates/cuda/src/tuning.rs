@@ -154,6 +154,8 @@ unsafe fn fastest(
         None
     };
     let (start, end) = (Event::new()?, Event::new()?);
+    // Work on other streams would take multiprocessors from some algorithms and not from others.
+    queue.gpu.finish_all()?;
     let mut times = vec![f32::INFINITY; algorithms.len()];
     for round in 0..=ROUNDS {
         for (algorithm, time) in algorithms.iter().zip(&mut times) {

@@ -181,8 +181,13 @@ impl DeviceOptimizer {
         match *self {}
     }
 
-    /// Clips and updates.
-    pub fn update(
+    /// Updates the parameters of a part.
+    pub fn update_part(&self, _: usize) {
+        match *self {}
+    }
+
+    /// Clips.
+    pub fn begin_update(
         &mut self,
         _: &BTreeMap<String, Values>,
         _: &Tensor<1>,

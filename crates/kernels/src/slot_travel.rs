@@ -43,14 +43,14 @@ impl SlotChunk {
 pub struct SlotWay {
     /// Who brings them.
     pub travel: Arc<dyn SlotTravel>,
-    /// What goes together, one after the other.
+    /// What goes together, one after the other; together all slots. Only one expert alone has its slots cut.
     pub chunks: Vec<SlotChunk>,
 }
 
 impl SlotWay {
-    /// Brings slots at `experts` experts of every rank in `chunks` chunks or as many as there can be: each has
-    /// whole experts, so that its products are those of the whole. One expert alone has its slots cut, `slots` of
-    /// each sender, unless its gradients are to be those of senders.
+    /// Brings slots at `experts` experts of every rank in `chunks` chunks or as many as there can be: each has whole
+    /// experts. One expert alone has its slots cut, `slots` of each sender, so that its gradients are summed in another
+    /// order; not so if they are to be those of senders.
     pub fn new(
         travel: Arc<dyn SlotTravel>,
         chunks: usize,

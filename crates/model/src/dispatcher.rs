@@ -44,7 +44,8 @@ pub trait TokenDispatcher: Send + Sync {
 #[derive(Debug)]
 pub struct Dispatched {
     /// `[l, c, d]`, where `l` experts live on this device and `c` counts the slots of all senders;
-    /// unused slots are 0. Those that have a [`way`](Self::way) before them are still here: `[num_experts, c, d]`.
+    /// unused slots are 0. Those that have a [`way`](Self::way) before them are still here: `[num_experts, c, d]`, where
+    /// `c` counts the slots of this device alone.
     pub slots_lcd: Tensor<3>,
     /// Which of the slots hold a token: not what the plan says, which is the sender's.
     pub rows: ExpertRows,

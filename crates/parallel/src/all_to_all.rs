@@ -159,10 +159,10 @@ impl ByMachine {
         len - len / self.across.size()
     }
 
-    /// Nothing is copied, and what goes to or comes from another machine is one piece, unless chunks of its ranks lie
-    /// apart. That takes the order that
-    /// suits the side of the tokens, where all values of a machine's ranks lie together: from there first across,
-    /// as DeepSeek-V3 does it (arXiv:2412.19437, section 3.2.2), and to there last.
+    /// Nothing is copied, and what goes to or comes from another machine is one piece, unless it is a chunk, whose
+    /// values lie apart. That takes the order that suits the side of the tokens, where all values of a machine's ranks
+    /// lie together: from there first across, as DeepSeek-V3 does it (arXiv:2412.19437, section 3.2.2), and to there
+    /// last.
     fn exchange_on_devices(
         &self,
         direction: Direction,
@@ -275,7 +275,8 @@ impl Grid {
     /// The experts of a rank, whose values lie together, as one.
     pub(crate) fn as_one_expert(self) -> Self {
         assert_eq!(self.of_expert, self.len, "the values of a rank lie together");
-        Self { experts: 1, len: self.experts * self.len, ..self }
+        let len = self.experts * self.len;
+        Self { experts: 1, len, of_expert: len, ..self }
     }
 
     fn room(&self) -> [usize; 3] {

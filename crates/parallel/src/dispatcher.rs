@@ -371,7 +371,8 @@ impl DeviceTravel {
         let of_tokens = Grid::chunk_by_rank(slice(at_tokens), [senders, self.local, slots], chunk);
         if experts == 1 || slice(at_experts).bytes() >= senders * experts * PIECE_BYTES {
             let of_experts = Grid::by_expert(slice(at_experts), [senders, experts]);
-            return self.exchange(direction, of_tokens, of_experts, at_experts);
+            self.exchange(direction, of_tokens, of_experts, at_experts);
+            return;
         }
         let of_expert = at_experts.len() / (senders * experts);
         let by_rank = match direction {
@@ -379,18 +380,19 @@ impl DeviceTravel {
             Direction::ToTokens => at_experts.swapped([experts, senders, of_expert]),
         };
         let as_one = Grid::by_rank(slice(&by_rank), [senders, 1]);
-        self.exchange(direction, of_tokens.as_one_expert(), as_one, at_experts);
-        if direction == Direction::ToExperts {
+        let came = self.exchange(direction, of_tokens.as_one_expert(), as_one, at_experts);
+        if came && direction == Direction::ToExperts {
             at_experts.write_swapped([senders, experts, of_expert], &by_rank);
         }
     }
 
-    fn exchange(&self, direction: Direction, at_tokens: Grid, at_experts: Grid, like: &DeviceValues) {
+    /// Whether it went well.
+    fn exchange(&self, direction: Direction, at_tokens: Grid, at_experts: Grid, like: &DeviceValues) -> bool {
         let staging = like.room(self.all_to_all.staged(like.len()));
         let (staging, stream) = (slice(&staging), stream(like));
         let exchanged =
             self.all_to_all.exchange_on_devices(direction, at_tokens, staging, at_experts, stream);
-        self.failure.keep(exchanged, || ());
+        self.failure.keep(exchanged.map(|()| true), || false)
     }
 }
 

@@ -55,6 +55,8 @@ pub struct Unit {
     /// Where they begin within what this rank holds; `None` when it holds only a part of each, so
     /// that their values are kept beside the model.
     pub in_held: Option<usize>,
+    /// Which bucket of new values has the first of its own; for those that go to nobody the number of buckets.
+    pub bucket: usize,
 }
 
 impl Unit {
@@ -124,6 +126,8 @@ impl OwnerExchange {
             }
             Lane { group: Arc::clone(group), buckets: builder.finish() }
         };
+        let dense = lane(mesh.world(), (0..mesh.shape().ranks()).collect(), false);
+        let expert = lane(mesh.expert_holders(), mesh.shape().expert_holders(mesh.at().expert), true);
         let unit_of = |spec: &ParameterSpec| {
             let mine = owners[&spec.name].iter().find(|owned| owned.owner == rank)?;
             let held = held_part(spec, mesh.shape(), mesh.at());
@@ -131,12 +135,14 @@ impl OwnerExchange {
             let complete = part.shape[1..] == held.shape[1..] && part.shape[0] <= held.shape[0];
             let row: usize = held.shape[1..].iter().product();
             let in_held = complete.then(|| (part.start[0] - held.start[0]) * row);
-            Some((spec.name.clone(), Unit { whole: spec.shape.clone(), part, in_held }))
+            let whole = spec.shape.clone();
+            let bucket = bucket_of(&spec.name, &travelling([&dense, &expert]));
+            Some((spec.name.clone(), Unit { whole, part, in_held, bucket }))
         };
         Self {
             units: specs.iter().filter_map(unit_of).collect(),
-            dense: lane(mesh.world(), (0..mesh.shape().ranks()).collect(), false),
-            expert: lane(mesh.expert_holders(), mesh.shape().expert_holders(mesh.at().expert), true),
+            dense,
+            expert,
             world: Arc::clone(mesh.world()),
             sums,
             matrix_order: matrix_order(&owners, mesh.shape().ranks()),
@@ -216,7 +222,7 @@ impl OwnerExchange {
         masters: &Owned,
     ) -> (SwitchTransformer, Result<(), CommError>) {
         // One rank alone holds what it owns, in the model itself.
-        for lane in [&self.dense, &self.expert].into_iter().filter(|lane| lane.group.size() > 1) {
+        for lane in travelling([&self.dense, &self.expert]) {
             for bucket in &lane.buckets {
                 let (next, outcome) = bucket.spread(&*lane.group, model, masters, &self.units);
                 model = next;
@@ -227,6 +233,17 @@ impl OwnerExchange {
         }
         (model, Ok(()))
     }
+}
+
+/// Those of some lanes that have something to exchange.
+fn travelling(lanes: [&Lane; 2]) -> Vec<&Lane> {
+    lanes.into_iter().filter(|lane| lane.group.size() > 1).collect()
+}
+
+/// Number of the first bucket of some lanes that has something of a parameter; that of all buckets if none has.
+fn bucket_of(name: &str, lanes: &[&Lane]) -> usize {
+    let buckets = || lanes.iter().flat_map(|lane| &lane.buckets);
+    buckets().position(|bucket| bucket.parameters.contains_key(name)).unwrap_or_else(|| buckets().count())
 }
 
 /// The owned matrices as a part of the whole parameter.

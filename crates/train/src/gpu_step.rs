@@ -304,15 +304,17 @@ impl GpuStep {
         let LearnerParts { model, mesh, exchange, optimizer } = learner;
         let (gradients, loss, clip) = (&left.gradients, &left.loss, plan.optimizer.clip_norm);
         if mesh.world().size() == 1 {
-            optimizer.update(gradients, loss, clip, recording, None);
+            optimizer.begin_update(gradients, loss, clip, recording, None);
+            optimizer.update_part(0);
             return Ok(left);
         }
         let mut summed = Ok(());
         let mut sum = |values: &DeviceValues| summed = exchange.sum_over_ranks(values);
-        optimizer.update(gradients, loss, clip, recording, Some(&mut sum));
+        optimizer.begin_update(gradients, loss, clip, recording, Some(&mut sum));
         summed?;
-        let held = model.device_parameters();
-        exchange.spread_on_devices(|name| optimizer.values(name), &held, overlap_of(plan))?;
+        let (held, overlap) = (model.device_parameters(), overlap_of(plan));
+        let renew = |part| optimizer.update_part(part);
+        exchange.spread_on_devices(renew, |name| optimizer.values(name), &held, overlap)?;
         Ok(left)
     }
 

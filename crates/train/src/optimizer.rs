@@ -102,6 +102,7 @@ impl Optimizer {
                 start: unit.in_held,
                 master,
                 moments,
+                part: unit.bucket,
             })
         });
         DeviceOptimizer::new(rules.of(self.plan.kind), tensors.collect(), self.updates)

@@ -104,6 +104,7 @@ fn of(clock: &Clock, rules: UpdateRules, name: &str, experts: usize) {
                 gradient: gradients.at().plus(2 * place),
                 gradient_format: Format::Bf16,
                 moments,
+                part: 0,
             }
         })
         .collect();

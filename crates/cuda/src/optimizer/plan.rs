@@ -26,6 +26,8 @@ pub struct UpdatedTensor {
     /// `[stack, rows]` and `[stack, cols]`; of a vector the second moment of every value, and
     /// [`Address::NONE`]. float32
     pub moments: [Address; 2],
+    /// Which part of an update has it.
+    pub part: usize,
 }
 
 /// Which tiles of which tensors are worked on in which order.
@@ -36,7 +38,8 @@ pub struct UpdatePlan {
     entries: Vec<Option<usize>>,
     pub(super) sums: Items,
     pub(super) moments: Items,
-    pub(super) updates: Items,
+    /// Of each part of an update, one behind the other.
+    updates: Vec<Items>,
     pub(super) room: Room,
 }
 
@@ -163,6 +166,9 @@ impl UpdatePlan {
         for (tensor, cut) in &cuts {
             describe(&mut table, tensor, cut, &mut before, is_adafactor)?;
         }
+        let parts = cuts.iter().map(|(tensor, _)| tensor.part + 1).max().unwrap_or(1);
+        let mut members: Vec<Vec<usize>> = vec![Vec::new(); parts];
+        cuts.iter().enumerate().for_each(|(index, (tensor, _))| members[tensor.part].push(index));
         let cuts: Vec<Cut> = cuts.into_iter().map(|(_, cut)| cut).collect();
         let sums = add_items(&mut table, |table| {
             for (tensor, cut) in cuts.iter().enumerate() {
@@ -184,9 +190,9 @@ impl UpdatePlan {
                 }
             }
         })?;
-        let updates = add_items(&mut table, |table| {
-            if is_adafactor { adafactor_order(table, &cuts) } else { adamw_order(table, &cuts) }
-        })?;
+        let order = if is_adafactor { adafactor_order } else { adamw_order };
+        let part = |members: &Vec<usize>| add_items(&mut table, |table| order(table, &cuts, members));
+        let updates = members.iter().map(part).collect::<Result<_, _>>()?;
         let room = Room::new(&before, sums.count as usize);
         Ok((Self { rules, entries, sums, moments, updates, room }, table))
     }
@@ -203,6 +209,22 @@ impl UpdatePlan {
         let word = entry * TENSOR_WORDS + GRADIENT_WORD;
         described[word] = gradient.0 as u32;
         described[word + 1] = (gradient.0 >> 32) as u32;
+    }
+
+    /// Parts of an update: one more than the last that has a tensor.
+    pub fn parts(&self) -> usize {
+        self.updates.len()
+    }
+
+    /// The tiles of a part; none of one that has no tensors.
+    pub(super) fn part(&self, part: usize) -> Items {
+        self.updates.get(part).copied().unwrap_or(Items { at: 0, count: 0 })
+    }
+
+    /// The tiles of all parts.
+    pub(super) fn all_updates(&self) -> Items {
+        let count = self.updates.iter().map(|items| items.count).sum();
+        Items { at: self.updates[0].at, count }
     }
 
     /// Bytes of the workspace.
@@ -270,7 +292,7 @@ fn add_items(table: &mut Vec<u32>, add: impl FnOnce(&mut Vec<u32>)) -> Result<It
 
 /// Tiles of every matrix to size, and behind those of some later matrices its tiles to apply: the last ones
 /// first, which were read last.
-fn adafactor_order(table: &mut Vec<u32>, cuts: &[Cut]) {
+fn adafactor_order(table: &mut Vec<u32>, cuts: &[Cut], tensors: &[usize]) {
     let apply = |table: &mut Vec<u32>, (tensor, matrix): (usize, usize)| {
         let tiles: Vec<_> = cuts[tensor].tiles(APPLY_ROWS).collect();
         for &(row, col) in tiles.iter().rev() {
@@ -279,7 +301,7 @@ fn adafactor_order(table: &mut Vec<u32>, cuts: &[Cut]) {
     };
     let mut sized: VecDeque<(usize, usize)> = VecDeque::new();
     let mut ahead = 0;
-    for (tensor, cut) in cuts.iter().enumerate() {
+    for (tensor, cut) in tensors.iter().map(|&tensor| (tensor, &cuts[tensor])) {
         for matrix in 0..cut.matrices {
             for (row, col) in cut.tiles(SIZE_ROWS) {
                 table.extend([tensor as u32, matrix as u32, row as u32, col as u32]);
@@ -299,8 +321,8 @@ fn adafactor_order(table: &mut Vec<u32>, cuts: &[Cut]) {
     sized.into_iter().for_each(|matrix| apply(table, matrix));
 }
 
-fn adamw_order(table: &mut Vec<u32>, cuts: &[Cut]) {
-    for (tensor, cut) in cuts.iter().enumerate() {
+fn adamw_order(table: &mut Vec<u32>, cuts: &[Cut], tensors: &[usize]) {
+    for (tensor, cut) in tensors.iter().map(|&tensor| (tensor, &cuts[tensor])) {
         for matrix in 0..cut.matrices {
             for (row, col) in cut.tiles(APPLY_ROWS) {
                 table.extend([tensor as u32, matrix as u32, row as u32, col as u32]);
@@ -348,6 +370,9 @@ mod tests {
         parameter_scale: None,
     };
 
+    const ADAMW: UpdateRules =
+        UpdateRules::Adamw { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, parameter_scale: None };
+
     fn tensors(gradient: u64) -> Vec<UpdatedTensor> {
         let shapes: [&[usize]; 5] = [&[3000, 700], &[], &[4, 600, 300], &[0, 5], &[70]];
         let tensor = |(i, shape): (usize, &&[usize])| UpdatedTensor {
@@ -357,6 +382,7 @@ mod tests {
             gradient: Address(gradient | (i as u64) << 4),
             gradient_format: Format::Bf16,
             moments: [Address::NONE; 2],
+            part: i % 2,
         };
         shapes.iter().enumerate().map(tensor).collect()
     }
@@ -374,12 +400,32 @@ mod tests {
         assert!(table == expected);
     }
 
+    #[test]
+    fn parts_have_the_tiles_of_their_tensors() {
+        for rules in [ADAFACTOR, ADAMW] {
+            let (plan, table) = UpdatePlan::new(rules, &tensors(0)).unwrap();
+            assert_eq!(plan.parts(), 2);
+            let of_part = |part: usize| {
+                let Items { at, count } = plan.part(part);
+                table[at / 4..].chunks_exact(4).take(count as usize).map(|item| item[0]).collect::<Vec<_>>()
+            };
+            // The fourth tensor is empty, so that the last is number 3.
+            for (part, expected) in [(0, [0, 2, 3].as_slice()), (1, &[1]), (2, &[])] {
+                let mut found = of_part(part);
+                found.sort_unstable();
+                found.dedup();
+                assert_eq!(found, expected);
+            }
+            assert_eq!(plan.all_updates().count as usize, of_part(0).len() + of_part(1).len());
+        }
+    }
+
     /// Blocks that apply a matrix wait for those that size it; were one behind, all could wait for ever.
     #[test]
     fn every_tile_that_is_waited_for_comes_before() {
         let (plan, table) = UpdatePlan::new(ADAFACTOR, &tensors(0)).unwrap();
-        let first = plan.updates.at / 4;
-        let items: Vec<&[u32]> = table[first..].chunks_exact(4).take(plan.updates.count as usize).collect();
+        let Items { at, count } = plan.all_updates();
+        let items: Vec<&[u32]> = table[at / 4..].chunks_exact(4).take(count as usize).collect();
         let mut applied = std::collections::HashSet::new();
         let mut sized = 0;
         for item in &items {

@@ -79,7 +79,12 @@ impl Tensor {
         }
     }
 
-    fn updated(&self) -> UpdatedTensor {
+    /// Neighbours are updated in different parts.
+    fn all_updated(tensors: &[Self]) -> Vec<UpdatedTensor> {
+        tensors.iter().enumerate().map(|(number, tensor)| tensor.updated(number % 3)).collect()
+    }
+
+    fn updated(&self, part: usize) -> UpdatedTensor {
         UpdatedTensor {
             shape: self.shape.clone(),
             values: self.values.at(),
@@ -87,6 +92,7 @@ impl Tensor {
             gradient: self.gradient.at(),
             gradient_format: self.format,
             moments: [self.on_device[0].at(), self.on_device[1].at()],
+            part,
         }
     }
 
@@ -229,7 +235,7 @@ impl Run {
                 kinds.map(|(format, narrow)| Tensor::new(i, shape, format, narrow, &rules))
             })
             .collect();
-        let updated: Vec<UpdatedTensor> = tensors.iter().map(Tensor::updated).collect();
+        let updated = Tensor::all_updated(&tensors);
         let (plan, table) = UpdatePlan::new(rules, &updated).expect("sizes that there are");
         let run = Self {
             rules,
@@ -273,7 +279,7 @@ impl Run {
         for (tensor, gradient) in self.tensors.iter_mut().zip(gradients) {
             tensor.gradient = Buffer::floats(gradient, tensor.format);
         }
-        let updated: Vec<UpdatedTensor> = self.tensors.iter().map(Tensor::updated).collect();
+        let updated = Tensor::all_updated(&self.tensors);
         let (_, expected) = UpdatePlan::new(self.rules, &updated).expect("sizes that there are");
         let mut table: Vec<u32> = self.table.read();
         let words = self.plan.described_words();
@@ -415,7 +421,7 @@ fn a_matrix_larger_than_what_is_sized_ahead_and_many_small_ones() {
     for (tensor, gradient) in tensors.iter_mut().zip(&gradients) {
         tensor.gradient = Buffer::floats(gradient, Format::Bf16);
     }
-    let updated: Vec<UpdatedTensor> = tensors.iter().map(Tensor::updated).collect();
+    let updated = Tensor::all_updated(&tensors);
     let (plan, table) = UpdatePlan::new(ADAFACTOR, &updated).unwrap();
     let control = UpdateControl { learning_rate: 1e-2, ..UpdateControl::default() };
     let mut run = Run {

@@ -28,6 +28,8 @@ pub struct DeviceTensor<'a> {
     pub master: Option<&'a [f32]>,
     /// AdamW: first and second moments. Adafactor: row and column means, or the second moments of a vector.
     pub moments: [Option<&'a [f32]>; 2],
+    /// Which part of an update has them.
+    pub part: usize,
 }
 
 /// What an update on a GPU did.

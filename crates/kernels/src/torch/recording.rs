@@ -211,7 +211,7 @@ fn stream_of(index: usize, role: Role) -> Result<Stream, CudaError> {
     STREAMS.with_borrow_mut(|streams| match streams.entry((index, role)) {
         Entry::Occupied(made) => Ok(*made.get()),
         Entry::Vacant(place) => {
-            // What is beside other work mostly waits for a network and takes few multiprocessors.
+            // What travels has to be on its way before the work that it goes on beside takes all multiprocessors.
             Ok(*place.insert(gpu(index)?.new_stream(role != Role::Work)?))
         }
     })

@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use burn_tch::TchTensor;
 use switchyard_cuda::{
     Address, Format, UpdateControl, UpdateMemory, UpdatePlan, UpdateRules, UpdatedTensor, gradient_squares,
-    parameter_squares, prepare_update, update,
+    parameter_squares, prepare_update, update_means, update_part,
 };
 use tch::{Device, Kind, no_grad};
 
@@ -250,6 +250,8 @@ struct Kept {
     /// Whether the model holds only a part of them, or in fewer bits.
     has_master: bool,
     moments: [Option<tch::Tensor>; 2],
+    /// Which part of an update has them.
+    part: usize,
 }
 
 impl Kept {
@@ -325,7 +327,7 @@ impl DeviceOptimizer {
         let upload = |values: &[f32]| tch::Tensor::from_slice(values).to(device);
         let control = UpdateControl { updates, ..UpdateControl::default() };
         let kept = tensors.into_iter().map(|tensor| {
-            let DeviceTensor { name, shape, parameter, start, master, moments } = tensor;
+            let DeviceTensor { name, shape, parameter, start, master, moments, part } = tensor;
             let (master, kind) = (master.map(upload), parameter.0.tensor.kind());
             let values = match (start, &master) {
                 (Some(start), _) => parameter.part(start..start + shape.iter().product::<usize>()),
@@ -337,7 +339,7 @@ impl DeviceOptimizer {
                 .filter(|_| kind == Kind::BFloat16)
                 .map(|master| no_grad(|| rest_beside(&values.0.tensor, &master)));
             let moments = moments.map(|moment| moment.map(upload));
-            (name, Kept { shape, values, rest, has_master, moments })
+            (name, Kept { shape, values, rest, has_master, moments, part })
         });
         Some(Self {
             rules: of_cuda(rules),
@@ -352,9 +354,10 @@ impl DeviceOptimizer {
         no_grad(|| drop(self.control.narrow(0, 0, 1).fill_(learning_rate.to_bits().cast_signed())));
     }
 
-    /// Clips `gradients` to `max_norm`, 0 for not at all, and updates every parameter, unless their norm or
-    /// `loss`, `[1]`, is not finite, or an update was left out before and nobody took [note](Self::resume) yet.
-    /// Nothing waits for the device but, outside of recordings, the copy of where gradients are.
+    /// Clips `gradients` to `max_norm`, 0 for not at all, and lets [`update_part`](Self::update_part) update
+    /// parameters by them, unless their norm or `loss`, `[1]`, is not finite, or an update was left out before and
+    /// nobody took [note](Self::resume) yet. They must be kept until then. Nothing waits for the device but, outside of
+    /// recordings, the copy of where gradients are.
     ///
     /// `sum_over_ranks`, where there are several, makes of float64 values their sums over all ranks: the norm is
     /// that of all ranks' gradients, and no loss of theirs may be other than finite.
@@ -364,7 +367,7 @@ impl DeviceOptimizer {
     ///
     /// # Panics
     /// When a gradient is not on the device, or not that of a parameter.
-    pub fn update(
+    pub fn begin_update(
         &mut self,
         gradients: &BTreeMap<String, Values>,
         loss: &Tensor<1>,
@@ -388,7 +391,15 @@ impl DeviceOptimizer {
         // SAFETY: as above.
         started(unsafe { prepare_update(queue, &planned.plan, memory, max_norm, at(&loss)) });
         // SAFETY: as above.
-        started(unsafe { update(queue, &planned.plan, memory) });
+        started(unsafe { update_means(queue, &planned.plan, memory) });
+    }
+
+    /// Updates the parameters of a part, after [`begin_update`](Self::begin_update).
+    pub fn update_part(&self, part: usize) {
+        let Some(planned) = &self.planned else { return };
+        let queue = queue(&self.control).expect("the optimizer is on a GPU");
+        // SAFETY: as above; the gradients that were borrowed then are kept until the step is done.
+        started(unsafe { update_part(queue, &planned.plan, self.memory(planned), part) });
     }
 
     /// Makes of this rank's sum of squares that of all ranks; returns the sum of their losses.
@@ -408,7 +419,7 @@ impl DeviceOptimizer {
         self.kept.get(name).unwrap_or_else(|| panic!("{name} is not updated here")).values.clone()
     }
 
-    /// Sends the device the places of the gradients of the last [`update`](Self::update).
+    /// Sends the device the places of the gradients of the last [`begin_update`](Self::begin_update).
     pub fn point(&mut self) {
         let Some(planned) = &mut self.planned else { return };
         let described: Vec<i32> = planned.described.iter().map(|word| word.cast_signed()).collect();
@@ -472,6 +483,7 @@ impl DeviceOptimizer {
                     gradient: at(&gradient.tensor),
                     gradient_format: format(&gradient.tensor),
                     moments: kept.moments.each_ref().map(|moment| moment.as_ref().map_or(Address::NONE, at)),
+                    part: kept.part,
                 }
             })
             .collect();

@@ -138,6 +138,11 @@ fn chunk_way(all_to_all: &AllToAll, direction: Direction, chunk: &SlotChunk, [ex
     };
     let mut staging = vec![0; all_to_all.staged(there.len())];
     let at_tokens = Grid::chunk_by_rank(slice(&mut tokens), [size, experts, slots], chunk);
+    let is_whole = chunk.experts.len() == experts && chunk.slots.len() == slots;
+    assert_eq!(at_tokens.is_dense(), is_whole, "{chunk:?}");
+    if chunk.slots.len() == slots {
+        assert_eq!(at_tokens.as_one_expert().is_dense(), is_whole, "{chunk:?}");
+    }
     let by_expert = Grid::by_expert(slice(&mut there), [size, chunk.experts.len()]);
     let stream = DeviceStream::DEFAULT;
     let staging = slice(&mut staging);

@@ -8,7 +8,7 @@ use switchyard_config::partition::Part;
 use switchyard_kernels::{DeviceFormat, DeviceValues, SideKind, SideWork, Values};
 
 use super::overlap::{Overlap, Turn, turns};
-use super::{Bucket, Lane, Leg, OwnerExchange};
+use super::{Bucket, Lane, Leg, OwnerExchange, travelling};
 use crate::on_devices::{slice, stream};
 use crate::sums::Gradients;
 
@@ -69,6 +69,7 @@ impl OwnerExchange {
                     any,
                     devices,
                     |turn| turn.bucket.packed_gradients(rank(turn), &local),
+                    || (),
                     land,
                 )?;
                 rooms
@@ -87,8 +88,9 @@ impl OwnerExchange {
         devices.all_reduce(slice(values), ReduceOp::Sum, stream(values))
     }
 
-    /// Brings the values that the owners have now to all holders, as [`spread`](Self::spread) does: `owned`
-    /// tells the values of the matrices that this rank owns, `held` has what its model computes with, in one
+    /// Brings new values from the owners to all holders, as [`spread`](Self::spread) does. `renew` makes new values
+    /// of what this rank owns and has a [bucket](Unit::bucket) of this number, in their order and without a bucket last;
+    /// values of one travel meanwhile that has been renewed before. `owned` tells the values of the matrices that this rank owns, `held` has what its model computes with, in one
     /// format with those.
     ///
     /// # Errors
@@ -98,18 +100,28 @@ impl OwnerExchange {
     /// When a parameter is in neither, or the ranks have no devices.
     pub fn spread_on_devices(
         &self,
+        renew: impl Fn(usize),
         owned: impl Fn(&str) -> DeviceValues,
         held: &BTreeMap<String, DeviceValues>,
         overlap: Overlap<'_>,
     ) -> Result<(), CommError> {
-        let lanes: Vec<&Lane> =
-            [&self.dense, &self.expert].into_iter().filter(|lane| lane.group.size() > 1).collect();
+        let lanes = travelling([&self.dense, &self.expert]);
         let Some(any) = held.values().next() else { return Ok(()) };
         let devices = |turn: &Turn<'_>| lanes[turn.lane].group.on_devices().expect(HAVE_DEVICES);
         let land =
             |_: &Turn<'_>, cargo: Cargo<'_>| cargo.arrived.iter().for_each(|message| message.land(held));
         let turns = turns(&lanes, None);
-        overlap.travel(&turns, any, devices, |turn| turn.bucket.packed_values(&owned, held), land)
+        overlap.travel(
+            &turns,
+            any,
+            devices,
+            |turn| {
+                renew(turn.number);
+                turn.bucket.packed_values(&owned, held)
+            },
+            || renew(turns.len()),
+            land,
+        )
     }
 }
 
@@ -344,6 +356,8 @@ fn on_device(gradient: &Values) -> &DeviceValues {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeSet;
     use std::thread;
     use std::time::Duration;
 
@@ -493,20 +507,24 @@ mod tests {
             );
             wholes.insert(spec.name.clone(), (spec, part, whole));
         }
-        // What a rank owns in the model itself has its new values there already.
-        for (name, unit) in exchange.units() {
-            let (spec, _, whole) = &wholes[name];
-            if let Some(start) = unit.in_held {
+        let renewed = RefCell::new(BTreeSet::new());
+        let renew = |bucket: usize| {
+            for (name, unit) in exchange.units().iter().filter(|(_, unit)| unit.bucket == bucket) {
+                assert!(renewed.borrow_mut().insert(name.clone()), "{name} is renewed once");
+                // What a rank owns in the model itself gets its new values there.
+                let (Some(start), (spec, _, whole)) = (unit.in_held, &wholes[name]) else { continue };
                 let new = whole.part_of(&spec.shape, [&unit.part.start, &unit.part.shape]);
                 let len = held[name].len();
                 held[name].write_part(&[len], [&[start], &[new.len()]], &new, false);
             }
-        }
+        };
         let owned = |name: &str| {
+            assert!(renewed.borrow().contains(name), "{name} is sent before it is renewed");
             let (unit, (spec, _, whole)) = (&exchange.units()[name], &wholes[name]);
             whole.part_of(&spec.shape, [&unit.part.start, &unit.part.shape]).copied()
         };
-        exchange.spread_on_devices(owned, &held, overlap).expect("it works");
+        exchange.spread_on_devices(renew, owned, &held, overlap).expect("it works");
+        assert_eq!(renewed.borrow().len(), exchange.units().len(), "all are renewed");
         for (name, (spec, part, whole)) in &wholes {
             let expected = whole.part_of(&spec.shape, [&part.start, &part.shape]);
             assert!(held[name].to_host() == expected.to_host(), "{name}");

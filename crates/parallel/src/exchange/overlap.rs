@@ -13,7 +13,7 @@ use super::{Bucket, Lane};
 pub enum Overlap<'a> {
     /// Nothing.
     Nothing,
-    /// Those of the next bucket are brought together, and those of the one before are taken in.
+    /// Those of the next bucket are brought together, new values are made, and those of the one before are taken in.
     Exchanges,
     /// For gradients, the rest of the backward pass, which has been asked for and leaves these marks: each bucket
     /// travels when it has all of it. For values, as [`Exchanges`](Self::Exchanges).
@@ -21,13 +21,15 @@ pub enum Overlap<'a> {
 }
 
 impl Overlap<'_> {
-    /// Lets what `pack` makes of each turn travel; `land` takes in what has arrived.
+    /// Lets what `pack` makes of each turn travel; `land` takes in what has arrived. `then` does what may go on while
+    /// the last travels.
     pub(super) fn travel<'a, 'd>(
         self,
         turns: &'a [Turn<'a>],
         any: &DeviceValues,
         devices: impl Fn(&Turn<'a>) -> &'d dyn DeviceCommunicator,
         pack: impl Fn(&Turn<'a>) -> Cargo<'a>,
+        then: impl FnOnce(),
         land: impl Fn(&Turn<'a>, Cargo<'a>),
     ) -> Result<(), CommError> {
         if matches!(self, Self::Nothing) {
@@ -36,6 +38,7 @@ impl Overlap<'_> {
                 cargo.travel(devices(turn), any)?;
                 land(turn, cargo);
             }
+            then();
             return Ok(());
         }
         let mut under_way: Option<(&Turn<'a>, Cargo<'a>, DeviceMark)> = None;
@@ -55,6 +58,7 @@ impl Overlap<'_> {
             }
             under_way.replace((turn, cargo, there)).into_iter().for_each(&arrive);
         }
+        then();
         under_way.into_iter().for_each(arrive);
         Ok(())
     }
@@ -62,6 +66,8 @@ impl Overlap<'_> {
 
 /// A bucket of one of several lanes.
 pub(super) struct Turn<'a> {
+    /// Which of all buckets it is.
+    pub(super) number: usize,
     pub(super) lane: usize,
     pub(super) bucket: &'a Bucket,
     /// What the backward pass comes past when it has all gradients of the bucket, where it left marks.
@@ -76,18 +82,18 @@ pub(super) fn turns<'a>(
 ) -> Vec<Turn<'a>> {
     let buckets =
         |(lane, of_lane): (usize, &&'a Lane)| of_lane.buckets.iter().map(move |bucket| (lane, bucket));
-    let all = lanes.iter().enumerate().flat_map(buckets);
+    let all = lanes.iter().enumerate().flat_map(buckets).enumerate();
     let Some((marks, end)) = marked else {
-        return all.map(|(lane, bucket)| Turn { lane, bucket, behind: None }).collect();
+        return all.map(|(number, (lane, bucket))| Turn { number, lane, bucket, behind: None }).collect();
     };
     let mut numbered: Vec<_> = all
-        .map(|(lane, bucket)| {
+        .map(|(index, (lane, bucket))| {
             let number = |(name, block): (&String, &Option<usize>)| marks.number(name, (*block)?);
             // No parameter may be without.
             let last =
                 bucket.parameters.iter().map(number).try_fold(0, |last, number| Some(last.max(number?)));
             let behind = last.map_or_else(|| Arc::clone(&end), |number| marks.mark(number));
-            (last.unwrap_or(usize::MAX), Turn { lane, bucket, behind: Some(behind) })
+            (last.unwrap_or(usize::MAX), Turn { number: index, lane, bucket, behind: Some(behind) })
         })
         .collect();
     numbered.sort_by_key(|(number, _)| *number);
