@@ -317,7 +317,7 @@ table! {
         /// Chunks in which tokens travel between GPUs to their experts and back, so that those of one travel while the
         /// experts compute another: as many parts of each rank's experts, or of the slots of its only one. Gradients of
         /// the experts' weights are computed while the last travels back. 0: tokens travel at once, before and after
-        /// the experts. The same is computed, sums perhaps in another order, which `deterministic` does not let happen.
+        /// the experts. The same is computed, sums perhaps in another order; with `deterministic` all is one chunk.
         dispatch_chunks: usize = Value("2"),
         /// What goes on between GPUs while gradients travel to their owners and new values back: `exchanges`: those of
         /// the next bucket are brought together and those of the one before are taken in; `backward`: the rest of

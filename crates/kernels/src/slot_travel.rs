@@ -50,18 +50,19 @@ pub struct SlotWay {
 impl SlotWay {
     /// Brings slots at `experts` experts of every rank in `chunks` chunks or as many as there can be: each has whole
     /// experts. One expert alone has its slots cut, `slots` of each sender, so that its gradients are summed in another
-    /// order; not so if they are to be those of senders.
+    /// order. Gradients of single senders, whose bits depend on nothing else, want all slots in one.
     pub fn new(
         travel: Arc<dyn SlotTravel>,
         chunks: usize,
         [experts, slots]: [usize; 2],
         weight_gradients: WeightGradients,
     ) -> Self {
+        let chunks = if weight_gradients == WeightGradients::PerSegment { 1 } else { chunks };
         let cut = |length: usize| {
             let parts = chunks.clamp(1, length.max(1));
             (0..parts).map(move |part| part * length / parts..(part + 1) * length / parts)
         };
-        let chunks = if experts == 1 && weight_gradients == WeightGradients::Summed {
+        let chunks = if experts == 1 {
             cut(slots).map(|slots| SlotChunk { experts: 0..1, slots }).collect()
         } else {
             cut(experts).map(|experts| SlotChunk { experts, slots: 0..slots }).collect()
@@ -95,6 +96,7 @@ mod tests {
         assert_eq!(chunks(2, [1, 5], summed), [(0..1, 0..2), (0..1, 2..5)]);
         assert_eq!(chunks(4, [1, 2], summed), [(0..1, 0..1), (0..1, 1..2)]);
         assert_eq!(chunks(2, [1, 5], WeightGradients::PerSegment), [(0..1, 0..5)]);
+        assert_eq!(chunks(2, [4, 10], WeightGradients::PerSegment), [(0..4, 0..10)]);
         assert_eq!(chunks(2, [1, 0], summed), [(0..1, 0..0)]);
     }
 }
