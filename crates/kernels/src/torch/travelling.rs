@@ -230,7 +230,7 @@ impl TravellingExperts {
             let layer = &part.layer;
             let ([of_part], graph) =
                 composed(&layer.repeated(&inputs), tracked, |inputs| [layer.composed(&inputs)]);
-            let _ = out.shallow_clone().copy_(&of_part.tensor);
+            out.shallow_clone().copy_(&of_part.tensor);
             graphs.push(graph);
         };
         let [experts, _, _] = sizes(&weights[0].tensor);
@@ -249,7 +249,7 @@ impl TravellingExperts {
             let gradient = TchTensor::new(gradient.shallow_clone());
             let computed = graphs[part.number].gradients([Some(gradient)], [true; N]);
             let computed: [TchTensor; N] = given(computed);
-            let _ = of_x.shallow_clone().copy_(&computed[0].tensor);
+            of_x.shallow_clone().copy_(&computed[0].tensor);
             of_parts.push(computed);
         };
         let (of_sent, ()) = self.journey(gradient, experts, compute, |_| ());

@@ -89,7 +89,7 @@ impl OwnerExchange {
     }
 
     /// Brings new values from the owners to all holders, as [`spread`](Self::spread) does. `renew` makes new values
-    /// of what this rank owns and has a [bucket](Unit::bucket) of this number, in their order and without a bucket last;
+    /// of what this rank owns and has a [bucket](super::Unit::bucket) of this number, in their order and without a bucket last;
     /// values of one travel meanwhile that has been renewed before. `owned` tells the values of the matrices that this rank owns, `held` has what its model computes with, in one
     /// format with those.
     ///
