@@ -162,23 +162,23 @@ pub(crate) struct MeshArguments {
     pub tensor_parallel_size: usize,
     /// Under mpirun or srun on several machines: whether tokens travel machine by machine.
     #[arg(long, value_name = "WAY", default_value = "auto")]
-    pub hierarchical_all_to_all: TokensTravel,
+    pub hierarchical_all_to_all: TokenRoute,
 }
 
 /// How tokens travel to their experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum TokensTravel {
+pub(crate) enum TokenRoute {
     /// Machine by machine where the ranks stand so.
     Auto,
     /// Straight.
     Never,
 }
 
-impl From<TokensTravel> for TokenTravel {
-    fn from(way: TokensTravel) -> Self {
+impl From<TokenRoute> for TokenTravel {
+    fn from(way: TokenRoute) -> Self {
         let hierarchical = match way {
-            TokensTravel::Auto => HierarchicalAllToAll::Auto,
-            TokensTravel::Never => HierarchicalAllToAll::Never,
+            TokenRoute::Auto => HierarchicalAllToAll::Auto,
+            TokenRoute::Never => HierarchicalAllToAll::Never,
         };
         Self { hierarchical, ..Self::default() }
     }

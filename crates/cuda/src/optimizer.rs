@@ -270,8 +270,8 @@ pub unsafe fn update_means(
 
 /// Updates the tensors of one part of the plan. One launch, none for a part without tensors.
 ///
-/// Adafactor reads gradients twice, and the second time most of them still lie in the second-level
-/// cache: with what comes before an update, 12 bytes a parameter travel in all, if gradients and the model are bfloat16.
+/// Adafactor reads gradients twice, and the second time most of them still lie in the second-level cache: with what
+/// comes before an update, 12 bytes a parameter travel in all, if gradients and the model are bfloat16.
 ///
 /// # Errors
 /// When the driver refuses.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{MeshArguments, TokensTravel, count, count_from, mebibytes};
+use super::{MeshArguments, TokenRoute, count, count_from, mebibytes};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
@@ -53,7 +53,7 @@ pub(crate) enum BenchCommand {
         experts: Vec<usize>,
         /// Under mpirun or srun on several machines: whether tokens travel machine by machine.
         #[arg(long, value_name = "WAY", default_value = "auto")]
-        hierarchical_all_to_all: TokensTravel,
+        hierarchical_all_to_all: TokenRoute,
         /// Print a JSON object.
         #[arg(long)]
         json: bool,

@@ -30,15 +30,22 @@ pub(crate) struct TravellingExperts {
 
 /// What the backward pass needs.
 #[derive(Debug)]
-pub(crate) enum Saved {
-    /// Graphs of the chunks, and the number of experts here.
-    Composed(Vec<Graph>, usize),
+pub(crate) struct Saved {
+    /// The experts of each chunk as a layer of their own.
+    layers: Vec<FeedForward>,
+    computed: Computed,
+}
+
+#[derive(Debug)]
+enum Computed {
+    /// Of each chunk.
+    Composed(Vec<Graph>),
     Kernel(Kept),
 }
 
 /// What the backward pass on a GPU needs, of all chunks one behind the other.
 #[derive(Debug)]
-pub(crate) struct Kept {
+struct Kept {
     x: TchTensor,
     weights: Vec<TchTensor>,
     projected: Vec<TchTensor>,
@@ -50,7 +57,7 @@ pub(crate) struct Kept {
 struct Part<'a> {
     number: usize,
     chunk: &'a SlotChunk,
-    layer: FeedForward,
+    layer: &'a FeedForward,
 }
 
 impl Part<'_> {
@@ -113,29 +120,33 @@ fn rows_of(rows: &ExpertRows, chunk: &SlotChunk, slots: usize) -> ExpertRows {
 const ROWS: &str = "what is said of slots that travel from device to device is there too";
 
 impl TravellingExperts {
-    fn parts(&self, slots: usize) -> Vec<Part<'_>> {
-        let part = |(number, chunk)| {
-            let rows = no_grad(|| rows_of(&self.layer.rows, chunk, slots));
-            Part { number, chunk, layer: FeedForward { rows, ..self.layer.clone() } }
+    /// The experts of each chunk as a layer of their own, for `slots` slots of each sender.
+    fn layers(&self, slots: usize) -> Vec<FeedForward> {
+        let layer = |chunk| FeedForward {
+            rows: no_grad(|| rows_of(&self.layer.rows, chunk, slots)),
+            ..self.layer.clone()
         };
-        self.way.chunks.iter().enumerate().map(part).collect()
+        self.way.chunks.iter().map(layer).collect()
     }
 
-    /// Brings `sent` to its `experts` here chunk by chunk, lets `compute` make of each what goes back, and then
-    /// `meanwhile` something of what came, while the last goes back. Returns what came back.
+    /// Brings `sent` to its experts chunk by chunk, lets `compute` make of each what goes back, and then `meanwhile`
+    /// something of what came, while the last goes back. Returns what came back.
     fn journey<R>(
         &self,
         sent: &TchTensor,
-        experts: usize,
+        layers: &[FeedForward],
         mut compute: impl FnMut(&Part<'_>, [&Tensor; 2]),
         meanwhile: impl FnOnce(&TchTensor) -> R,
     ) -> (TchTensor, R) {
         let [all, slots, width] = sizes(&sent.tensor);
-        let shape = [experts, all / experts * slots, width];
+        let senders = self.layer.rows.segments;
+        let shape = [all / senders, senders * slots, width];
         let new = || TchTensor::new(room(&shape, sent.tensor.kind(), &sent.tensor));
         let (arrived, returning, back) = (new(), new(), TchTensor::new(sent.tensor.empty_like()));
         let [here, home] = [sent, &back].map(DeviceValues::there);
-        let parts = self.parts(slots);
+        let parts: Vec<Part<'_>> = (self.way.chunks.iter().zip(layers).enumerate())
+            .map(|(number, (chunk, layer))| Part { number, chunk, layer })
+            .collect();
         let beside = |work: &dyn Fn()| -> DeviceMark {
             let side = SideWork::behind(&here.mark(), &here, SideKind::Tokens);
             work();
@@ -160,18 +171,22 @@ impl TravellingExperts {
 
     fn compute<const N: usize>(&self, inputs: &[TchTensor; N], tracked: bool) -> (TchTensor, Saved) {
         let inputs = inputs.each_ref().map(contiguous);
-        match queue(&inputs[0].tensor).filter(|_| has_kernel(&inputs)) {
-            Some(queue) => no_grad(|| self.launch(queue, &inputs[0], &inputs[1..], tracked)),
-            None => self.compose(&inputs, tracked),
-        }
+        let [_, slots, _] = sizes(&inputs[0].tensor);
+        let layers = self.layers(slots);
+        let (out, computed) = match queue(&inputs[0].tensor).filter(|_| has_kernel(&inputs)) {
+            Some(queue) => no_grad(|| self.launch(queue, &layers, &inputs, tracked)),
+            None => self.compose(&layers, &inputs, tracked),
+        };
+        (out, Saved { layers, computed })
     }
 
     fn gradients<const N: usize>(&self, saved: &Saved, gradient: &TchTensor) -> [Option<TchTensor>; N] {
         let gradient = contiguous(gradient);
-        match saved {
-            Saved::Composed(graphs, experts) => self.composed_backward(graphs, *experts, &gradient).map(Some),
-            Saved::Kernel(kept) => {
-                let mut all = no_grad(|| self.launch_backward(kept, &gradient)).into_iter();
+        let Saved { layers, computed } = saved;
+        match computed {
+            Computed::Composed(graphs) => self.composed_backward(layers, graphs, &gradient).map(Some),
+            Computed::Kernel(kept) => {
+                let mut all = no_grad(|| self.launch_backward(layers, kept, &gradient)).into_iter();
                 std::array::from_fn(|_| all.next().flatten())
             }
         }
@@ -180,28 +195,33 @@ impl TravellingExperts {
     fn launch(
         &self,
         queue: Queue<'_>,
-        sent: &TchTensor,
-        weights: &[TchTensor],
+        layers: &[FeedForward],
+        inputs: &[TchTensor],
         tracked: bool,
-    ) -> (TchTensor, Saved) {
-        let [experts, _, _] = sizes(&weights[0].tensor);
-        let [all, slots, _] = sizes(&sent.tensor);
-        let projected = projected_room(all / experts * slots, &weights[1..]);
+    ) -> (TchTensor, Computed) {
+        let (sent, weights) = (&inputs[0], &inputs[1..]);
+        let [_, slots, _] = sizes(&sent.tensor);
+        let projected = projected_room(self.layer.rows.segments * slots, &weights[1..]);
         let mut rows = Vec::new();
         let compute = |part: &Part<'_>, [x, out]: [&Tensor; 2]| {
-            let (layer, weights) = (&part.layer, part.weights(weights));
+            let (layer, weights) = (part.layer, part.weights(weights));
             let of_part = layer.device_rows(x);
             let projected: Vec<Tensor> = projected.iter().map(|all| part.by_gradient(all)).collect();
             let hidden = layer.hidden_into(queue, x, &weights[1..], &of_part, &projected, tracked);
             layer.products().into(&layer.by_gradient(out), &hidden, &weights[0].tensor);
             rows.push(of_part);
         };
-        let (out, x) = self.journey(sent, experts, compute, TchTensor::clone);
+        let (out, x) = self.journey(sent, layers, compute, TchTensor::clone);
         let projected = projected.into_iter().map(TchTensor::new).collect();
-        (out, Saved::Kernel(Kept { x, weights: weights.to_vec(), projected, rows }))
+        (out, Computed::Kernel(Kept { x, weights: weights.to_vec(), projected, rows }))
     }
 
-    fn launch_backward(&self, kept: &Kept, gradient: &TchTensor) -> Vec<Option<TchTensor>> {
+    fn launch_backward(
+        &self,
+        layers: &[FeedForward],
+        kept: &Kept,
+        gradient: &TchTensor,
+    ) -> Vec<Option<TchTensor>> {
         let Kept { x, weights, projected, rows } = kept;
         let queue = queue(&gradient.tensor).expect("kernels were chosen on a GPU");
         let hidden = self.layer.hidden_room(projected);
@@ -214,34 +234,37 @@ impl TravellingExperts {
             let hidden = hidden.part(|all| self.layer.by_gradient(all));
             self.layer.of_weights(self.layer.weight_factors(x, gradient, hidden))
         };
-        let [experts, _, _] = sizes(&x.tensor);
-        let (of_sent, of_weights) = self.journey(gradient, experts, compute, of_weights);
+        let (of_sent, of_weights) = self.journey(gradient, layers, compute, of_weights);
         std::iter::once(Some(of_sent)).chain(of_weights).collect()
     }
 
-    fn compose<const N: usize>(&self, inputs: &[TchTensor; N], tracked: bool) -> (TchTensor, Saved) {
-        let [sent, weights @ ..] = &inputs[..] else { panic!("a layer has three tensors at least") };
+    fn compose<const N: usize>(
+        &self,
+        layers: &[FeedForward],
+        inputs: &[TchTensor; N],
+        tracked: bool,
+    ) -> (TchTensor, Computed) {
+        let (sent, weights) = (&inputs[0], &inputs[1..]);
         let mut graphs = Vec::new();
         let compute = |part: &Part<'_>, [x, out]: [&Tensor; 2]| {
             let weights = part.weights(weights);
             let x = TchTensor::new(x.shallow_clone());
             let inputs: [TchTensor; N] =
                 std::array::from_fn(|i| if i == 0 { x.clone() } else { weights[i - 1].clone() });
-            let layer = &part.layer;
+            let layer = part.layer;
             let ([of_part], graph) =
                 composed(&layer.repeated(&inputs), tracked, |inputs| [layer.composed(&inputs)]);
             out.shallow_clone().copy_(&of_part.tensor);
             graphs.push(graph);
         };
-        let [experts, _, _] = sizes(&weights[0].tensor);
-        let (out, ()) = self.journey(sent, experts, compute, |_| ());
-        (out, Saved::Composed(graphs, experts))
+        let (out, ()) = self.journey(sent, layers, compute, |_| ());
+        (out, Computed::Composed(graphs))
     }
 
     fn composed_backward<const N: usize>(
         &self,
+        layers: &[FeedForward],
         graphs: &[Graph],
-        experts: usize,
         gradient: &TchTensor,
     ) -> [TchTensor; N] {
         let mut of_parts: Vec<[TchTensor; N]> = Vec::new();
@@ -252,7 +275,7 @@ impl TravellingExperts {
             of_x.shallow_clone().copy_(&computed[0].tensor);
             of_parts.push(computed);
         };
-        let (of_sent, ()) = self.journey(gradient, experts, compute, |_| ());
+        let (of_sent, ()) = self.journey(gradient, layers, compute, |_| ());
         let chunks = &self.way.chunks;
         let joined = |number: usize| {
             let parts: Vec<&Tensor> = of_parts.iter().map(|of_part| &of_part[number].tensor).collect();

@@ -88,9 +88,10 @@ impl OwnerExchange {
         devices.all_reduce(slice(values), ReduceOp::Sum, stream(values))
     }
 
-    /// Brings new values from the owners to all holders, as [`spread`](Self::spread) does. `renew` makes new values
-    /// of what this rank owns and has a [bucket](super::Unit::bucket) of this number, in their order and without a bucket last;
-    /// values of one travel meanwhile that has been renewed before. `owned` tells the values of the matrices that this rank owns, `held` has what its model computes with, in one
+    /// Brings new values from the owners to all holders, as [`spread`](Self::spread) does. `renew` makes those of what
+    /// this rank owns and has a [bucket](super::Unit::bucket) of this number, one after the other; those of the bucket
+    /// before travel meanwhile. `owned` tells the values of the matrices that this rank owns, `held` has what its model
+    /// computes with, in one
     /// format with those.
     ///
     /// # Errors

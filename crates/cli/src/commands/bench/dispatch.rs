@@ -9,7 +9,7 @@ use switchyard_parallel::{Mesh, device_time};
 
 use super::spread;
 use crate::Outcome;
-use crate::args::TokensTravel;
+use crate::args::TokenRoute;
 use crate::commands::output;
 use crate::job::{Job, TIMEOUT};
 
@@ -20,7 +20,7 @@ pub(crate) fn run(
     tokens: usize,
     d_model: usize,
     experts: &[usize],
-    way: TokensTravel,
+    way: TokenRoute,
     json: bool,
     device: DeviceName,
     launcher: Choice,
@@ -56,7 +56,7 @@ fn measure(
     tokens: usize,
     d_model: usize,
     experts: &[usize],
-    way: TokensTravel,
+    way: TokenRoute,
     device: &Device,
 ) -> anyhow::Result<Vec<Value>> {
     let ranks = job.ranks();
